@@ -1,0 +1,36 @@
+"""Train CLIP: `unclip train --config configs/clip.py:emoji --workdir runs/clip`.
+
+Presets: emoji (minutes on a CPU) and the published shapes ViT-B/32, ViT-B/16, ViT-L/14,
+ViT-L/14@336, ViT-H/14, ViT-bigG/14 and the paper's ViT-H/16 (also called `paper`).
+Arguments: loss=softmax|sigmoid, theme=food, runlocal.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+from unclip.models import clip
+
+
+def get_config(arg=None):
+    args = common.parse_arg(arg, "emoji", loss="softmax", theme="", runlocal=False)
+    name = "ViT-H/16" if args.preset == "paper" else args.preset
+    config = common.base("clip", args)
+    common.theme(config, args.theme)
+    config.arch = common.arch(clip.PRESETS, name, "CLIP")
+    config.task = ConfigDict({"loss": args.loss})
+    if args.loss == "sigmoid":
+        config.arch.logit_bias = True
+    common.optimiser(config, "clip")
+    if name == "emoji":
+        config.batch_size, config.total_steps = 64, 3000
+        config.optim.learning_rate, config.optim.warmup_steps = 1e-3, 100
+        config.optim.sam_rho = 0.0
+        config.ema = 0.99
+    else:
+        # Appendix C gives the learning rate, SAM and its per-replica batch of 64; the batch is
+        # that of the public CLIP models.
+        common.scale(config, batch_size=32_768, total_steps=400_000)
+        config.ema = 0.999
+    if args.runlocal:
+        common.runlocal(config, common.arch(clip.PRESETS, "emoji", "CLIP"))
+    return config

@@ -1,0 +1,172 @@
+"""What the stage configs share: argument strings, run-local shrinking, mesh and sharding presets.
+
+`--config configs/decoder.py:emoji,runlocal` gives `get_config("emoji,runlocal")`: the first bare
+word is the preset, further words are switches, `name=value` sets an argument.
+"""
+
+import ast
+
+from ml_collections import ConfigDict
+
+from unclip import errors
+from unclip.runtime import optim
+
+EMOJI_TRAIN = "data/emoji/train-*.tar"
+EMOJI_HELD_OUT = "data/emoji/held-out-*.tar"
+
+
+# Pictures of one kind, few enough for a CPU to learn by heart: `theme=food`.
+THEMES = {
+    "": {},
+    "food": {"subgroup": ("fruit", "vegetables", "sweets & candy", "drink", "asian")},
+}
+
+
+def parse_arg(arg: str | None, preset: str, **defaults) -> ConfigDict:
+    """The argument string of a config file as {"preset": ..., **defaults}, strictly.
+
+    Args:
+      arg: e.g. "karlo,runlocal,kind=ar"; None or "" gives the defaults.
+      preset: the preset when none is named.
+      **defaults: the other arguments and their default values; the default's type is kept.
+
+    Raises:
+      ConfigError: an argument that is not in `defaults`, or a value of another type.
+    """
+    values = {"preset": preset, **defaults}
+    for position, word in enumerate(filter(None, (arg or "").split(","))):
+        name, equals, text = word.partition("=")
+        if not equals and name in defaults and isinstance(defaults[name], bool):
+            values[name] = True
+        elif not equals and position == 0:
+            values["preset"] = name
+        elif not equals or name not in values:
+            raise errors.unknown("config argument", name, values)
+        elif isinstance(values[name], str):
+            values[name] = text
+        else:
+            values[name] = _literal(name, text, type(values[name]))
+    return ConfigDict(values)
+
+
+def _literal(name: str, text: str, kind: type):
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = None
+    if not isinstance(value, kind):
+        raise errors.ConfigError(f"config argument {name}={text}: expected {kind.__name__}")
+    return value
+
+
+def preset(stage: str, name: str, presets: dict) -> dict:
+    """The named entry of a model's PRESETS, as a fresh dict; ConfigError with near names."""
+    if name not in presets:
+        raise errors.unknown(f"{stage} preset", name, presets)
+    return dict(presets[name])
+
+
+def arch(model_presets: dict, name: str, stage: str) -> ConfigDict:
+    """A model preset as the config's `arch`, with the fields that users switch at run time."""
+    fields = preset(stage, name, model_presets)
+    return ConfigDict(
+        {"dtype": "float32", "remat": "", "fold": False, "attention_impl": "xla"} | fields,
+        convert_dict=False,
+    )
+
+
+def base(stage: str, args: ConfigDict) -> ConfigDict:
+    """Every field a run has, with the values that hold for all stages.
+
+    Durations carry their unit in the suffix. `optim` follows `runtime.optim`.
+    """
+    config = ConfigDict()
+    config.stage = stage
+    config.preset = args.preset
+    config.seed = 0
+    config.batch_size = 64
+    config.total_steps = 1000
+    config.accumulate = 1  # microbatches a step
+    config.ema = 0.9999
+    config.max_skipped_steps = 10  # consecutive non-finite steps before the job gives up
+
+    config.input = ConfigDict(
+        {
+            "shards": (EMOJI_TRAIN,),
+            "held_out": (EMOJI_HELD_OUT,),
+            "where": {},  # JSON field -> values: only these samples of the training shards
+            "held_out_where": {},
+            "captions": ("txt", "json:name"),  # one of these, by the sample's number
+            "crop": "center",
+            "threads": 4,
+            "workers": 0,
+            "max_bad_fraction": 0.01,
+        }
+    )
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+    config.sharding = "data"  # data | fsdp | tensor, or a tuple of (pattern, spec)
+    config.init_from = ""  # RUN or BUNDLE whose parameters start this run
+
+    config.log_steps = 20
+    config.save_steps = 1000
+    config.keep = 2
+    config.eval_steps = 500
+    config.eval_examples = 512
+    config.sample_steps = 0  # sample grids every so many steps; 0 = only at the end
+    config.sample_examples = 16
+    config.tensorboard = True
+    config.wandb = ""  # project name; "" = off
+    config.compilation_cache = ""  # folder; "" = off
+    config.task = ConfigDict()
+    return config
+
+
+def theme(config: ConfigDict, name: str) -> None:
+    """Narrows both collections to a named theme of the emoji shards."""
+    if name not in THEMES:
+        raise errors.unknown("theme", name, THEMES)
+    config.input.where = ConfigDict(THEMES[name])
+    config.input.held_out_where = ConfigDict(THEMES[name])
+
+
+def optimiser(config: ConfigDict, name: str) -> None:
+    """The paper's settings of a stage (Table 3) as `config.optim` and `config.ema`."""
+    values = {
+        "schedule": "constant",
+        "warmup_steps": 1000,
+        "end_fraction": 0.0,
+        "clip_norm": 1.0,  # 0 = off
+        "freeze": (),
+        "sam_rho": 0.0,
+    }
+    values |= optim.PRESETS[name]
+    config.ema = values.pop("ema_decay", config.ema)
+    for elsewhere in ("total_steps", "batch_size"):
+        values.pop(elsewhere, None)
+    config.optim = ConfigDict(values)
+
+
+def scale(config: ConfigDict, *, batch_size: int, total_steps: int) -> None:
+    """Paper-scale runs: save, evaluate and log at pod-sized intervals; FSDP over all chips."""
+    config.batch_size, config.total_steps = batch_size, total_steps
+    config.log_steps, config.save_steps, config.eval_steps = 100, 5000, 5000
+    config.eval_examples = 8192
+    config.sample_steps = 25_000
+    config.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})
+    config.sharding = "fsdp"
+    config.arch.dtype = "bfloat16"
+    config.arch.remat = "nothing_saveable"
+
+
+def runlocal(config: ConfigDict, small_arch: ConfigDict) -> ConfigDict:
+    """The same config with a small model and two steps, for a laptop."""
+    config.arch = small_arch
+    config.batch_size = 8
+    config.total_steps = 2
+    config.accumulate = 1
+    config.log_steps = config.eval_steps = config.save_steps = 1
+    config.eval_examples = config.sample_examples = 8
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+    config.sharding = "data"
+    config.optim.warmup_steps = 0
+    return config

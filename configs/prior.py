@@ -1,0 +1,63 @@
+"""Train a prior: `unclip train --config configs/prior.py:emoji --config.clip=runs/clip ...`.
+
+Presets: emoji, karlo (diffusion), paper. Arguments: kind=diffusion|ar, theme=food, runlocal.
+The values of `paper` are those of Table 3.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+from unclip import errors
+from unclip.models import prior, prior_ar
+
+KINDS = {"diffusion": prior.PRESETS, "ar": prior_ar.PRESETS}
+CLIP_OF = {"emoji": "emoji", "karlo": "ViT-L/14", "paper": "ViT-H/16"}
+
+
+def get_config(arg=None):
+    args = common.parse_arg(arg, "emoji", kind="diffusion", theme="", runlocal=False)
+    if args.kind not in KINDS:
+        raise errors.unknown("prior kind", args.kind, KINDS)
+    config = common.base("prior", args)
+    common.theme(config, args.theme)
+    config.arch = common.arch(KINDS[args.kind], args.preset, f"{args.kind} prior")
+    config.clip = ""  # RUN or BUNDLE of the frozen CLIP; "random" for benchmarks
+    config.clip_preset = CLIP_OF[args.preset]
+    config.statistics_examples = 1_000_000  # pictures that whitening and PCA are measured on
+    config.stored_embeddings = False  # embed every picture once before training
+    common.optimiser(config, "prior_ar" if args.kind == "ar" else "prior")
+    if args.kind == "ar":
+        config.task = ConfigDict({"kind": "ar", "text_drop": 0.1, "range_sigmas": 4.0})
+        config.task.draw = {"guidance": 1.0, "temperature": 1.0, "candidates": 2}
+    else:
+        config.task = ConfigDict(
+            {
+                "kind": "diffusion",
+                "noise": "cosine",
+                "embedding": "whiten",
+                "scale": 17.2,
+                "clamp": 10.0,
+                "text_drop": 0.2 if args.preset == "karlo" else 0.1,
+            }
+        )
+        config.task.draw = {
+            "steps": 64 if args.preset == "paper" else 25,
+            "guidance": 4.0,
+            "sampler": "ddpm",
+            "eta": 0.0,
+            "candidates": 2,
+        }
+    if args.preset == "emoji":
+        config.batch_size, config.total_steps = 128, 3000
+        config.optim.learning_rate, config.optim.warmup_steps = 5e-4, 100
+        config.ema = 0.995
+        config.statistics_examples = 4096
+    else:
+        common.scale(config, batch_size=4096, total_steps=600_000)
+        if args.kind == "ar":
+            config.total_steps = 1_000_000
+    if args.runlocal:
+        common.runlocal(config, common.arch(KINDS[args.kind], "emoji", "prior"))
+        config.clip_preset = "emoji"
+        config.statistics_examples = 64
+    return config

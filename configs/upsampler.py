@@ -1,0 +1,51 @@
+"""Train an upsampler: `unclip train --config configs/upsampler.py:emoji-64 --workdir runs/up64`.
+
+Presets: emoji-64 (16 to 64, also called emoji), emoji-256 (64 to 256), karlo (64 to 256),
+paper-256 (64 to 256, also called paper), paper-1024 (256 to 1024).
+Arguments: theme=food, runlocal.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+from unclip.models import upsampler
+
+ALIASES = {"emoji": "emoji-64", "paper": "paper-256"}
+SIZES = {"emoji-64": 64, "emoji-256": 256, "karlo": 256, "paper-256": 256, "paper-1024": 1024}
+
+
+def get_config(arg=None):
+    args = common.parse_arg(arg, "emoji", theme="", runlocal=False)
+    name = ALIASES.get(args.preset, args.preset)
+    config = common.base("upsampler", args)
+    common.theme(config, args.theme)
+    config.arch = common.arch(upsampler.PRESETS, name, "upsampler")
+    size = SIZES[name]
+    second = name in ("emoji-256", "paper-1024")
+    common.optimiser(config, "upsampler_1024" if second else "upsampler_256")
+    config.task = ConfigDict(
+        {
+            "image_size": size,
+            "factor": 4,
+            "crop": size // 4,  # Table 3: crop fraction .25
+            "noise": "linear" if name == "paper-1024" else "cosine",
+            "parametrisation": "eps",
+            "variance": "fixed_small",
+            "vlb_weight": 1.0,
+            "min_snr": 0.0,
+        }
+    )
+    config.task.draw = {"steps": 15 if second else 27, "sampler": "ddim", "eta": 0.0}
+    config.input.degradation = "bsr" if second else "blur"
+    if name.startswith("emoji"):
+        config.task.crop = size // 2 if size == 64 else size // 4
+        config.batch_size, config.total_steps = 16, 3000
+        config.optim.learning_rate, config.optim.warmup_steps = 1e-3, 100
+        config.ema = 0.995
+    else:
+        common.scale(config, batch_size=512 if second else 1024, total_steps=1_000_000)
+        config.eval_examples = 2048
+    if args.runlocal:
+        common.runlocal(config, common.arch(upsampler.PRESETS, "emoji-64", "upsampler"))
+        config.task.image_size, config.task.crop = 64, 32
+    return config

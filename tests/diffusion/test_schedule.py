@@ -1,0 +1,152 @@
+"""Schedules against published constants and a plain float64 loop."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from unclip import errors
+from unclip.diffusion import schedule as schedule_lib
+
+
+def cosine_betas(n):
+    def level(u):
+        return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    return [min(1 - level((i + 1) / n) / level(i / n), 0.999) for i in range(n)]
+
+
+def test_cosine_has_the_published_constants():
+    s = schedule_lib.cosine()
+    assert s.betas[0] == pytest.approx(4.1284e-05, rel=1e-4)
+    assert s.betas[999] == pytest.approx(0.999, abs=1e-12)
+    assert s.alpha_bar[999] == pytest.approx(2.4288e-09, rel=1e-4)
+    assert s.timesteps.tolist() == list(range(1000)) and s.total == 1000
+
+
+@pytest.mark.parametrize("n", [1000, 64, 2, 1])
+def test_cosine_equals_the_formula(n):
+    s, betas = schedule_lib.cosine(n), cosine_betas(n)
+    kept = 1.0
+    for i, beta in enumerate(betas):
+        assert s.alpha_bar_prev[i] == pytest.approx(kept, rel=1e-12)
+        kept *= 1 - beta
+        assert s.betas[i] == pytest.approx(beta, rel=1e-9)
+        assert s.alpha_bar[i] == pytest.approx(kept, rel=1e-12)
+
+
+def test_linear_keeps_the_total_noise_when_n_changes():
+    s = schedule_lib.linear()
+    assert s.betas[[0, 999]] == pytest.approx([1e-4, 0.02])
+    assert np.diff(s.betas) == pytest.approx(np.full(999, (0.02 - 1e-4) / 999))
+    assert s.alpha_bar[999] == pytest.approx(4.0358e-05, rel=1e-4)
+    assert schedule_lib.linear(250).betas[[0, 249]] == pytest.approx([4e-4, 0.08])
+    assert schedule_lib.linear(start=0.00085, end=0.012).betas[999] == pytest.approx(0.012)
+
+
+def test_sampling_timesteps_are_the_published_ones():
+    s = schedule_lib.cosine()
+    assert s.respace(7).timesteps[::-1].tolist() == [999, 832, 666, 500, 333, 166, 0]
+    steps = s.respace(25).timesteps[::-1].tolist()
+    assert steps[:5] == [999, 957, 916, 874, 832] and steps[5] == 791
+    assert steps[-3:] == [83, 42, 0] and len(steps) == 25
+    assert s.respace(2).timesteps.tolist() == [0, 999]
+    assert s.respace(1).timesteps.tolist() == [999]
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear"])
+@pytest.mark.parametrize("n", [1, 2, 27, 250, 999])
+def test_respacing_leaves_alpha_bar_alone(name, n):
+    full = schedule_lib.make(name)
+    s = full.respace(n)
+    assert len(s) == n and s.total == 1000
+    assert (np.diff(s.timesteps) > 0).all() and s.timesteps[-1] == 999
+    kept = 1.0
+    for i, t in enumerate(s.timesteps):
+        assert s.alpha_bar_prev[i] == pytest.approx(kept, rel=1e-9)
+        kept *= 1 - s.betas[i]
+        assert kept == pytest.approx(full.alpha_bar[t], rel=1e-9)
+        if i and s.timesteps[i - 1] == t - 1:
+            assert s.betas[i] == full.betas[t]
+
+
+def test_keeping_every_step_changes_nothing():
+    full = schedule_lib.cosine()
+    s = full.respace(1000)
+    np.testing.assert_array_equal(s.betas, full.betas)
+    np.testing.assert_array_equal(s.timesteps, full.timesteps)
+
+
+def test_explicit_timesteps_and_respacing_twice():
+    full = schedule_lib.cosine()
+    s = full.respace(timesteps=[700, 0, 350])
+    assert s.timesteps.tolist() == [0, 350, 700]
+    assert s.betas[2] == pytest.approx(1 - full.alpha_bar[700] / full.alpha_bar[350], rel=1e-12)
+    assert s.betas[0] == full.betas[0]
+    twice = s.respace(2)
+    assert twice.timesteps.tolist() == [0, 700] and twice.total == 1000
+    late = full.respace(timesteps=[400, 401])
+    assert late.betas[0] == pytest.approx(1 - full.alpha_bar[400])
+    assert late.betas[1] == full.betas[401]
+
+
+def test_lookups_read_original_timesteps_under_jit():
+    full = schedule_lib.cosine()
+    s = full.respace(7)
+    t = jnp.array([0, 500, 999], jnp.int32)
+    np.testing.assert_allclose(
+        jax.jit(lambda t: s.at(s.alpha_bar, t))(t), full.alpha_bar[[0, 500, 999]], rtol=1e-6
+    )
+    assert jax.jit(s.position)(t).tolist() == [0, 3, 6]
+    np.testing.assert_allclose(s.at_step(s.betas, s.position(t)), s.at(s.betas, t))
+    assert s.is_first(t).tolist() == [True, False, False]
+    snr = full.alpha_bar[[0, 500, 999]] / (1 - full.alpha_bar[[0, 500, 999]])
+    np.testing.assert_allclose(jax.jit(s.snr)(t), snr, rtol=1e-6)
+    np.testing.assert_allclose(s.log_snr(t), np.log(snr), rtol=1e-6)
+
+
+def test_a_timestep_that_is_not_kept_is_not_answered():
+    s = schedule_lib.cosine().respace(7)
+    t = jnp.array([1, 1000], jnp.int32)
+    assert np.isnan(s.at(s.betas, t)).all()
+    assert s.position(t).tolist() == [-1, -1]
+
+
+def test_constants_cannot_be_changed():
+    s = schedule_lib.cosine(10)
+    with pytest.raises(ValueError, match="read-only"):
+        s.betas[0] = 0.5
+    assert hash(s) == hash(s)
+
+
+@pytest.mark.parametrize("n", [0, -3, 2.5, "10", None, True])
+def test_bad_numbers_of_steps(n):
+    for make in (schedule_lib.cosine, schedule_lib.linear, schedule_lib.cosine().respace):
+        with pytest.raises(errors.ConfigError):
+            make(n)
+
+
+@pytest.mark.parametrize(
+    "bad", [[], [0, 0], [0, 1000], [-1, 5], [0.5], "all"], ids=lambda x: str(x)
+)
+def test_bad_timesteps(bad):
+    with pytest.raises(errors.ConfigError):
+        schedule_lib.cosine().respace(timesteps=bad)
+
+
+def test_errors_name_what_is_valid():
+    s = schedule_lib.cosine()
+    with pytest.raises(errors.ConfigError, match=r"1001.*1 to 1000"):
+        s.respace(1001)
+    with pytest.raises(errors.ConfigError, match=r"timestep 300 .*nearest: 333"):
+        s.respace(7).respace(timesteps=[0, 300])
+    with pytest.raises(errors.ConfigError, match="either"):
+        s.respace(5, timesteps=[1])
+    with pytest.raises(errors.ConfigError, match="did you mean 'cosine'"):
+        schedule_lib.make("cosin")
+    with pytest.raises(errors.ConfigError, match="more than 20"):
+        schedule_lib.linear(20)
+    with pytest.raises(errors.ConfigError, match=r"0 to 0\.5"):
+        schedule_lib.from_betas([0.0, 0.5])

@@ -1,0 +1,405 @@
+"""Batches are a function of (seed, position): on any number of processes, workers and threads."""
+
+import functools
+import io
+import json
+import multiprocessing
+import os
+import pickle
+import signal
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from unclip.errors import ConfigError, DataError
+from unclip.input import image as im
+from unclip.input import source
+from unclip.input.shards import BadSample, Sample, index_shards
+from unclip.input.source import ImageText, Order, Upsampling, make_eval_source, make_source
+
+N = 13
+
+
+def tokenise(texts, context_length):
+    """A byte a token: enough to tell captions apart."""
+    tokens = np.zeros((len(texts), context_length), np.int32)
+    for row, text in zip(tokens, texts):
+        codes = list(text.encode())[:context_length]
+        row[: len(codes)] = codes
+    return tokens, tokens > 0, [None] * len(texts)
+
+
+def png(k, side=12):
+    noise = np.random.default_rng(k).integers(0, 256, (side, side + 6, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def shard(path, samples):
+    with tarfile.open(path, "w") as archive:
+        for key, picture, text in samples:
+            meta = json.dumps({"alt": f"alt {key}", "n": 3}).encode()
+            for extension, data in (("png", picture), ("txt", text), ("json", meta)):
+                info = tarfile.TarInfo(f"{key}.{extension}")
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def collection(tmp_path_factory):
+    path = tmp_path_factory.mktemp("good") / "a.tar"
+    return index_shards(shard(path, [(f"{k:02d}", png(k), b"text %d" % k) for k in range(N)]))
+
+
+@pytest.fixture(scope="module")
+def partly_bad(tmp_path_factory):
+    samples = [(f"{k:02d}", png(k), b"text %d" % k) for k in range(N)]
+    samples[3] = ("03", b"no picture", b"text 3")
+    samples[7] = ("07", png(7)[:150], b"text 7")
+    samples[9] = ("09", png(9), b"  \n")
+    return index_shards(shard(tmp_path_factory.mktemp("bad") / "a.tar", samples))
+
+
+@functools.cache
+def transform():
+    return ImageText(8, 10, tokenise, crop="random", fraction=0.75, captions=("txt", "json:alt"),
+                     with_crop=True)
+
+
+def take(collection, steps, *, process_count=1, batch_size=8, start=0, seed=5, **options):
+    """`steps` global batches: the processes' rows one below the other, as on a pod."""
+    parts, end = [], set()
+    for p in range(process_count):
+        with make_source(collection, transform(), batch_size=batch_size, seed=seed, start=start,
+                         process_index=p, process_count=process_count, **options) as batches:
+            parts.append([next(batches) for _ in range(steps)])
+            end.add(batches.position)
+    assert end == {start + steps * batch_size}
+    return [{name: np.concatenate([part[s][name] for part in parts]) for name in parts[0][s]}
+            for s in range(steps)]
+
+
+def equal(a, b):
+    return len(a) == len(b) and all(
+        x.keys() == y.keys() and all(x[k].dtype == y[k].dtype and np.array_equal(x[k], y[k])
+                                     for k in x) for x, y in zip(a, b))
+
+
+def numbers(batch):
+    return [int(high) << 32 | int(low) for high, low in batch["sample"]]
+
+
+def test_batch_spec(collection):
+    (batch,) = take(collection, 1)
+    spec = {name: (array.dtype.name, array.shape) for name, array in batch.items()}
+    assert spec == {
+        "image": ("uint8", (8, 8, 8, 3)), "tokens": ("int32", (8, 10)),
+        "text_mask": ("bool", (8, 10)), "crop": ("float32", (8, 4)),
+        "sample": ("uint32", (8, 2)), "valid": ("bool", (8,))}
+    assert numbers(batch) == list(range(8)) and batch["valid"].all()
+
+
+def words(batch, row):
+    return bytes(batch["tokens"][row][batch["text_mask"][row]].tolist())
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 100, 1009])
+def test_every_epoch_is_another_permutation(n):
+    order = Order(n, seed=3)
+    epochs = [[order(e * n + i) for i in range(n)] for e in range(4)]
+    assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
+    if n >= 100:
+        assert len({tuple(epoch) for epoch in epochs}) == 4
+        assert epochs[0] != list(range(n))
+        fixed = sum(a == b for epoch in epochs for a, b in zip(epoch, range(n)))
+        assert fixed < 0.1 * n
+        # grain adds the epoch to its seed: another seed's epochs must not be ours, shifted.
+        other = Order(n, seed=4)
+        assert [other(i) for i in range(n)] not in epochs
+    assert [Order(n, seed=3)(g) for g in range(n)] == epochs[0]
+    assert [Order(n, None)(g) for g in range(2 * n)] == 2 * list(range(n))
+
+
+def test_order_is_random_access_far_out():
+    order = Order(1000, seed=0)
+    far = 10**12
+    assert sorted(order(far * 1000 + i) for i in range(1000)) == list(range(1000))
+
+
+def test_the_rows_are_the_orders_samples(collection):
+    batches = take(collection, 5)
+    order = Order(N, 5)
+    for batch in batches:
+        for row, g in enumerate(numbers(batch)):
+            i = order(g)
+            rng = source.generator(5, g)
+            expected = transform()(collection.read(i), rng)
+            assert all(np.array_equal(batch[k][row], expected[k]) for k in expected)
+            text = words(batch, row)
+            assert text in (b"text %d" % i, b"alt %02d" % i)
+
+
+def test_resume_at_any_position_on_any_process_count(collection):
+    whole = take(collection, 6)
+    for step in range(1, 6):
+        for process_count in (1, 2, 4, 8):
+            rest = take(collection, 6 - step, start=8 * step, process_count=process_count)
+            assert equal(whole[step:], rest), (step, process_count)
+    odd = take(collection, 4, start=5)  # another batch size's position
+    assert [g for b in odd for g in numbers(b)] == list(range(5, 37))
+    at = {g: b["image"][r] for b in whole for r, g in enumerate(numbers(b))}
+    assert all(np.array_equal(at[g], b["image"][r])
+               for b in odd for r, g in enumerate(numbers(b)))
+
+
+@pytest.mark.parametrize("options", [
+    {"threads": 0}, {"threads": 1}, {"threads": 7, "prefetch": 3}, {"prefetch": 0}])
+def test_threads_change_nothing(collection, options):
+    assert equal(take(collection, 4), take(collection, 4, **options))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_worker_processes_change_nothing(partly_bad, workers):
+    here = take(partly_bad, 4, start=8, max_bad_fraction=1.0)
+    with make_source(partly_bad, transform(), batch_size=8, seed=5, start=8, workers=workers,
+                     max_bad_fraction=1.0) as batches:
+        there = [next(batches) for _ in range(2)]
+        children = [c for c in multiprocessing.active_children() if "prefetch" in c.name]
+        assert len(children) == workers
+        for child in children:  # what a scheduler sends to the whole job must not end its input
+            os.kill(child.pid, signal.SIGTERM)
+        there += [next(batches) for _ in range(2)]
+        counted = batches.problems.copy()
+        for child in children:
+            os.kill(child.pid, signal.SIGKILL)
+        with pytest.raises(DataError, match="worker process was killed"):
+            for _ in range(20):
+                next(batches)
+    assert not any(child.is_alive() for child in children)
+    assert equal(here, there)
+    with make_source(partly_bad, transform(), batch_size=8, seed=5, start=8,
+                     max_bad_fraction=1.0) as batches:
+        for _ in range(4):
+            next(batches)
+        assert counted == batches.problems and counted.total() > 0
+
+
+def test_augmentation_differs_by_epoch_and_seed(collection):
+    def crops(seed, start):
+        batches = take(collection, 2, seed=seed, start=start)
+        order = Order(N, seed)
+        return {order(g): b["crop"][r].tolist() for b in batches for r, g in enumerate(numbers(b))}
+
+    a, b, c = crops(1, 0), crops(1, 13 * 8), crops(2, 0)
+    for other in (b, c):
+        shared = a.keys() & other.keys()
+        assert len(shared) > 8 and sum(a[k] != other[k] for k in shared) > len(shared) // 2
+
+
+def test_sample_words_hold_large_positions(collection):
+    start = (3 << 32) - 4
+    (batch,) = take(collection, 1, start=start)
+    assert numbers(batch) == list(range(start, start + 8))
+    assert batch["sample"][0].tolist() == [2, 2**32 - 4] and batch["sample"][4].tolist() == [3, 0]
+
+
+def test_bad_samples_are_replaced_and_counted(partly_bad):
+    order = Order(N, 5)
+    why = {3: "format", 7: "truncated", 9: "empty-text"}
+    plain = ImageText(8, 10, tokenise)
+    with make_source(partly_bad, plain, batch_size=N, seed=5, max_bad_fraction=1.0) as batches:
+        first = next(batches)
+        assert first["valid"].all() and "problems" not in first
+        expected = dict.fromkeys(why.values(), 0)
+        for row, g in enumerate(numbers(first)):
+            i, attempt = order(g), 0
+            while i in why:
+                expected[why[i]] += 1
+                attempt += 1
+                i = source.replacement(5, g, attempt, N)
+            assert words(first, row) == b"text %d" % i
+        assert batches.problems == expected and min(expected.values()) >= 1
+        assert batches.bad == 3 and batches.seen == N
+        keys = {example.split(":")[0] for example in batches.examples}
+        assert keys == {"03", "07", "09"}
+    again = make_source(partly_bad, plain, batch_size=N, seed=5, max_bad_fraction=1.0)
+    assert equal([first], [next(again)])
+    again.close()
+
+
+def test_replacements_spread_over_the_collection():
+    first = [source.replacement(0, g, 1, 10) for g in range(2000)]
+    second = [source.replacement(0, g, 2, 10) for g in range(2000)]
+    for drawn in (first, second):
+        assert np.abs(np.bincount(drawn, minlength=10) - 200).max() < 80
+    assert sum(a == b for a, b in zip(first, second)) < 300
+
+
+def test_too_many_bad_samples_stop_the_run(partly_bad):
+    with make_source(partly_bad, transform(), batch_size=8, seed=5, max_bad_fraction=0.1,
+                     min_seen=24) as batches:
+        next(batches), next(batches)
+        with pytest.raises(DataError, match=r"of 24 samples are bad.*fraction=0.1") as error:
+            next(batches)
+    assert "format" in str(error.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_collection_of_bad_samples_stops_at_once(tmp_path, workers):
+    bad = index_shards(shard(tmp_path / "a.tar", [(f"{k}", b"junk", b"t") for k in range(4)]))
+    with (make_source(bad, transform(), batch_size=2, seed=0, workers=workers) as batches,
+          pytest.raises(DataError, match=r"15 replacements.*format")):
+        next(batches)
+
+
+def test_a_lost_shard_stops_the_run_by_name(tmp_path):
+    path = shard(tmp_path / "a.tar", [(f"{k}", png(k), b"t") for k in range(4)])
+    lost = index_shards(path)
+    (tmp_path / "a.tar").unlink()
+    with (make_source(lost, transform(), batch_size=2, seed=0) as batches,
+          pytest.raises(DataError, match=r"a\.tar")):
+        next(batches)
+
+
+@pytest.mark.parametrize("process_count", [1, 2, 4])
+def test_evaluation_sees_every_sample_once(collection, process_count):
+    rows = []
+    for p in range(process_count):
+        with make_eval_source(collection, ImageText(8, 10, tokenise), batch_size=8,
+                              process_index=p, process_count=process_count) as batches:
+            done = list(batches)
+        assert len(done) == 2 and all(len(b["valid"]) == 8 // process_count for b in done)
+        rows += [(g, bool(b["valid"][row]), words(b, row))
+                 for b in done for row, g in enumerate(numbers(b))]
+        assert batches.seen == sum(ok for b in done for ok in b["valid"])
+    rows.sort()
+    assert [g for g, _, _ in rows] == list(range(16))
+    assert [ok for _, ok, _ in rows] == [g < N for g in range(16)]
+    assert [text for _, ok, text in rows if ok] == [b"text %d" % k for k in range(N)]
+
+
+def test_evaluation_marks_bad_samples(partly_bad):
+    with make_eval_source(partly_bad, ImageText(8, 10, tokenise), batch_size=10) as batches:
+        valid = np.concatenate([b["valid"] for b in batches])
+        # Rows 13 to 19 are padding, made from samples 0 to 6; the bad one there counts no more.
+        assert np.flatnonzero(~valid).tolist() == [3, 7, 9, *range(13, 20)]
+        assert batches.problems["format"] >= 1 and batches.seen == N and batches.bad == 3
+
+
+def test_finite_epochs_end_and_resume(collection):
+    with make_source(collection, transform(), batch_size=8, seed=1, num_epochs=2) as batches:
+        done = list(batches)
+    seen = [Order(N, 1)(g) for b in done for g, ok in zip(numbers(b), b["valid"]) if ok]
+    assert sorted(seen) == sorted(2 * list(range(N))) and len(done) == 4
+    with make_source(collection, transform(), batch_size=8, seed=1, num_epochs=2,
+                     start=24) as batches:
+        assert equal(done[3:], list(batches))
+    with make_source(collection, transform(), batch_size=8, seed=1, num_epochs=2,
+                     start=batches.position) as after:
+        assert list(after) == []
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"batch_size": 6, "process_count": 4}, "multiple of the process count"),
+    ({"process_index": 1}, "process 1 of 1"), ({"start": -1}, "start -1"),
+    ({"seed": -1}, "seed -1"), ({"workers": -1}, "workers -1"),
+    ({"num_epochs": 0}, "num_epochs 0")])
+def test_sizes_that_do_not_fit(collection, options, message):
+    with pytest.raises(ConfigError, match=message):
+        make_source(collection, transform(), **{"batch_size": 8, "seed": 0, **options})
+
+
+def test_captions_follow_the_sample_number():
+    sample = Sample("k", png(0), "  ", {"alt": "a", "other": "b", "n": 3})
+    both = ImageText(8, 10, tokenise, captions=("txt", "json:alt", "json:other"))
+    drawn = [both.caption(sample, source.generator(0, g)) for g in range(400)]
+    assert drawn == [both.caption(sample, source.generator(0, g)) for g in range(400)]
+    assert set(drawn) == {"a", "b"} and 150 < drawn.count("a") < 250
+    for captions, reason in ((("json:n",), "caption"), (("txt", "json:none"), "empty-text")):
+        with pytest.raises(BadSample) as error:
+            ImageText(8, 10, tokenise, captions=captions)(sample, source.generator(0, 0))
+        assert error.value.reason == reason
+    with pytest.raises(ConfigError, match="caption source"):
+        ImageText(8, 10, tokenise, captions=("alt",))
+    with pytest.raises(ConfigError, match="crop"):
+        ImageText(8, 10, tokenise, crop="middle")
+
+
+def test_recorded_crop_is_the_crop():
+    sample = Sample("k", png(4, side=40), "t", {})
+    for g in range(8):
+        out = ImageText(16, 4, tokenise, crop="random", fraction=0.5, with_crop=True)(
+            sample, source.generator(0, g))
+        full = im.decode(sample.image)
+        left, upper, right, lower = np.rint(out["crop"] * np.array([46, 40, 46, 40])).astype(int)
+        assert right - left == lower - upper == 20
+        inside = Image.fromarray(full[upper:lower, left:right]).resize((16, 16), 3)
+        assert np.abs(np.array(inside).astype(int) - out["image"])[2:-2, 2:-2].max() <= 2
+
+
+def test_a_small_crop_of_a_large_jpeg_keeps_its_detail():
+    """The reduced JPEG decoding goes by the crop, not by the picture."""
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)
+    Image.fromarray(noise).resize((800, 800)).save(buffer, "JPEG", quality=95)
+    sample = Sample("k", buffer.getvalue(), "t", {})
+    out = ImageText(64, 4, tokenise, fraction=0.25)(sample, source.generator(0, 0))
+    exact, _ = im.resize_and_crop(im.decode(sample.image), 64, fraction=0.25)
+    assert np.array_equal(out["image"], exact)
+
+
+def test_upsampling_pairs_the_crop_with_its_own_reduction():
+    sample = Sample("k", png(1, side=80), "", {})
+    full, _ = im.resize_and_crop(im.decode(sample.image), 64)
+    places = set()
+    for g in range(6):
+        out = Upsampling(64, 4, crop=16)(sample, source.generator(0, g))
+        assert out["image"].shape == (16, 16, 3) and out["low"].shape == (4, 4, 3)
+        found = [(y, x) for y in range(49) for x in range(49)
+                 if np.array_equal(full[y : y + 16, x : x + 16], out["image"])]
+        assert len(found) == 1
+        places.update(found)
+        assert np.array_equal(out["low"], np.rint(
+            out["image"].reshape(4, 4, 4, 4, 3).mean((1, 3))))
+    assert len(places) > 4
+
+
+def test_upsampling_degrades_the_conditioning_only_in_training():
+    sample = Sample("k", png(1, side=80), "", {})
+
+    def make(degradation, **options):
+        return Upsampling(64, 4, degradation=degradation, **options)(
+            sample, source.generator(0, 1))
+
+    clean, blurred, degraded = (make(d) for d in ("none", "blur", "bsr"))
+    assert np.array_equal(blurred["low"], im.gaussian_blur(clean["low"], 3, 0.6))
+    assert not np.array_equal(degraded["low"], clean["low"])
+    assert np.array_equal(degraded["low"], make("bsr")["low"])
+    assert np.array_equal(degraded["image"], clean["image"])
+    for degradation in ("blur", "bsr"):
+        out = make(degradation, train=False, crop=16)
+        assert np.array_equal(out["image"], clean["image"])
+        assert np.array_equal(out["low"], clean["low"])
+    for wrong in ({"crop": 18}, {"crop": 68}, {"degradation": "rain"}):
+        with pytest.raises(ConfigError):
+            Upsampling(64, 4, **wrong)
+
+
+def test_the_default_tokenizer(collection):
+    default = ImageText(8, 77)
+    out = pickle.loads(pickle.dumps(default))(collection.read(0), source.generator(0, 0))
+    length = int(out["text_mask"].sum())
+    assert out["tokens"][0] == 49406 and out["tokens"][length - 1] == 49407
+    assert out["text_mask"][:length].all() and not out["tokens"][length:].any()
+
+
+def test_transforms_and_collections_pickle(collection):
+    for thing in (transform(), Upsampling(64, 4, crop=16, degradation="bsr")):
+        again = pickle.loads(pickle.dumps(thing))
+        a, b = (t(collection.read(2), source.generator(0, 7)) for t in (thing, again))
+        assert all(np.array_equal(a[k], b[k]) for k in a)
+    assert pickle.loads(pickle.dumps(collection)).fingerprint == collection.fingerprint

@@ -1,0 +1,290 @@
+"""The autoregressive prior: PCA and codes against numpy, the cache against teacher forcing."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from unclip.errors import ConfigError, DataError
+from unclip.models import prior_ar as ar
+from unclip.models.transformer import stack_blocks
+
+B, N, K, L, D = 3, 5, 8, 4, 6
+TINY = dict(embed_dim=D, codes=N, buckets=K, context=L, text_width=7, width=16, layers=2, heads=4,
+            dot_buckets=4)
+
+
+@pytest.fixture(scope="module")
+def data():
+    """[400, 10] correlated, off-centre embeddings with a clear order of variances."""
+    rng = np.random.default_rng(0)
+    basis = np.linalg.qr(rng.normal(size=(10, 10)))[0]
+    return rng.normal(size=(400, 10)) * 2.0 ** -np.arange(10) @ basis.T + rng.normal(size=10)
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    rng = np.random.default_rng(1)
+    return (
+        jnp.asarray(rng.integers(0, K, (B, N)), jnp.int32),
+        jnp.asarray(rng.normal(size=(B, D)), jnp.float32),
+        jnp.asarray(rng.normal(size=(B, L, 7)), jnp.float32),
+        jnp.asarray(np.arange(L)[None] < np.array([[4], [2], [3]])),
+        jnp.asarray([0, 2, 3], jnp.int32),
+    )
+
+
+@pytest.fixture(scope="module")
+def params(inputs):
+    model = ar.ARPrior(**TINY, learned_null=True)
+    tree = jax.jit(model.init)(jax.random.key(0), *inputs)["params"]
+    rng = np.random.default_rng(2)
+    return jax.tree.map(lambda a: a + 0.2 * rng.normal(size=a.shape).astype("f4"), tree)
+
+
+@pytest.fixture(scope="module")
+def apply(params):
+    model = ar.ARPrior(**TINY, learned_null=True)
+    return jax.jit(lambda *a: model.apply({"params": params}, *a))
+
+
+def test_streaming_covariance_equals_numpy(data):
+    whole = ar.StreamingCovariance(10)
+    for part in np.split(data, [1, 1, 7, 250]):  # single rows and an empty batch among them
+        whole.update(part)
+    np.testing.assert_allclose(whole.mean, data.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(whole.covariance, np.cov(data.T), rtol=1e-10, atol=1e-14)
+    left, right = ar.StreamingCovariance(10), ar.StreamingCovariance(10)
+    merged = left.update(data[:90]).merge(right.update(data[90:]))
+    assert merged.count == 400
+    np.testing.assert_allclose(merged.covariance, np.cov(data.T), rtol=1e-10, atol=1e-14)
+    shifted = ar.StreamingCovariance(10).update(data[:200] + 1e6).update(data[200:] + 1e6)
+    np.testing.assert_allclose(shifted.covariance, np.cov(data.T), rtol=1e-5, atol=1e-8)
+
+
+def test_streaming_covariance_refuses(data):
+    with pytest.raises(DataError, match=r"\[n, 9\]"):
+        ar.StreamingCovariance(9).update(data)
+    with pytest.raises(DataError, match="NaN"):
+        ar.StreamingCovariance(10).update(np.full((2, 10), np.nan))
+    with pytest.raises(DataError, match="at least 2"):
+        _ = ar.StreamingCovariance(10).update(data[:1]).covariance
+
+
+def test_pca_equals_svd(data):
+    pca = ar.fit_pca(data.mean(0), np.cov(data.T), dims=4)
+    _, s, vt = np.linalg.svd(data - data.mean(0), full_matrices=False)
+    np.testing.assert_allclose(pca.scale, (s / np.sqrt(399))[:4], rtol=1e-9)
+    assert (np.diff(pca.scale) < 0).all()
+    np.testing.assert_allclose(np.abs(pca.components.T @ vt[:4].T), np.eye(4), atol=1e-8)
+    top = np.abs(pca.components).argmax(0)
+    assert (pca.components[top, range(4)] > 0).all()
+    coefficients = np.asarray(ar.encode(pca, data.astype(np.float32)))
+    np.testing.assert_allclose(coefficients, (data - data.mean(0)) @ pca.components, atol=1e-5)
+    # what the codes are scaled by: uncorrelated, standard deviation `scale`
+    np.testing.assert_allclose(np.cov(coefficients.T), np.diag(pca.scale**2), atol=1e-4)
+
+
+def test_reconstruction_error_is_the_dropped_variance(data):
+    values = np.linalg.eigvalsh(np.cov(data.T))[::-1]
+    for dims in (3, 7, 10):
+        pca = ar.fit_pca(data.mean(0), np.cov(data.T), dims=dims)
+        back = ar.decode(pca, ar.encode(pca, data.astype(np.float32)))
+        error = np.square(np.asarray(back, np.float64) - data).sum(1).sum() / 399
+        np.testing.assert_allclose(error, values[dims:].sum(), rtol=1e-4, atol=1e-9)
+
+
+def test_explained_keeps_the_fewest(data):
+    values = np.linalg.eigvalsh(np.cov(data.T))[::-1]
+    share = np.cumsum(values) / values.sum()
+    fit = partial(ar.fit_pca, data.mean(0), np.cov(data.T))
+    for explained in (0.5, 0.99, 0.9999):
+        dims = len(fit(explained=explained).scale)
+        assert share[dims - 1] >= explained and (dims == 1 or share[dims - 2] < explained)
+    assert len(fit(explained=1.0).scale) == 10
+    for bad in ({}, {"dims": 3, "explained": 0.9}, {"dims": 11}, {"dims": 0}, {"explained": 1.5}):
+        with pytest.raises(ConfigError, match="expected"):
+            fit(**bad)
+
+
+def test_quantise_round_trip():
+    rng = np.random.default_rng(4)
+    scale = np.array([3.0, 0.5, 1e-3])
+    x = rng.uniform(-4, 4, size=(2000, 3)) * scale
+    codes = ar.quantise(x, scale, 64, 4.0)
+    assert codes.dtype == jnp.int32 and codes.min() == 0 and codes.max() == 63
+    back = np.asarray(ar.dequantise(codes, scale, 64, 4.0))
+    half = 4.0 * scale / 64
+    assert (np.abs(back - x) <= half * (1 + 1e-5)).all()
+    assert (np.abs(back - x).max(0) > 0.9 * half).all()
+    np.testing.assert_array_equal(ar.quantise(back, scale, 64, 4.0), codes)  # centres stay
+    edges = np.array([[-99.0, 99.0, 0.0]]) * scale
+    np.testing.assert_array_equal(ar.quantise(edges, scale, 64, 4.0), [[0, 63, 32]])
+    rising = np.asarray(ar.quantise(np.sort(x[:, :1], axis=0), scale[:1], 64))
+    assert (np.diff(rising, axis=0) >= 0).all()
+    flat = ar.dequantise(ar.quantise(np.zeros((1, 1)), np.zeros(1), 64), np.zeros(1), 64)
+    assert np.isfinite(flat).all() and np.abs(flat).max() < 1e-6
+
+
+def test_dot_buckets_split_the_training_data_in_half():
+    dots = np.random.default_rng(5).gamma(2.0, size=1000)  # skewed
+    edges = ar.fit_dot_edges(dots, 8)
+    codes = np.asarray(ar.quantise_dot(jnp.asarray(dots), edges))
+    np.testing.assert_array_equal(codes >= 4, dots > np.median(dots))
+    np.testing.assert_array_equal(np.bincount(codes), [125] * 8)
+    assert ar.quantise_dot(jnp.asarray([-9.0, 99.0]), edges).tolist() == [0, 7]
+    drawn = np.asarray(ar.draw_dot(jax.random.split(jax.random.key(0), 400), 8))
+    assert set(drawn) == {4, 5, 6, 7}
+    with pytest.raises(ConfigError, match="even"):
+        ar.fit_dot_edges(dots, 7)
+
+
+def test_logits_see_only_earlier_codes(inputs, apply):
+    codes, *rest = inputs
+    base = apply(*inputs)
+    assert base.shape == (B, N, K) and base.dtype == jnp.float32
+    for n in range(N):
+        changed = apply(codes.at[:, n].set((codes[:, n] + 1) % K), *rest)
+        np.testing.assert_array_equal(base[:, : n + 1], changed[:, : n + 1])
+        if n + 1 < N:
+            assert (np.abs(base - changed)[:, n + 1 :].max(-1) > 1e-5).all()
+
+
+def test_prefix_matters_and_padding_does_not(inputs, apply):
+    codes, z_t, text, mask, dot = inputs
+    base = apply(*inputs)
+    np.testing.assert_array_equal(
+        base, apply(codes, z_t, jnp.where(mask[..., None], text, 1e3), mask, dot))
+    for changed in [(codes, z_t + 1, text, mask, dot), (codes, z_t, text + 1, mask, dot),
+                    (codes, z_t, text, mask, (dot + 1) % 4)]:
+        assert (np.abs(apply(*changed) - base).max(-1) > 1e-5).all()
+
+
+@pytest.mark.parametrize("fold", [False, True])
+def test_cached_decoding_equals_teacher_forcing(params, inputs, apply, fold):
+    codes, *condition = inputs
+    model = ar.ARPrior(**TINY, learned_null=True, fold=fold)
+    tree = {"params": stack_blocks(params) if fold else params}
+    logits, cache = jax.jit(partial(model.apply, method="prefill"))(tree, *condition)
+    step = jax.jit(partial(model.apply, method="step"))
+    all_logits = [logits]
+    for n in range(N - 1):
+        logits, cache = step(tree, codes[:, n], n, cache)
+        all_logits.append(logits)
+    np.testing.assert_allclose(jnp.stack(all_logits, 1), apply(*inputs), rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def sampler(params):
+    model = ar.ARPrior(**TINY, learned_null=True)
+    compiled = jax.jit(partial(ar.sample, model, params))
+    return partial(compiled, temperature=1.0)
+
+
+def test_greedy_sampling_is_the_argmax(inputs, apply, sampler):
+    _, *condition, dot = inputs
+    keys = jax.random.split(jax.random.key(1), B)
+    codes = sampler(keys, *condition, dot=dot, temperature=0.0)
+    assert codes.shape == (B, N) and codes.dtype == jnp.int32
+    np.testing.assert_array_equal(codes, apply(codes, *condition, dot).argmax(-1))
+
+
+def test_guided_sampling_follows_the_guided_logits(inputs, params, apply, sampler):
+    _, *condition, dot = inputs
+    keys = jax.random.split(jax.random.key(1), B)
+    codes = sampler(keys, *condition, dot=dot, temperature=0.0, guidance=3.0)
+
+    def logits(drop):
+        return apply(codes, *condition, dot, jnp.full(B, drop))
+
+    guided = logits(True) + 3.0 * (logits(False) - logits(True))
+    np.testing.assert_array_equal(codes, guided.argmax(-1))
+    plain = sampler(keys, *condition, dot=dot)  # w = 1 is the conditional model
+    np.testing.assert_array_equal(plain, sampler(keys, *condition, dot=dot, guidance=1.0))
+    # the empty caption given by hand: w = 0 is the model under that caption
+    empty = tuple(a[::-1] for a in condition)
+    by_hand = sampler(keys, *condition, dot=dot, guidance=0.0, uncond=empty)
+    np.testing.assert_array_equal(by_hand, sampler(keys, *empty, dot=dot))
+    with pytest.raises(ConfigError, match="uncond"):
+        ar.sample(ar.ARPrior(**TINY), params, keys, *condition, guidance=2.0)
+
+
+def test_rows_depend_on_their_own_key(inputs, sampler):
+    _, *condition, _ = inputs
+    keys = jax.random.split(jax.random.key(2), B)
+    codes = sampler(keys, *condition, top_p=1.0)
+    # the same row in another place, among other keys and conditions
+    others = jax.random.split(jax.random.key(3), B)
+    mixed = [a[jnp.asarray([2, 0, 1])] for a in condition]
+    np.testing.assert_array_equal(
+        codes[1], sampler(others.at[2].set(keys[1]), *mixed, top_p=1.0)[2])
+    assert (codes != sampler(others, *condition, top_p=1.0)).any()
+
+
+def test_dot_defaults_to_the_upper_half_and_top_p_0_is_greedy(inputs, apply, sampler):
+    _, *condition, _ = inputs
+    keys = jax.random.split(jax.random.key(5), B)
+    codes = sampler(keys, *condition, top_p=0.0)
+    likeliest = [apply(codes, *condition, jnp.full(B, dot)).argmax(-1) for dot in (2, 3)]
+    assert all(any((best[row] == codes[row]).all() for best in likeliest) for row in range(B))
+
+
+def test_sampled_frequencies_follow_the_model(inputs, apply, sampler):
+    """The first code of every row over 1,000 draws, against its exact distribution."""
+    codes, *condition, dot = inputs
+    exact = np.asarray(jax.nn.softmax(apply(codes, *condition, dot)[:, 0]))
+    keys = jax.random.split(jax.random.key(4), (1000, B))
+    drawn = np.stack([sampler(k, *condition, dot=dot) for k in keys])
+    for row in range(B):
+        seen = np.bincount(drawn[:, row, 0], minlength=K) / 1000
+        assert (np.abs(seen - exact[row]) < 5 * np.sqrt(exact[row] / 1000)).all()
+    # successive codes of a row, and neighbouring rows, use different randomness
+    same = np.corrcoef((drawn[:, :2, :2] == drawn[0, :2, :2]).reshape(1000, 4).T)
+    assert np.abs(same - np.eye(4)).max() < 0.3
+
+
+def test_keep_top_p():
+    logits = jnp.log(jnp.asarray([[0.1, 0.5, 0.15, 0.25], [0.25, 0.25, 0.25, 0.25]]))
+    keep = np.isfinite(np.asarray(ar.keep_top_p(logits, 0.7)))
+    assert keep[0].tolist() == [False, True, False, True] and keep[1].all()
+    assert np.isfinite(ar.keep_top_p(logits, 0.0))[0].tolist() == [False, True, False, False]
+    np.testing.assert_array_equal(ar.keep_top_p(logits, 1.1), logits)
+
+
+def test_fold_remat_bf16(params, inputs, apply):
+    base = apply(*inputs)
+    folded = ar.ARPrior(**TINY, learned_null=True, fold=True, remat="full")
+    tree = {"params": stack_blocks(params)}
+    same = jax.jit(folded.apply)(tree, *inputs)
+    np.testing.assert_allclose(same, base, rtol=1e-5, atol=1e-5)
+    low = ar.ARPrior(**TINY, learned_null=True, dtype=jnp.bfloat16)
+    out = jax.jit(low.apply)({"params": params}, *inputs)
+    assert out.dtype == jnp.float32
+    assert np.abs(out - base).max() < 0.05 * np.abs(base).max()
+
+
+def test_paper_parameter_count_by_arithmetic():
+    k = ar.PRESETS["paper"]
+    assert [k[n] for n in ("width", "layers", "heads", "codes", "buckets")] == [
+        1664, 24, 26, 319, 1024]  # Table 3 and section 2.2
+    w, dim, length = 1664, 1024, 77 + 2 + 318
+    model = ar.ARPrior(**k, fold=True)
+    assert model.length == length
+    shape = jax.ShapeDtypeStruct
+    tree = jax.eval_shape(
+        model.init, jax.random.key(0), shape((1, 319), jnp.int32), shape((1, dim), jnp.float32),
+        shape((1, 77, dim), jnp.float32), shape((1, 77), bool), shape((1,), jnp.int32))
+    blocks = 24 * (12 * w * w + 13 * w)
+    ends = 2 * (dim * w + w) + 16 * w + 1024 * w + length * w + 2 * w + w * 1024 + 1024
+    assert sum(int(np.prod(a.shape)) for a in jax.tree.leaves(tree)) == blocks + ends
+
+
+def test_errors_say_what_is_expected(params, inputs):
+    codes, z_t, *rest = inputs
+    model = ar.ARPrior(**TINY, learned_null=True)
+    with pytest.raises(ConfigError, match=r"expected \[B, 5\]"):
+        model.apply({"params": params}, codes[:, :4], z_t, *rest)
+    with pytest.raises(ConfigError, match=r"expected \[B, 6\]"):
+        model.apply({"params": params}, codes, z_t[:, :5], *rest)

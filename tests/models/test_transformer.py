@@ -1,0 +1,248 @@
+"""The transformer against a float64 numpy copy, and the properties its users rely on."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import erf
+
+from unclip.errors import ConfigError
+from unclip.models import transformer as tf
+
+WIDTH, LAYERS, HEADS = 16, 3, 4
+
+
+def make(**kwargs):
+    return tf.Transformer(**{"width": WIDTH, "layers": LAYERS, "heads": HEADS, **kwargs})
+
+
+@pytest.fixture(scope="module")
+def x():
+    return jnp.asarray(np.random.default_rng(0).normal(size=(2, 7, WIDTH)), jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def params(x):
+    tree = jax.jit(make().init)(jax.random.key(0), x)["params"]
+    leaves, treedef = jax.tree.flatten(tree)
+    rng = np.random.default_rng(1)  # biases start at 0 and would hide mistakes
+    return treedef.unflatten([a + 0.1 * rng.normal(size=a.shape).astype("f4") for a in leaves])
+
+
+def np_act(name, x):
+    if name == "gelu":
+        return 0.5 * x * (1 + erf(x / np.sqrt(2)))
+    if name == "quick_gelu":
+        return x / (1 + np.exp(-1.702 * x))
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def np_ln(p, x, eps):
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps) * p[
+        "scale"
+    ] + p["bias"]
+
+
+def np_dense(p, x):
+    return x @ p["kernel"] + p["bias"]
+
+
+def np_attend(q, k, v, mask):
+    """One head at a time: q, k, v [T, H, D], mask [T, T]."""
+    out = np.zeros_like(q)
+    for h in range(q.shape[1]):
+        logits = q[:, h] @ k[:, h].T / np.sqrt(q.shape[2])
+        weights = np.where(mask, np.exp(logits), 0)
+        out[:, h] = weights / weights.sum(-1, keepdims=True) @ v[:, h]
+    return out
+
+
+def np_block(p, x, mask, act, eps=1e-5):
+    h = np_ln(p["ln_1"], x, eps)
+    q, k, v = (np_dense(p["attn"][n], h).reshape(len(x), HEADS, -1) for n in "qkv")
+    x = x + np_dense(p["attn"]["out"], np_attend(q, k, v, mask).reshape(x.shape))
+    h = np_act(act, np_dense(p["mlp"]["fc"], np_ln(p["ln_2"], x, eps)))
+    return x + np_dense(p["mlp"]["proj"], h)
+
+
+@pytest.mark.parametrize("act, eps", [("gelu", 1e-5), ("gelu_tanh", 1e-5), ("quick_gelu", 0.1)])
+def test_forward_equals_numpy(params, x, act, eps):
+    mask = np.array(tf.causal_mask(7)[0, 0])
+    ours = jax.jit(make(activation=act, eps=eps).apply)({"params": params}, x, mask)
+    p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
+    for row in range(2):
+        ref = np.asarray(x[row], np.float64)
+        for i in range(LAYERS):
+            ref = np_block(p[f"block_{i}"], ref, mask, act, eps)
+        np.testing.assert_allclose(ours[row], ref, rtol=2e-5, atol=2e-5)
+
+
+def test_parameter_layout(params):
+    paths = {jax.tree_util.keystr(k, simple=True, separator="/") for k, _ in
+             jax.tree_util.tree_leaves_with_path(params["block_0"])}
+    dense = ["attn/q", "attn/k", "attn/v", "attn/out", "mlp/fc", "mlp/proj"]
+    assert paths == {f"{d}/{n}" for d in dense for n in ("kernel", "bias")} | {
+        f"{ln}/{n}" for ln in ("ln_1", "ln_2") for n in ("scale", "bias")}
+    assert params["block_0"]["mlp"]["fc"]["kernel"].shape == (WIDTH, 4 * WIDTH)
+    wide = jax.eval_shape(make(mlp_width=50).init, jax.random.key(0), jnp.zeros((1, 2, WIDTH)))
+    assert wide["params"]["block_1"]["mlp"]["fc"]["kernel"].shape == (WIDTH, 50)
+
+
+def test_attention_masks_and_empty_rows():
+    rng = np.random.default_rng(2)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 5, 2, 4)), jnp.float32) for _ in range(3))
+    mask = rng.random((2, 1, 5, 5)) > 0.4
+    mask[:, :, :, 0] = True
+    mask[1, 0, 3] = False  # nothing to attend to
+
+    def loss(q, k, v):
+        return jnp.square(tf.attention(q, k, v, jnp.asarray(mask))).sum()
+
+    out = np.asarray(tf.attention(q, k, v, jnp.asarray(mask)))
+    assert np.isfinite(out).all()
+    assert all(np.isfinite(g).all() for g in jax.grad(loss, (0, 1, 2))(q, k, v))
+    for b in range(2):
+        rows = [i for i in range(5) if mask[b, 0, i].any()]
+        ref = np_attend(*(np.asarray(a[b], np.float64) for a in (q, k, v)),
+                        np.where(mask[b, 0].any(-1, keepdims=True), mask[b, 0], True))
+        np.testing.assert_allclose(out[b][rows], ref[rows], rtol=1e-5, atol=1e-5)
+    # Lower-rank masks broadcast from the right.
+    flat = jnp.asarray([True, False, True, True, False])
+    np.testing.assert_array_equal(
+        tf.attention(q, k, v, flat),
+        tf.attention(q, k, v, jnp.broadcast_to(flat, (2, 2, 5, 5))),
+    )
+
+
+def test_softmax_is_float32_under_bf16():
+    """512 equal keys: a bf16 softmax sum would stall at 256 and double the result."""
+    q = jnp.ones((1, 1, 1, 8), jnp.bfloat16)
+    k, v = jnp.ones((1, 512, 1, 8), jnp.bfloat16), jnp.ones((1, 512, 1, 8), jnp.bfloat16)
+    np.testing.assert_allclose(np.asarray(tf.attention(q, k, v), np.float32), 1.0, rtol=4e-3)
+
+
+def test_bad_names_name_the_choices(x):
+    q = jnp.ones((1, 2, 1, 8))
+    with pytest.raises(ConfigError, match=r"'flash'.*cudnn, xla"):
+        tf.attention(q, q, q, impl="flash")
+    with pytest.raises(ConfigError, match=r"cudnn.*float32.*bfloat16"):
+        tf.attention(q, q, q, impl="cudnn")
+    with pytest.raises(ConfigError, match="did you mean 'gelu"):
+        tf.activation_fn("gelu_tahn")
+    with pytest.raises(ConfigError, match="did you mean 'dots_saveable'"):
+        tf.remat_policy("dot_saveable")
+    with pytest.raises(ConfigError, match="width 16 does not divide into 3 heads"):
+        make(heads=3).init(jax.random.key(0), x)
+    assert tf.remat_policy(None) is None
+
+
+def test_causal_mask_hides_the_future(params, x):
+    apply = jax.jit(lambda x: make().apply({"params": params}, x, tf.causal_mask(7)))
+    changed = x.at[:, 4, 0].add(3.0)  # not every channel: layer norm would not see it
+    before, after = apply(x), apply(changed)
+    np.testing.assert_array_equal(before[:, :4], after[:, :4])
+    assert (np.abs(before[:, 4:] - after[:, 4:]).max(-1) > 1e-3).all()
+
+
+def test_folded_equals_unfolded_both_ways(params, x):
+    mask = tf.causal_mask(7)
+    folded = tf.stack_blocks({"deep": params, "other": {"block_0": jnp.ones(3)}})
+    assert folded["deep"]["blocks"]["attn"]["q"]["kernel"].shape == (LAYERS, WIDTH, WIDTH)
+    assert "block_0" in folded["other"]  # not a transformer block: left alone
+    np.testing.assert_allclose(
+        make(fold=True).apply({"params": folded["deep"]}, x, mask),
+        make().apply({"params": params}, x, mask), rtol=1e-5, atol=1e-5)
+    back = tf.unstack_blocks(folded)
+    jax.tree.map(np.testing.assert_array_equal, back["deep"], params)
+    fresh = jax.eval_shape(make(fold=True).init, jax.random.key(0), x)["params"]
+    assert jax.tree.map(jnp.shape, fresh) == jax.tree.map(jnp.shape, folded["deep"])
+    host = tf.stack_blocks(jax.tree.map(np.asarray, params))
+    assert all(isinstance(a, np.ndarray) for a in jax.tree.leaves(host))
+
+
+def test_stacking_orders_by_number():
+    block = {part: {} for part in ("ln_2", "attn", "mlp")}
+    tree = {f"block_{i}": {**block, "ln_1": {"scale": np.full(2, i)}} for i in (10, 2, 0, 1)}
+    tree |= {f"block_{i}": {**block, "ln_1": {"scale": np.full(2, i)}} for i in range(3, 10)}
+    np.testing.assert_array_equal(
+        tf.stack_blocks(tree)["blocks"]["ln_1"]["scale"][:, 0], np.arange(11))
+
+
+def test_folded_init_draws_each_block_alone(x):
+    p = make(fold=True).init(jax.random.key(3), x)["params"]["blocks"]
+    kernel = np.asarray(p["mlp"]["fc"]["kernel"])
+    assert np.abs(kernel[0] - kernel[1]).max() > 0.1
+    # fan-in must not count the [layers] axis
+    assert abs(kernel.std() - (2 * WIDTH) ** -0.5) < 0.02
+    assert abs(np.std(p["attn"]["out"]["kernel"]) - (2 * LAYERS * WIDTH) ** -0.5) < 0.02
+
+
+@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize("remat", ["full", "dots_with_no_batch_dims_saveable", "save_attention"])
+def test_remat_changes_no_gradient(params, x, fold, remat):
+    tree = tf.stack_blocks(params) if fold else params
+
+    def grad(remat):
+        module = make(fold=fold, remat=remat)
+        return jax.jit(jax.grad(lambda p: jnp.square(module.apply({"params": p}, x)).mean()))(tree)
+
+    for a, b in zip(jax.tree.leaves(grad(None)), jax.tree.leaves(grad(remat)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_remat_recomputes(params, x):
+    def text(remat):
+        module = make(remat=remat)
+        loss = jax.grad(lambda p: module.apply({"params": p}, x).sum())
+        return str(jax.make_jaxpr(loss)(params))
+
+    assert "nothing_saveable" in text("full") and "nothing_saveable" not in text(None)
+
+
+@pytest.mark.parametrize("fold", [False, True])
+def test_cached_equals_whole(params, x, fold):
+    tree = {"params": tf.stack_blocks(params) if fold else params}
+    module = make(fold=fold)
+    whole = module.apply(tree, x, tf.causal_mask(7))
+    cache = module.init_cache(2, 9)  # longer than the sequence: the rest is masked
+    seen = jnp.arange(9)[None] <= jnp.arange(7)[:, None]
+    step = jax.jit(lambda x, m, c, i: module.apply(tree, x, m, c, i))
+    out, cache = step(x[:, :4], seen[:4], cache, 0)
+    parts = [out]
+    for i in range(4, 7):
+        out, cache = step(x[:, i : i + 1], seen[i : i + 1], cache, i)
+        parts.append(out)
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, rtol=1e-5, atol=1e-5)
+
+
+def test_bf16_is_close_and_params_stay_float32(params, x):
+    low = make(dtype=jnp.bfloat16)
+    out = low.apply({"params": params}, x)
+    assert out.dtype == jnp.bfloat16
+    full = make().apply({"params": params}, x)
+    error = np.abs(np.asarray(out, np.float32) - full).max()
+    assert error < 0.05 * float(np.abs(full).max())
+    leaves = jax.tree.leaves(jax.eval_shape(low.init, jax.random.key(0), x))
+    assert {a.dtype for a in leaves} == {jnp.dtype(jnp.float32)}
+
+
+def test_layer_norm_is_exact_far_from_zero():
+    """mean(x^2) - mean(x)^2 in float32 would lose everything at an offset of 1e4."""
+    rng = np.random.default_rng(5)
+    x = (1e4 + rng.normal(size=(3, 64))).astype(np.float32)
+    y = tf.LayerNorm().apply({"params": {"scale": jnp.ones(64), "bias": jnp.zeros(64)}}, x)
+    ref = x.astype(np.float64)
+    ref = (ref - ref.mean(-1, keepdims=True)) / np.sqrt(ref.var(-1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(y, ref, atol=5e-3)
+
+
+def test_timestep_embedding():
+    t = np.array([0, 1, 500, 999])
+    out = np.asarray(tf.timestep_embedding(jnp.asarray(t, jnp.int32), 320))
+    assert out.dtype == np.float32 and out.shape == (4, 320)
+    angle = t[:, None] * 10000.0 ** (-np.arange(160) / 160)
+    np.testing.assert_allclose(
+        out, np.concatenate([np.cos(angle), np.sin(angle)], 1), atol=1e-4)
+    np.testing.assert_array_equal(out[0], [1.0] * 160 + [0.0] * 160)
+    odd = tf.timestep_embedding(jnp.asarray(t), 7)
+    assert odd.shape == (4, 7) and not np.any(odd[:, -1])

@@ -1,0 +1,307 @@
+"""`unclip VERB …`: finds the verb's module and runs it; says in one line what went wrong.
+
+The verbs are the steps from caption shards to pictures (arXiv 2204.06125): train the stages,
+export them as one model, generate, evaluate. Each is an absl app in a module of its own with a
+`main(argv)`; `python -m unclip.train` runs the same app. Nothing heavy is imported here, so
+`unclip --help` is quick and a mistyped flag is told before an accelerator is touched.
+
+Exit codes: 0 done, 70 numerics, 74 input or output, 75 stopped and resumable, 78 configuration,
+130 interrupted, 141 the reader of our output went away.
+"""
+
+import difflib
+import errno
+import importlib
+import importlib.util
+import os
+import pathlib
+import re
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn
+
+from absl import app, flags, logging
+
+from unclip import errors
+
+VERBS = {
+    "train": "train one stage: clip, prior, decoder or an upsampler",
+    "export": "gather trained stages into one model folder",
+    "generate": "make pictures from captions or pictures",
+    "evaluate": "measure a model and write a report",
+    "metrics": "compare two sets of pictures: FID, KID, CLIP score, …",
+    "embed": "write CLIP embeddings of shards",
+    "convert": "read and write other people's model formats",
+    "index": "index shards so that training can start at any sample",
+    "data-bench": "measure how fast shards are read and decoded",
+    "compile": "compile a training step for hardware you do not have here",
+    "studio": "make pictures in the browser",
+    "doctor": "say what a config would run, and on what, before it runs",
+}
+_IO_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+_HELP = ("-h", "-help", "--help", "-?", "--helpshort")
+
+
+def available() -> dict[str, str]:
+    """The verbs whose module exists in this installation, with a line about each."""
+    return {verb: line for verb, line in VERBS.items() if importlib.util.find_spec(_module(verb))}
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Runs `unclip VERB …`. `argv` excludes the program's name; None takes `sys.argv`. Exits."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    verbs = available()
+    if not args or args[0] in (*_HELP, "help"):
+        width = max(map(len, verbs), default=0)
+        lines = [f"  {verb:<{width}}  {line}" for verb, line in verbs.items()]
+        print(
+            "usage: unclip VERB [flags]\n",
+            *lines,
+            "\nunclip VERB --help shows a verb's flags.",
+            sep="\n",
+            file=sys.stdout if args else sys.stderr,
+        )
+        sys.exit(0 if args else errors.ConfigError.exit_code)
+    verb, *rest = args
+    if verb not in verbs:
+        _fail("", errors.unknown("verb", verb, verbs))
+    try:
+        module = importlib.import_module(_module(verb))
+    except ModuleNotFoundError as error:
+        if (error.name or "unclip").partition(".")[0] == "unclip":
+            raise
+        _fail(verb, errors.ConfigError(f"needs the Python package {error.name!r}: install it"))
+    except errors.UnclipError as error:
+        _fail(verb, error)
+    # ml_collections looks for overrides such as --config.total_steps in sys.argv itself.
+    sys.argv = [f"unclip-{verb}", *rest]
+    run_app(module.main)
+
+
+def run_app(main: Callable[[list[str]], Any]) -> NoReturn:
+    """Runs an absl app on `sys.argv` and exits with a documented code.
+
+    Args:
+      main: takes [program, positional arguments…] with flags parsed; its return value is the exit
+        code. Its module defines the flags.
+
+    An `UnclipError`, a flag that does not parse, an error in a config file and a disk that is full
+    or not writable give one line on stderr. Anything else is our defect and keeps its traceback.
+    """
+    spec = sys.modules[main.__module__].__spec__
+    name = spec.name if spec else pathlib.Path(sys.argv[0]).stem
+    verb = name.rpartition(".")[2].replace("_", "-")
+    # The libraries below report every file they write at INFO; --verbosity=0 shows it.
+    flags.FLAGS.set_default("verbosity", logging.WARNING)
+    logging.set_verbosity(logging.WARNING)
+    try:
+        app.run(_without_usage(main), flags_parser=lambda args: _parse(main, verb, args))
+    except errors.UnclipError as error:
+        _fail(verb, error)
+    except KeyboardInterrupt:
+        print(f"unclip {verb}: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        # As SIGPIPE would: quietly. Python flushes stdout once more at exit, so point it elsewhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except OSError as error:
+        if error.errno not in _IO_ERRNOS:
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        _fail(verb, errors.DataError(f"{error.strerror}{where}"))
+    sys.exit(0)
+
+
+def _module(verb: str) -> str:
+    return f"unclip.{verb.replace('-', '_')}"
+
+
+def _fail(verb: str, error: errors.UnclipError) -> NoReturn:
+    message = " ".join(str(error).split())
+    print(f"unclip {verb}: {message}" if verb else f"unclip: {message}", file=sys.stderr)
+    sys.exit(error.exit_code)
+
+
+def _without_usage(main: Callable[[list[str]], Any]) -> Callable[[list[str]], Any]:
+    """absl answers a `UsageError` with pages of flags; ours is a line."""
+
+    def run(argv: list[str]) -> Any:
+        try:
+            return main(argv)
+        except app.UsageError as error:
+            raise errors.ConfigError(str(error)) from error
+
+    return run
+
+
+def _parse(main: Callable, verb: str, argv: Sequence[str]) -> list[str]:
+    """Parses absl and config flags; every mistake becomes a `ConfigError`."""
+    # absl files the flags of a module run by `python -m` under the program's name.
+    module = sys.argv[0] if main.__module__ == "__main__" else main.__module__
+    own = {flag.name: flag for flag in flags.FLAGS.get_flags_for_module(module)}
+    # A verb may call another's functions; importing them must not bring that verb's flags,
+    # above all not its required ones.
+    for other in {_module(name) for name in VERBS} - {module, _module(verb)}:
+        flags.FLAGS.remove_flag_values([f.name for f in flags.FLAGS.get_flags_for_module(other)])
+    before_dashes = argv[: argv.index("--")] if "--" in argv else argv
+    if any(arg in _HELP for arg in before_dashes[1:]):
+        _print_help(verb, sys.modules[main.__module__].__doc__, own)
+        sys.exit(0)
+    configs = list(_config_files(before_dashes))
+    for flag, value in configs:
+        _check_config_file(flag, value.partition(":")[0])
+    try:
+        return flags.FLAGS(argv)
+    except errors.UnclipError:
+        raise
+    except Exception as error:  # config files are the user's Python: anything can come out of them
+        chain = list(_chain(error))
+        for cause in chain:
+            if isinstance(cause, errors.UnclipError):
+                raise cause from error
+        for cause in chain:
+            place = _place(cause, [value.partition(":")[0] for _, value in configs])
+            if place:
+                message = f"{place}: {type(cause).__name__}: {cause}"
+                raise errors.ConfigError(message) from error
+        found = _unknown_field(before_dashes, configs)
+        if found:
+            raise found from error
+        if isinstance(error, flags.Error):
+            raise _flag_error(error, own) from error
+        if isinstance(error, TypeError | ValueError | LookupError | OSError):
+            raise errors.ConfigError(str(error)) from error
+        raise
+
+
+def _flag_error(error: flags.Error, own: Mapping[str, flags.Flag]) -> errors.ConfigError:
+    if isinstance(error, flags.UnrecognizedFlagError):
+        given = error.flagname
+        config = given.partition(".")[0]
+        if "." in given and config in own:
+            return errors.ConfigError(f"--{given} wants --{config}=FILE before it")
+        return errors.unknown("flag", f"--{given}", [f"--{name}" for name in own])
+    message = str(error)
+    required = re.match(r"flag --([\w.]+)=None: Flag --\1 must have a value", message)
+    if required:
+        return errors.ConfigError(f"--{required[1]} is required")
+    # absl's enum message: "flag --mode=x: value should be one of <a|b>".
+    enum = re.match(r"flag --([\w.]+)=(.*): value should be one of <(.*)>$", message, re.DOTALL)
+    if enum:
+        return errors.unknown(f"--{enum[1]}", enum[2], enum[3].split("|"))
+    return errors.ConfigError(message.removeprefix("flag "))
+
+
+def _config_files(args: Sequence[str]) -> Iterator[tuple[flags.Flag, str]]:
+    """(flag, FILE or FILE:ARGUMENT) of every config file named on the command line."""
+    module = sys.modules.get("ml_collections.config_flags.config_flags")
+    if module is None:
+        return
+    for name in flags.FLAGS:
+        flag = flags.FLAGS[name]
+        if not isinstance(flag.parser, module.ConfigFileFlagParser):
+            continue
+        for position, arg in enumerate(args[1:], 1):
+            match = re.fullmatch(rf"--?{re.escape(name)}(?:=(.*))?", arg, re.DOTALL)
+            if match and match[1] is not None:
+                yield flag, match[1]
+            elif match and position + 1 < len(args):
+                yield flag, args[position + 1]
+
+
+def _check_config_file(flag: flags.Flag, path: str) -> None:
+    # ml_collections reports a missing file only when a field is first used, with a long text.
+    file = pathlib.Path(path)
+    if file.is_file():
+        # Config files import their neighbours as `configs.NAME`, wherever the command is run.
+        root = str(file.resolve().parents[1])
+        if root not in sys.path:
+            sys.path.insert(0, root)
+        return
+    folder = file.parent
+    names = [entry.name for entry in folder.glob("*.py")] if folder.is_dir() else []
+    near = difflib.get_close_matches(file.name, names, n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(str(folder / name) for name in near)}?" if near else ""
+    raise errors.ConfigError(f"--{flag.name}: there is no config file {path!r}{hint}")
+
+
+def _unknown_field(
+    args: Sequence[str], configs: Sequence[tuple[flags.Flag, str]]
+) -> errors.ConfigError | None:
+    """Finds the override that names no field of its config, and the fields that look like it."""
+    for flag, value in configs:
+        pattern = re.compile(rf"--?(no)?{re.escape(flag.name)}\.([^=]+)")
+        config = flag.parser.parse(value)
+        for match in filter(None, map(pattern.match, args[1:])):
+            given, node = match[2], config
+            steps = re.findall(r"[^.\[\]]+", given)
+            for depth, step in enumerate(steps):
+                if isinstance(node, list | tuple) and step.isdigit() and int(step) < len(node):
+                    node = node[int(step)]
+                    continue
+                if hasattr(node, "keys") and step in node:
+                    node = node[step]
+                    continue
+                choices = list(node.keys()) if hasattr(node, "keys") else []
+                return _no_field(flag.name, given, steps[:depth], step, choices, config)
+    return None
+
+
+def _no_field(
+    name: str, given: str, parents: list[str], step: str, choices: list[str], config: Any
+) -> errors.ConfigError:
+    prefix = ".".join([name, *parents])
+    # The same leaf elsewhere ("lr" for "optim.lr") is the likelier slip than a near spelling.
+    leaf = given.rpartition(".")[2]
+    elsewhere = [path for path in _paths(config) if path.rpartition(".")[2] == leaf]
+    near = [f"{prefix}.{choice}" for choice in difflib.get_close_matches(step, choices, n=3)]
+    if not near:
+        near = [f"{name}.{path}" for path in elsewhere[:3]]
+    hint = f": did you mean {' or '.join(f'--{path}' for path in near)}?" if near else ""
+    listed = f" valid below --{prefix}: {', '.join(sorted(choices))}" if choices else ""
+    said = f"--{name}.{given}: the config has no such field"
+    return errors.ConfigError(f"{said}{hint}{';' if choices and not hint else ''}{listed}")
+
+
+def _paths(node: Any, prefix: str = "") -> Iterator[str]:
+    for key in node.keys() if hasattr(node, "keys") else ():
+        path = f"{prefix}{key}"
+        yield path
+        yield from _paths(node[key], path + ".")
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what it was raised from, outermost first: libraries wrap on the way to us."""
+    while error is not None:
+        yield error
+        error = error.__cause__ if error.__cause__ is not None else error.__context__
+
+
+def _place(error: BaseException, paths: Sequence[str]) -> str | None:
+    """FILE:LINE where an error arose in or below a config file; None when it arose elsewhere."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}:{error.lineno}"
+    real = {os.path.realpath(path) for path in paths}
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if os.path.realpath(frame.filename) in real:
+            return f"{frame.filename}:{frame.lineno}"
+    return None
+
+
+def _print_help(verb: str, doc: str | None, own: Mapping[str, flags.Flag]) -> None:
+    print(f"usage: unclip {verb} [flags]\n\n{(doc or '').strip()}\n\nflags:")
+    for flag in sorted(own.values(), key=lambda flag: flag.name):
+        choices = getattr(flag.parser, "enum_values", None)
+        kind = "|".join(choices) if choices else flag.flag_type()
+        # absl repeats an enum's choices at the start of its help.
+        about = (flag.help or "").removeprefix(f"<{kind}>: ")
+        default = "" if flag.default in (None, [], "") else f" (default: {flag.default})"
+        print(f"  --{flag.name}  {kind}")
+        print(textwrap.indent(textwrap.fill(" ".join(about.split()) + default, 90), " " * 6))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""Noise schedules: how much of x_0 is left in x_t, and which steps sampling visits.
+
+unCLIP (arXiv 2204.06125, table 3) trains every diffusion model with 1000 steps, on the cosine
+schedule of Improved DDPM (arXiv 2102.09672, eq. 17) but for the last upsampler, which uses the
+linear one of DDPM (arXiv 2006.11239, section 4), and samples in fewer steps.
+
+A timestep `t` is always the ORIGINAL index, 0 (almost clean) to total - 1 (noise), because that is
+what the network was trained to read; a step's *position* is its place in a respaced schedule.
+Constants stay float64 on the host, where 1 - alpha_bar keeps its digits, and become float32 only
+when a traced computation looks them up.
+"""
+
+import dataclasses
+import functools
+import operator
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unclip import errors
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Schedule:
+    """A variance-preserving schedule of n steps, ascending in t; hashable by identity.
+
+    Attributes:
+      betas: float64 [n], variance added between consecutive kept steps.
+      alpha_bar: float64 [n], the paper's alpha_bar_t: x_t keeps sqrt(alpha_bar) of x_0.
+      alpha_bar_prev: float64 [n], alpha_bar of the kept step below; 1 for the first.
+      timesteps: int32 [n], original indices, ascending.
+      total: number of steps the network was trained with.
+    """
+
+    betas: np.ndarray
+    alpha_bar: np.ndarray
+    alpha_bar_prev: np.ndarray
+    timesteps: np.ndarray
+    total: int
+
+    def __post_init__(self):
+        for array in (self.betas, self.alpha_bar, self.alpha_bar_prev, self.timesteps):
+            array.setflags(write=False)
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    @functools.cached_property
+    def posterior_variance(self) -> np.ndarray:
+        """Float64 [n]: beta_tilde (DDPM eq. 7); exactly 0 at the first step."""
+        return self.betas * (1 - self.alpha_bar_prev) / (1 - self.alpha_bar)
+
+    @functools.cached_property
+    def posterior_log_variance(self) -> np.ndarray:
+        """Float64 [n]: log beta_tilde, the first step taking the second's finite value.
+
+        That is the clipping of Improved DDPM (section 3.1). A schedule of one step has no second
+        and takes log beta.
+        """
+        first = self.posterior_variance[1] if len(self) > 1 else self.betas[0]
+        return np.log(np.append(first, self.posterior_variance[1:]))
+
+    @functools.cached_property
+    def signal_to_noise(self) -> np.ndarray:
+        """Float64 [n]: alpha_bar / (1 - alpha_bar)."""
+        return self.alpha_bar / (1 - self.alpha_bar)
+
+    def at(self, values: np.ndarray, t: jax.Array) -> jax.Array:
+        """Looks per-step constants up by original timestep; works under jit.
+
+        Args:
+          values: [n], one value a kept step, ascending.
+          t: int32 [B], original indices.
+
+        Returns:
+          float32 [B]. A t that this schedule does not keep gives NaN: traced code cannot raise,
+          and a neighbour's value would be wrong in silence.
+        """
+        table = np.full(self.total, np.nan, np.float32)
+        table[self.timesteps] = values
+        return jnp.asarray(table).at[t].get(mode="fill", fill_value=np.nan)
+
+    def at_step(self, values: np.ndarray, position: jax.Array) -> jax.Array:
+        """Looks per-step constants up by position 0..n-1: float32 of position's shape."""
+        return jnp.asarray(values, jnp.float32).at[position].get(mode="fill", fill_value=np.nan)
+
+    def position(self, t: jax.Array) -> jax.Array:
+        """Position of original timesteps t (int32 [B]) among the kept steps; -1 if not kept."""
+        table = np.full(self.total, -1, np.int32)
+        table[self.timesteps] = np.arange(len(self))
+        return jnp.asarray(table).at[t].get(mode="fill", fill_value=-1)
+
+    def is_first(self, t: jax.Array) -> jax.Array:
+        """Bool [B]: whether t is the lowest kept step, the one that leads to x_0."""
+        return t == int(self.timesteps[0])
+
+    def snr(self, t: jax.Array) -> jax.Array:
+        """Signal-to-noise ratio alpha_bar / (1 - alpha_bar), float32 [B]."""
+        return self.at(self.signal_to_noise, t)
+
+    def log_snr(self, t: jax.Array) -> jax.Array:
+        """Natural logarithm of `snr`, float32 [B]."""
+        return self.at(np.log(self.signal_to_noise), t)
+
+    def respace(
+        self, n: int | None = None, *, timesteps: Sequence[int] | None = None
+    ) -> "Schedule":
+        """Keeps some steps, with the betas that leave alpha_bar unchanged at each.
+
+        Improved DDPM, section 4: beta_t = 1 - alpha_bar_t / alpha_bar_prev over the kept steps.
+
+        Args:
+          n: number of steps, evenly spread with both ends included: round(i (N-1) / (n-1)) among
+            the N steps of this schedule, halves to even. One step keeps the noisiest.
+          timesteps: or the original indices to keep, in any order. Sampling then starts at the
+            greatest of them, which need not be the noisiest step.
+
+        Raises:
+          ConfigError: n is not an integer in 1..N; a timestep is not of this schedule or comes
+            twice; both or neither are given.
+        """
+        if (n is None) == (timesteps is None):
+            raise errors.ConfigError("respace needs either a number of steps or timesteps")
+        if timesteps is None:
+            n = _count(n, "number of sampling steps", len(self))
+            # Rounding the stride before multiplying settles some halves (n = 27) as diffusers does.
+            stride = (len(self) - 1) / max(n - 1, 1)
+            keep = np.round(np.arange(n) * stride).astype(int) if n > 1 else np.array([-1])
+        else:
+            keep = self._positions(timesteps)
+        if len(keep) == len(self):
+            return self
+        alpha_bar = self.alpha_bar[keep]
+        alpha_bar_prev = np.append(1.0, alpha_bar[:-1])
+        # A neighbour's beta is copied, not recomputed, so that no digit is lost.
+        unchanged = alpha_bar_prev == self.alpha_bar_prev[keep]
+        betas = np.where(unchanged, self.betas[keep], 1 - alpha_bar / alpha_bar_prev)
+        return Schedule(betas, alpha_bar, alpha_bar_prev, self.timesteps[keep], self.total)
+
+    def _positions(self, timesteps: Sequence[int]) -> np.ndarray:
+        given = np.sort(np.asarray(timesteps).reshape(-1))
+        if not given.size or given.dtype.kind not in "iu":
+            raise errors.ConfigError(f"timesteps {timesteps!r}: expected one or more integers")
+        if (given[1:] == given[:-1]).any():
+            raise errors.ConfigError(f"timesteps {given.tolist()}: one comes twice")
+        missing = given[~np.isin(given, self.timesteps)]
+        if missing.size:
+            nearest = self.timesteps[np.abs(self.timesteps - missing[0]).argmin()]
+            raise errors.ConfigError(
+                f"timestep {missing[0]} is not in this schedule of {len(self)} steps, "
+                f"{self.timesteps[0]} to {self.timesteps[-1]}; nearest: {nearest}"
+            )
+        return np.searchsorted(self.timesteps, given)
+
+
+def _count(n, what: str, most: int | None = None) -> int:
+    expected = f"an integer from 1 to {most}" if most else "a positive integer"
+    try:
+        number = operator.index(n)
+    except TypeError:
+        number = 0
+    if isinstance(n, bool) or number < 1 or (most and number > most):
+        raise errors.ConfigError(f"{what} {n!r}: expected {expected}")
+    return number
+
+
+def from_betas(betas: Sequence[float]) -> Schedule:
+    """A schedule from its betas [n], each inside (0, 1).
+
+    Raises:
+      ConfigError: a beta is outside (0, 1), or there is none.
+    """
+    betas = np.array(betas, np.float64)
+    if betas.ndim != 1 or not betas.size or not ((betas > 0) & (betas < 1)).all():
+        given = f"{betas.min():g} to {betas.max():g}" if betas.size else "none"
+        raise errors.ConfigError(f"betas {given}: expected a list of numbers inside (0, 1)")
+    alpha_bar = np.cumprod(1 - betas)
+    timesteps = np.arange(len(betas), dtype=np.int32)
+    return Schedule(betas, alpha_bar, np.append(1.0, alpha_bar[:-1]), timesteps, len(betas))
+
+
+def cosine(n: int = 1000, *, s: float = 0.008, max_beta: float = 0.999) -> Schedule:
+    """The cosine schedule (Improved DDPM eq. 17), called squaredcos_cap_v2 elsewhere.
+
+    alpha_bar follows cos^2(pi/2 (t/n + s) / (1 + s)), with every beta capped at max_beta.
+
+    Raises:
+      ConfigError: n is not a positive integer.
+    """
+    n = _count(n, "number of diffusion steps")
+    level = np.cos((np.arange(n + 1) / n + s) / (1 + s) * np.pi / 2) ** 2
+    return from_betas(np.minimum(1 - level[1:] / level[:-1], max_beta))
+
+
+def linear(n: int = 1000, *, start: float = 1e-4, end: float = 0.02) -> Schedule:
+    """The linear schedule (DDPM section 4): betas from start to end, scaled by 1000 / n.
+
+    The scaling keeps the total noise when n changes; start and end are the 1000-step values.
+
+    Raises:
+      ConfigError: n is not a positive integer, or so small that a scaled beta reaches 1.
+    """
+    n = _count(n, "number of diffusion steps")
+    if n <= 1000 * end:
+        raise errors.ConfigError(
+            f"number of diffusion steps {n}: a linear schedule ending at beta {end:g} needs more "
+            f"than {1000 * end:g}; train with more steps and respace, or use 'cosine'"
+        )
+    return from_betas(np.linspace(start, end, n) * (1000 / n))
+
+
+SCHEDULES = {"cosine": cosine, "linear": linear}
+
+
+def make(name: str, n: int = 1000) -> Schedule:
+    """The schedule called name, "cosine" or "linear", with n training steps.
+
+    Raises:
+      ConfigError: unknown name or bad n.
+    """
+    if name not in SCHEDULES:
+        raise errors.unknown("noise schedule", name, SCHEDULES)
+    return SCHEDULES[name](n)

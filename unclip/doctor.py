@@ -1,0 +1,219 @@
+"""`unclip doctor --config FILE.py:preset`: says what a run would be, before it runs.
+
+Devices and mesh, parameters by part, memory a device by kind, the data found, free disk, and
+problems in plain words. Nothing is allocated: shapes alone are traced, so a paper-size stage is
+looked at on a laptop. `--json` prints the same as one object.
+"""
+
+import json
+import math
+import pathlib
+import shutil
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from unclip import cli, errors, runs, stage, tasks
+from unclip.runtime import distributed, flops, sharding
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "FILE.py:preset[,argument...]")
+_WORKDIR = flags.DEFINE_string("workdir", "runs", "where the run would write")
+_JSON = flags.DEFINE_bool("json", False, "print one JSON object")
+_STRICT = flags.DEFINE_bool("strict", False, "exit with 78 when there are problems")
+_LEAVES = flags.DEFINE_bool("leaves", False, "also list every parameter with its sharding")
+
+
+def examine(config, workdir: str) -> dict:
+    """Everything the doctor knows, JSON-able.
+
+    Returns:
+      {"stage", "preset", "devices", "mesh", "parameters": {part: count}, "trained_parameters",
+      "sharding": {part: bytes a device}, "leaves", "memory_per_device": {kind: bytes},
+      "flops_per_step", "data", "disk", "problems": [text]}.
+    """
+    problems = []
+    devices = jax.devices()
+    out = {
+        "stage": config.stage,
+        "preset": config.preset,
+        "devices": {
+            "count": len(devices),
+            "kind": devices[0].device_kind,
+            "platform": devices[0].platform,
+            "processes": distributed.process_count(),
+            "memory_bytes": flops.chip_memory(devices[0]),
+        },
+    }
+    mesh = _tried(problems, lambda: sharding.make_mesh(stage.plain(config.mesh)))
+    out["mesh"] = dict(mesh.shape) if mesh else None
+    if config.get("clip") == "" and config.stage in tasks.NEEDS_CLIP:
+        problems.append(f"the {config.stage} needs a trained CLIP: --config.clip=RUN or BUNDLE")
+    clip = _tried(problems, lambda: stage.clip_part(config))
+
+    key = jax.random.key(0)
+    parameters, where = {}, {}
+    if clip is not None:
+        if clip.params is None:
+            clip.params = jax.eval_shape(tasks.ClipTask(tasks.arguments(clip.arch)).init, key)
+        else:
+            clip.params = jax.eval_shape(lambda tree: tree, clip.params)
+        parameters |= _counts("clip", clip.params)
+    task = stage.make_task(config, clip)
+    if config.stage == "prior":
+        task.statistics = task.shape_statistics()
+    abstract = jax.eval_shape(task.init, key)
+    parameters |= _counts(config.stage, abstract)
+    out["parameters"] = parameters
+    out["trained_parameters"] = parameters[config.stage]
+
+    tx, schedule = stage.make_optimizer(config, abstract)
+    state = jax.eval_shape(stage.make_init(task, tx), key)
+    rules = sharding.PRESETS.get(config.sharding, config.sharding)
+    memory, leaves = {}, []
+    if mesh is not None and not isinstance(rules, str):
+        shardings = _tried(problems, lambda: sharding.shardings(state, mesh, rules))
+        if shardings is not None:
+            rows = sharding.describe(state, shardings)
+            leaves = [row._asdict() for row in rows if row.path.startswith("params/")]
+            for row in rows:
+                branch, _, rest = row.path.partition("/")
+                memory[branch] = memory.get(branch, 0) + row.bytes_per_device
+                if branch == "params":
+                    part = f"{config.stage}/{rest.split('/')[0]}"
+                    where[part] = where.get(part, 0) + row.bytes_per_device
+            memory["gradients"] = memory["params"]
+            if task.frozen() is not None:
+                frozen = sharding.shardings(task.frozen(), mesh, rules)
+                rows = sharding.describe(task.frozen(), frozen)
+                memory["frozen"] = sum(row.bytes_per_device for row in rows)
+            ways = mesh.shape["data"] * mesh.shape["fsdp"]
+            spec = task.batch_spec(config.batch_size).values()
+            memory["batch"] = sum(math.prod(s.shape) * s.dtype.itemsize for s in spec) // ways
+            if config.batch_size % (ways * config.accumulate):
+                problems.append(
+                    f"batch_size {config.batch_size} is not a multiple of data x fsdp x accumulate "
+                    f"= {ways * config.accumulate}"
+                )
+    elif isinstance(rules, str):
+        problems.append(str(errors.unknown("sharding", rules, sharding.PRESETS)))
+    memory["total"] = sum(memory.values())
+    limit = out["devices"]["memory_bytes"]
+    if limit and memory["total"] > limit:
+        problems.append(
+            f"parameters and moments need {_bytes(memory['total'])} a device, which has "
+            f"{_bytes(limit)}: raise mesh.fsdp, or use more devices"
+        )
+    out |= {"sharding": where, "leaves": leaves, "memory_per_device": memory}
+    out["flops_per_step"] = stage.model_flops(config, clip)
+    out["learning_rate"] = float(schedule(config.optim.warmup_steps))
+    out["data"] = _data(config, problems)
+    out["disk"] = _disk(config, workdir, memory, mesh, problems)
+    out["problems"] = problems
+    return out
+
+
+def _tried(problems: list[str], function):
+    try:
+        return function()
+    except errors.UnclipError as e:
+        problems.append(" ".join(str(e).split()))
+        return None
+
+
+def _counts(part: str, tree) -> dict[str, int]:
+    """{part: all, part/branch: its own} parameters."""
+    size = lambda branch: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(branch))
+    return {part: size(tree)} | {f"{part}/{name}": size(tree[name]) for name in sorted(tree)}
+
+
+def _data(config, problems: list[str]) -> dict:
+    found = _tried(problems, lambda: stage.collections(config))
+    if found is None:
+        return {}
+    out = {}
+    for name, collection in zip(("train", "held_out"), found):
+        if collection is None:
+            continue
+        out[name] = {"samples": len(collection), "problems": dict(collection.problems)}
+        for reason, count in collection.problems.items():
+            problems.append(f"{name} shards: {count} samples left out ({reason})")
+    steps = len(found[0]) / config.batch_size
+    out["epochs"] = config.total_steps / max(steps, 1e-9)
+    return out
+
+
+def _disk(config, workdir: str, memory: dict, mesh, problems: list[str]) -> dict:
+    folder = pathlib.Path(workdir).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    saved = sum(memory.get(branch, 0) for branch in ("params", "ema", "opt"))
+    # Sharded over fsdp and tensor, whole on every data replica.
+    saved *= mesh.shape["fsdp"] * mesh.shape["tensor"] if mesh else 1
+    needed = saved * (config.keep + 1)
+    if needed > free:
+        problems.append(
+            f"{config.keep + 1} checkpoints need {_bytes(needed)}, {folder} has {_bytes(free)} free"
+        )
+    if runs.is_run(workdir):
+        old = runs.run_config(workdir)
+        if (old["stage"], old["arch"]) != (config.stage, stage.plain(config)["arch"]):
+            problems.append(f"{workdir} holds a run of another model")
+    return {"folder": str(folder), "free_bytes": free, "needed_bytes": needed}
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.3g} TiB"
+
+
+def text(found: dict, *, leaves: bool = False) -> str:
+    """The report for people."""
+    d = found["devices"]
+    lines = [
+        f"stage       {found['stage']}, preset {found['preset']}",
+        f"devices     {d['count']} x {d['kind']} ({d['platform']}), {d['processes']} process(es)",
+        "mesh        " + ", ".join(f"{k} {v}" for k, v in (found["mesh"] or {}).items()),
+        "parameters",
+    ]
+    for part, count in found["parameters"].items():
+        held = found["sharding"].get(part)
+        lines.append(f"  {part:<28}{count:>16,}" + (f"   {_bytes(held)} a device" if held else ""))
+    lines.append("memory a device (activations not counted)")
+    memory = found["memory_per_device"]
+    lines += [f"  {kind:<28}{_bytes(size):>16}" for kind, size in memory.items()]
+    if found["flops_per_step"]:
+        lines.append(f"a step      {found['flops_per_step']:.3g} floating-point operations")
+    for name in ("train", "held_out"):
+        if name in found["data"]:
+            lines.append(f"{name:<12}{found['data'][name]['samples']:,} samples")
+    if "epochs" in found["data"]:
+        lines.append(f"epochs      {found['data']['epochs']:.3g}")
+    disk = found["disk"]
+    lines.append(
+        f"disk        {_bytes(disk['free_bytes'])} free in {disk['folder']}, "
+        f"checkpoints need {_bytes(disk['needed_bytes'])}"
+    )
+    if leaves:
+        lines += [f"  {r['path']} {r['shape']} {r['dtype']} {r['spec']}" for r in found["leaves"]]
+    lines += [f"problem     {problem}" for problem in found["problems"]] or ["no problems found"]
+    return "\n".join(lines)
+
+
+def main(argv):
+    """Reads the flags and prints what was found."""
+    if len(argv) > 1:
+        raise errors.ConfigError(f"unexpected argument {argv[1]!r}")
+    if _CONFIG.value is None:
+        raise errors.ConfigError("--config=configs/STAGE.py:PRESET is needed")
+    found = examine(_CONFIG.value, _WORKDIR.value)
+    print(json.dumps(found, indent=1) if _JSON.value else text(found, leaves=_LEAVES.value))
+    return errors.ConfigError.exit_code if _STRICT.value and found["problems"] else 0
+
+
+if __name__ == "__main__":
+    cli.run_app(main)

@@ -1,0 +1,394 @@
+"""Pictures in and out: PNG files that carry the recipe to make them again, grids, user input.
+
+A generated PNG holds two text chunks: `parameters`, the text that AUTOMATIC1111's web UI writes
+and many tools read, and `unclip`, our recipe as JSON, which is exact. The recipe has what the
+cascade of arXiv 2204.06125 needs to repeat the picture: prompt, seed, sampler, steps and guidance.
+"""
+
+import itertools
+import json
+import math
+import os
+import pathlib
+import re
+import tempfile
+import unicodedata
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+
+from unclip import errors
+from unclip.files import replacing
+
+MAX_PIXELS = 64 << 20
+MAX_BYTES = 64 << 20
+MAX_RECIPE_CHARS = 256 << 10
+FORMATS = ("JPEG", "PNG", "WEBP")
+
+# Recipe field -> the name AUTOMATIC1111 gives it, in its order.
+_KNOWN = {
+    "steps": "Steps",
+    "sampler": "Sampler",
+    "guidance": "CFG scale",
+    "seed": "Seed",
+    "size": "Size",
+    "model_hash": "Model hash",
+}
+_FIELDS = {label.lower(): field for field, label in _KNOWN.items()}
+_TEXT_FIELDS = ("sampler", "size", "model_hash")
+_PAIR = re.compile(r'\s*(\w[\w /-]*):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
+
+
+def write_png(
+    path: str | os.PathLike, image: np.ndarray, recipe: Mapping[str, Any] | None = None
+) -> None:
+    """Writes one picture as PNG with its recipe in text chunks, atomically.
+
+    Args:
+      path: the file; replaced when it exists.
+      image: uint8 [H, W, 3] RGB.
+      recipe: JSON-able; `prompt`, `negative_prompt`, `steps`, `sampler`, `guidance`, `seed` and
+        `model_hash` get their AUTOMATIC1111 names, any other key is written after them.
+
+    Raises:
+      ConfigError: the recipe cannot be written as JSON.
+      DataError: the file cannot be written.
+      ValueError: the picture is not uint8 [H, W, 3].
+    """
+    chunks = PngImagePlugin.PngInfo()
+    if recipe is not None:
+        recipe = _plain(recipe)
+        height, width = _checked(image).shape[:2]
+        chunks.add_text("parameters", format_parameters(recipe, f"{width}x{height}"))
+        chunks.add_text("unclip", json.dumps(recipe, sort_keys=True, allow_nan=False))
+    with replacing(path) as temporary:
+        Image.fromarray(_checked(image)).save(temporary, format="PNG", pnginfo=chunks)
+
+
+def read_recipe(path: str | os.PathLike) -> dict[str, Any] | None:
+    """The recipe inside a PNG, or None where it has none. Pixels are not decoded.
+
+    Our JSON is preferred; a PNG of another program gives what its `parameters` text says. Nothing
+    in it can be trusted: values have any JSON type and any content.
+
+    Raises:
+      DataError: the file cannot be read, is no PNG, or its text is beyond the limits.
+    """
+    with _opened(path, ("PNG",)) as picture:
+        # `.info` holds the chunks before the pixels; `.text` would decode the whole picture.
+        texts = [picture.info.get(key) for key in ("unclip", "parameters")]
+    text, parameters = (
+        str(text) if isinstance(text, str) and len(text) <= MAX_RECIPE_CHARS else None
+        for text in texts
+    )
+    if text is not None:
+        try:
+            recipe = json.loads(text)
+        except (ValueError, RecursionError):
+            recipe = None  # damaged: the plain text below may still be whole
+        if isinstance(recipe, dict):
+            return recipe
+    return parse_parameters(parameters) if parameters is not None else None
+
+
+def format_parameters(recipe: Mapping[str, Any], size: str | None = None) -> str:
+    """The `parameters` text of a recipe, as AUTOMATIC1111's web UI writes and reads it.
+
+    A field given per stage ({"prior": 25, "decoder": 50}) puts the decoder's value under the known
+    name and the other stages' under their own ("Prior steps: 25").
+    """
+    recipe = dict(recipe)
+    prompt = str(recipe.pop("prompt", None) or "")
+    negative = str(recipe.pop("negative_prompt", None) or "")
+    if size is not None:
+        recipe["size"] = size
+    pairs, extra = {}, {}
+    for field, label in _KNOWN.items():
+        value = recipe.pop(field, None)
+        if isinstance(value, Mapping):
+            stages = dict(value)
+            value = stages.pop("decoder", None)
+            extra |= {f"{stage} {field}": item for stage, item in stages.items()}
+        if value is not None:
+            pairs[label] = str(value) if field in _TEXT_FIELDS else _quoted(value)
+    for key, value in [*extra.items(), *sorted(recipe.items())]:
+        label = re.sub(r"[^\w/-]+", " ", str(key).replace("_", " ")).strip()
+        if label and value is not None:
+            pairs.setdefault(label[0].upper() + label[1:], _quoted(value))
+    lines = [prompt]
+    if negative:
+        lines.append(f"Negative prompt: {negative}")
+    lines.append(", ".join(f"{label}: {value}" for label, value in pairs.items()))
+    # A chunk's text cannot hold NUL, nor the lone surrogates of undecodable command-line bytes.
+    return "\n".join(lines).replace("\0", "").encode("utf-8", "replace").decode("utf-8")
+
+
+def parse_parameters(text: str) -> dict[str, Any]:
+    """Reads a `parameters` text into recipe fields: the inverse of `format_parameters`.
+
+    Returns `prompt`, `negative_prompt` when there is one, and the settings of the last line with
+    numbers as numbers: known names under our field names, others lower-case with underscores.
+    Nested values stay JSON text; the `unclip` chunk has them exactly. Never raises on a string.
+    """
+    lines = text.strip("\n").split("\n")
+    pairs = _PAIR.findall(lines[-1])
+    # The web UI takes the last line as settings by the same rule of three; ours always has "Size".
+    is_settings = len(pairs) >= 3 or any(key.strip() == "Size" for key, _ in pairs)
+    if is_settings:
+        lines.pop()
+    else:
+        pairs = []
+    negative_at = next((i for i, s in enumerate(lines) if s.startswith("Negative prompt:")), None)
+    recipe: dict[str, Any] = {"prompt": "\n".join(lines[:negative_at]).strip()}
+    if negative_at is not None:
+        negative = "\n".join(lines[negative_at:]).removeprefix("Negative prompt:").strip()
+        recipe["negative_prompt"] = negative
+    for label, value in pairs:
+        label = label.strip().lower()
+        field = _FIELDS.get(label, label.replace(" ", "_"))
+        recipe[field] = value.strip() if field in _TEXT_FIELDS else _unquoted(value.strip())
+    return recipe
+
+
+def grid(
+    images: Sequence[np.ndarray] | np.ndarray,
+    columns: int | None = None,
+    pad: int = 2,
+    labels: Sequence[str] | None = None,
+) -> np.ndarray:
+    """Lays pictures out in rows on white.
+
+    Args:
+      images: N pictures, uint8 [H, W, 3], all of one size.
+      columns: pictures in a row; None for a grid that is nearly square.
+      pad: white pixels around each picture.
+      labels: a line of text below each picture, cut to its width; "" for none.
+
+    Returns:
+      uint8 [rows * (H + text + pad) + pad, columns * (W + pad) + pad, 3].
+
+    Raises:
+      ValueError: no pictures, unequal shapes, or another number of labels.
+    """
+    images = [_checked(image) for image in images]
+    if not images or len({image.shape for image in images}) != 1:
+        shapes = sorted({image.shape for image in images})
+        raise ValueError(f"a grid wants one or more pictures of one shape, got {shapes}")
+    if labels is not None and len(labels) != len(images):
+        raise ValueError(f"{len(images)} pictures but {len(labels)} labels")
+    height, width = images[0].shape[:2]
+    columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
+    rows = math.ceil(len(images) / columns)
+    font = ImageFont.load_default(max(9, min(14, width // 10)))
+    text = 0 if labels is None else int(font.getbbox("Ág")[3]) + 3
+    cell_h, cell_w = height + text + pad, width + pad
+    canvas = Image.new("RGB", (columns * cell_w + pad, rows * cell_h + pad), "white")
+    draw = ImageDraw.Draw(canvas)
+    for number, image in enumerate(images):
+        row, column = divmod(number, columns)
+        left, top = pad + column * cell_w, pad + row * cell_h
+        canvas.paste(Image.fromarray(image), (left, top))
+        if labels is not None:
+            line = _fitted(draw, font, labels[number], width)
+            draw.text((left, top + height + 1), line, fill="black", font=font)
+    return np.asarray(canvas)
+
+
+def save_pictures(
+    pictures: Sequence[np.ndarray] | np.ndarray,
+    recipes: Sequence[Mapping[str, Any]],
+    out_dir: str | os.PathLike,
+    *,
+    grid_columns: int | None = None,
+    labels: Sequence[str] | None = None,
+    with_grid: bool = True,
+) -> list[pathlib.Path]:
+    """Saves pictures as `0000-seed1234.png`, … and a `grid-0000.png`; nothing is overwritten.
+
+    Numbers go on from the highest in the folder, and names never come from a prompt. Two processes
+    may write to one folder.
+
+    Args:
+      pictures: uint8 [N, H, W, 3] or a list of uint8 [H, W, 3].
+      recipes: one a picture; its integer `seed`, when there, becomes part of the name.
+      out_dir: made when missing.
+      grid_columns: pictures in a row of the grid.
+      labels: lines of text below the pictures of the grid.
+      with_grid: also save the grid, when there are two pictures or more.
+
+    Returns:
+      The pictures' paths in order, then the grid's when one was saved.
+
+    Raises:
+      DataError: the folder cannot be written.
+    """
+    if len(pictures) != len(recipes):
+        raise ValueError(f"{len(pictures)} pictures but {len(recipes)} recipes")
+    out_dir = writable_folder(out_dir)
+    names = [entry.name for entry in os.scandir(out_dir)]
+    number = _next_number(names, r"(\d{4,})(?:-seed-?\d+)?\.png")
+    paths = []
+    for picture, recipe in zip(pictures, recipes):
+        seed = recipe.get("seed")
+        suffix = "" if seed is None else f"-seed{int(seed)}"
+        path = _reserve(out_dir, number, f"{{:04d}}{suffix}.png")
+        number = int(path.name[: -len(suffix) - 4]) + 1
+        _fill(path, picture, recipe)
+        paths.append(path)
+    if with_grid and len(paths) > 1:
+        path = _reserve(out_dir, _next_number(names, r"grid-(\d{4,})\.png"), "grid-{:04d}.png")
+        _fill(path, grid(pictures, grid_columns, labels=labels), None)
+        paths.append(path)
+    return paths
+
+
+def writable_folder(path: str | os.PathLike) -> pathlib.Path:
+    """Makes a folder and tries to write in it: to be called before hours of sampling, not after.
+
+    Raises:
+      DataError: it cannot be made, or no file can be made in it.
+    """
+    path = pathlib.Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path) as file:
+            file.write(b"\0")
+    except OSError as error:
+        raise errors.DataError(f"cannot write to folder {path}: {error.strerror}") from error
+    return path
+
+
+def read_image(path: str | os.PathLike, size: int | None = None) -> np.ndarray:
+    """Reads a user's JPEG, PNG or WebP picture.
+
+    The camera's orientation is applied and transparency is laid over white; of an animation the
+    first frame is taken.
+
+    Args:
+      path: a file of at most `MAX_BYTES` bytes and `MAX_PIXELS` pixels.
+      size: crop the centre square and resize it to size x size (bicubic, antialiased); None keeps
+        the picture as it is.
+
+    Returns:
+      uint8 [H, W, 3] RGB.
+
+    Raises:
+      DataError: not there, too large, damaged or of another format.
+    """
+    with _opened(path, FORMATS) as picture:
+        try:
+            picture.load()
+            picture = ImageOps.exif_transpose(picture)
+            if picture.mode.startswith("I"):
+                # Pillow clips 16-bit grey at 255 instead of scaling it.
+                picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+            if picture.has_transparency_data:
+                picture = picture.convert("RGBA")
+                white = Image.new("RGBA", picture.size, "white")
+                picture = Image.alpha_composite(white, picture)
+            picture = picture.convert("RGB")
+        except (OSError, ValueError, SyntaxError, EOFError) as error:
+            raise errors.DataError(f"cannot read picture {path}: {error}") from error
+    if size is not None:
+        side = min(picture.size)
+        left, top = (picture.width - side) // 2, (picture.height - side) // 2
+        box = (left, top, left + side, top + side)
+        # Cropped first: the filter of `resize(box=…)` would reach beyond the box.
+        picture = picture.crop(box).resize((size, size), Image.Resampling.BICUBIC)
+    return np.array(picture)
+
+
+def _opened(path: str | os.PathLike, formats: Sequence[str]) -> Image.Image:
+    """Opens a picture's header under our limits; every failure is a one-line `DataError`."""
+    try:
+        if os.path.getsize(path) > MAX_BYTES:
+            raise errors.DataError(f"picture {path} is larger than {MAX_BYTES >> 20} MiB")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            picture = Image.open(path, formats=formats)
+    except Image.UnidentifiedImageError as error:
+        raise errors.DataError(f"{path} is no {'/'.join(formats)} picture") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        limit = MAX_PIXELS >> 20
+        raise errors.DataError(f"picture {path} is larger than {limit} megapixels") from error
+    except OSError as error:
+        raise errors.DataError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, SyntaxError) as error:
+        raise errors.DataError(f"cannot read picture {path}: {error}") from error
+    if picture.width * picture.height > MAX_PIXELS:
+        picture.close()
+        raise errors.DataError(f"picture {path} is larger than {MAX_PIXELS >> 20} megapixels")
+    return picture
+
+
+def _checked(image: np.ndarray) -> np.ndarray:
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+        raise ValueError(f"a picture is uint8 [H, W, 3], got {image.dtype} {list(image.shape)}")
+    return np.ascontiguousarray(image)
+
+
+def _plain(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe as JSON has it: numpy and jax scalars and arrays become numbers and lists."""
+    try:
+        text = json.dumps(dict(recipe), default=lambda v: np.asarray(v).tolist(), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise errors.ConfigError(f"recipe cannot be written as JSON: {error}") from error
+    return json.loads(text)
+
+
+def _quoted(value: Any) -> str:
+    """A setting's text: quoted when it has , : " or a line break, or would read as a number."""
+    if not isinstance(value, str):
+        text = json.dumps(value)
+        return json.dumps(text) if isinstance(value, list | dict) else text
+    bare = value == value.strip() and value == _unquoted(value) and not re.search(r'[,:\n"]', value)
+    return value if bare else json.dumps(value, ensure_ascii=False)
+
+
+def _unquoted(text: str) -> Any:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return text if isinstance(value, list | dict) else value
+
+
+def _fitted(draw: ImageDraw.ImageDraw, font: Any, label: str, width: int) -> str:
+    # Pillow's own font has little beyond ASCII: accents are dropped rather than drawn as boxes.
+    ascii_label = unicodedata.normalize("NFKD", str(label)).encode("ascii", "ignore").decode()
+    line = " ".join(ascii_label.split())[:200]
+    if draw.textlength(line, font) <= width:
+        return line
+    while line and draw.textlength(line + "…", font) > width:
+        line = line[:-1]
+    return line + "…" if line else ""
+
+
+def _next_number(names: Sequence[str], pattern: str) -> int:
+    matches = (re.fullmatch(pattern, name, re.ASCII) for name in names)
+    return max((int(match[1]) + 1 for match in matches if match), default=0)
+
+
+def _reserve(folder: pathlib.Path, number: int, template: str) -> pathlib.Path:
+    """Creates the first free name, exclusively, so that a second process cannot take it."""
+    for candidate in itertools.count(number):
+        path = folder / template.format(candidate)
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+            return path
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise errors.DataError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _fill(path: pathlib.Path, image: np.ndarray, recipe: Mapping[str, Any] | None) -> None:
+    try:
+        write_png(path, image, recipe)
+    except BaseException:
+        path.unlink(missing_ok=True)  # the empty reservation, not a picture
+        raise

@@ -1,0 +1,351 @@
+"""The pre-layer-norm transformer under every text and embedding network of unCLIP.
+
+The paper (arXiv 2204.06125) uses it four times: CLIP's two towers, the caption encoder and the
+sequence models of the prior (section 2.2, Table 3). One block is
+
+    x <- x + out(attention(q(ln_1 x), k(ln_1 x), v(ln_1 x)));    x <- x + proj(act(fc(ln_2 x)))
+
+Parameters are float32 and sit at `block_i/{ln_1,attn/{q,k,v,out},ln_2,mlp/{fc,proj}}`. With
+`fold=True` the blocks run under `nn.scan` and the same leaves sit at `blocks/…` with a leading
+[layers] axis, so that compile time does not grow with depth; `stack_blocks` and `unstack_blocks`
+convert any tree between the two. Statistics and softmax are float32 whatever `dtype` is.
+"""
+
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+from unclip.errors import ConfigError, unknown
+
+ATTENTION_IMPLS = ("xla", "cudnn")
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+}
+
+REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "nothing_saveable": jax.checkpoint_policies.nothing_saveable,
+    "dots_saveable": jax.checkpoint_policies.dots_saveable,
+    "dots_with_no_batch_dims_saveable": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "save_attention": jax.checkpoint_policies.save_only_these_names("attention"),
+}
+
+_BLOCK_PARTS = {"ln_1", "attn", "ln_2", "mlp"}
+
+
+def remat_policy(name: str | None) -> Callable[..., bool] | None:
+    """What a rematerialised block may keep for the backward pass, by name.
+
+    "full" and "nothing_saveable" recompute everything; "save_attention" keeps the values named
+    "attention" (each attention's output before its last projection). None stays None: no remat.
+
+    Raises:
+      ConfigError: the name is not in `REMAT_POLICIES`.
+    """
+    if name is None:
+        return None
+    if name not in REMAT_POLICIES:
+        raise unknown("remat policy", name, REMAT_POLICIES)
+    return REMAT_POLICIES[name]
+
+
+def activation_fn(name: str) -> Callable[[jax.Array], jax.Array]:
+    """The activation called `name`: "gelu" (exact, erf), "gelu_tanh" or "quick_gelu".
+
+    Raises:
+      ConfigError: the name is not in `ACTIVATIONS`.
+    """
+    if name not in ACTIVATIONS:
+        raise unknown("activation", name, ACTIVATIONS)
+    return ACTIVATIONS[name]
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    impl: str = "xla",
+) -> jax.Array:
+    """Scaled dot-product attention, softmax(q k^T / sqrt(D)) v, with a float32 softmax.
+
+    Args:
+      q: [B, Tq, H, D].
+      k, v: [B, Tk, H, D], same dtype as q.
+      mask: bool, broadcastable to [B, H, Tq, Tk]; True = may attend. A row with no True gives
+        the plain mean over all keys: finite, and for the caller to ignore.
+      impl: "xla", or "cudnn" (NVIDIA GPUs; q, k, v in bfloat16 or float16).
+
+    Returns:
+      [B, Tq, H, D] in q's dtype.
+
+    Raises:
+      ConfigError: unknown impl, or "cudnn" with a dtype it does not have.
+    """
+    if impl not in ATTENTION_IMPLS:
+        raise unknown("attention implementation", impl, ATTENTION_IMPLS)
+    if impl == "cudnn" and q.dtype not in (jnp.bfloat16, jnp.float16):
+        raise ConfigError(
+            f"attention implementation 'cudnn' was given {q.dtype}; it needs dtype bfloat16 or "
+            "float16 (use 'xla' for float32)"
+        )
+    if mask is not None:
+        mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+        if impl == "cudnn":  # its own broadcasting of masks fails (jax-ml/jax#28974)
+            mask = jnp.broadcast_to(mask, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=impl)
+
+
+def causal_mask(length: int) -> jax.Array:
+    """bool [1, 1, length, length]: position i may attend to positions 0..i."""
+    return jnp.tril(jnp.ones((length, length), bool))[None, None]
+
+
+def timestep_embedding(t: jax.Array, dim: int, max_period: float = 10_000.0) -> jax.Array:
+    """Sinusoids of the timestep: cos(t f_i) for every i, then sin(t f_i).
+
+    f_i = max_period^(-i / half) for i in 0..half-1, half = dim // 2 (in diffusers' words:
+    flip_sin_to_cos, frequency shift 0). An odd `dim` ends in a zero.
+
+    Args:
+      t: [B] timesteps, int or float.
+      dim: width of the result.
+
+    Returns:
+      float32 [B, dim], values in [-1, 1].
+    """
+    half = dim // 2
+    frequencies = jnp.exp(-np.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = t.astype(jnp.float32)[:, None] * frequencies[None]
+    embedding = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+    return jnp.pad(embedding, ((0, 0), (0, dim - 2 * half)))
+
+
+class LayerNorm(nn.Module):
+    """Layer norm computed in float32 and returned in `dtype`. Parameters `scale`, `bias`."""
+
+    eps: float = 1e-5
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[…, W] -> […, W], mean 0 and variance 1 over the last axis, then scale and bias."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
+        x = x.astype(jnp.float32)
+        centred = x - x.mean(-1, keepdims=True)
+        variance = jnp.square(centred).mean(-1, keepdims=True)
+        return (centred * jax.lax.rsqrt(variance + self.eps) * scale + bias).astype(self.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention: Dense `q`, `k`, `v`, `out`, each with a bias."""
+
+    width: int
+    heads: int
+    out_std: float
+    dtype: Any = jnp.float32
+    attention_impl: str = "xla"
+
+    @nn.compact
+    def __call__(self, x, mask=None, cache=None, index=None):
+        """Attend over x, or over a cache of earlier keys and values that x extends.
+
+        Args:
+          x: [B, T, width].
+          mask: bool, broadcastable to [B, H, T, keys], or None.
+          cache: None, or {"k", "v"}, each [B, S, heads, width // heads]; x's keys and values are
+            written at positions index..index+T-1 and the S positions are attended to under mask.
+          index: int32 scalar, used with a cache.
+
+        Returns:
+          ([B, T, width], the updated cache or None).
+        """
+        dense = partial(nn.Dense, self.width, dtype=self.dtype, param_dtype=jnp.float32)
+        std = nn.initializers.normal(self.width**-0.5)
+        shape = (*x.shape[:-1], self.heads, self.width // self.heads)
+        q, k, v = (dense(name=n, kernel_init=std)(x).reshape(shape) for n in "qkv")
+        if cache is not None:
+            write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=index, axis=1)
+            cache = {
+                "k": write(cache["k"], k.astype(cache["k"].dtype)),
+                "v": write(cache["v"], v.astype(cache["v"].dtype)),
+            }
+            k, v = cache["k"].astype(q.dtype), cache["v"].astype(q.dtype)
+        y = attention(q, k, v, mask, impl=self.attention_impl).reshape(x.shape)
+        y = checkpoint_name(y, "attention")
+        return dense(name="out", kernel_init=nn.initializers.normal(self.out_std))(y), cache
+
+
+class MLP(nn.Module):
+    """Dense `fc` to `mlp_width`, the activation, Dense `proj` back to the input's width."""
+
+    mlp_width: int
+    activation: str = "gelu"
+    out_std: float | None = None
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[…, W] -> […, W] in `dtype`."""
+        width = x.shape[-1]
+        dense = partial(nn.Dense, dtype=self.dtype, param_dtype=jnp.float32)
+        std = nn.initializers.normal((2 * width) ** -0.5)
+        h = activation_fn(self.activation)(dense(self.mlp_width, kernel_init=std, name="fc")(x))
+        out = nn.initializers.normal(width**-0.5 if self.out_std is None else self.out_std)
+        return dense(width, kernel_init=out, name="proj")(h)
+
+
+class Block(nn.Module):
+    """One pre-layer-norm block; `out_std` is the init deviation of the two residual outputs."""
+
+    width: int
+    heads: int
+    mlp_width: int
+    activation: str = "gelu"
+    out_std: float = 0.02
+    eps: float = 1e-5
+    dtype: Any = jnp.float32
+    attention_impl: str = "xla"
+
+    @nn.compact
+    def __call__(self, x, mask=None, cache=None, index=None):
+        """[B, T, width] -> ([B, T, width], cache): the pair that `nn.scan` threads."""
+        norm = partial(LayerNorm, eps=self.eps, dtype=self.dtype)
+        attend = Attention(
+            self.width, self.heads, self.out_std, self.dtype, self.attention_impl, name="attn"
+        )
+        y, cache = attend(norm(name="ln_1")(x), mask, cache, index)
+        x = x + y
+        mlp = MLP(self.mlp_width, self.activation, self.out_std, self.dtype, name="mlp")
+        return x + mlp(norm(name="ln_2")(x)), cache
+
+
+class Transformer(nn.Module):
+    """A stack of `layers` blocks, with no embedding before it and no norm after it.
+
+    Fields: `width` must divide by `heads`; the hidden width of the MLPs is `mlp_width`, or
+    `mlp_ratio` x width where that is None; `remat` names a policy (`remat_policy`); `fold` scans
+    over the blocks. Weights start as CLIP's do: normal with deviation width^-1/2 (queries, keys,
+    values), (2 width)^-1/2 (fc) and (2 layers width)^-1/2 (both residual outputs); biases 0.
+    """
+
+    width: int
+    layers: int
+    heads: int
+    mlp_ratio: float = 4.0
+    mlp_width: int | None = None
+    activation: str = "gelu"
+    eps: float = 1e-5
+    dtype: Any = jnp.float32
+    remat: str | None = None
+    fold: bool = False
+    attention_impl: str = "xla"
+
+    @nn.compact
+    def __call__(self, x, mask=None, cache=None, index=None):
+        """Run the blocks.
+
+        Args:
+          x: [B, T, width].
+          mask: bool, broadcastable to [B, heads, T, keys], True = may attend; None = all.
+          cache: None, or what `init_cache` gave; x then stands at positions index..index+T-1.
+          index: int32 scalar, used with a cache.
+
+        Returns:
+          [B, T, width] in `dtype`; with a cache, the pair of it and the updated cache.
+
+        Raises:
+          ConfigError: width and heads do not fit, or a name is not known.
+        """
+        if self.width % self.heads:
+            raise ConfigError(
+                f"transformer width {self.width} does not divide into {self.heads} heads; "
+                f"expected a multiple of {self.heads}"
+            )
+        policy, cached = remat_policy(self.remat), cache is not None
+        # Under scan the loop itself keeps XLA from merging the recomputation with the forward.
+        block = Block
+        if policy is not None:
+            block = nn.remat(Block, policy=policy, prevent_cse=not self.fold)
+        fields = dict(
+            width=self.width,
+            heads=self.heads,
+            mlp_width=self.mlp_width or round(self.mlp_ratio * self.width),
+            activation=self.activation,
+            out_std=(2 * self.layers * self.width) ** -0.5,
+            eps=self.eps,
+            dtype=self.dtype,
+            attention_impl=self.attention_impl,
+        )
+        x = x.astype(self.dtype)
+        if self.fold:
+            scanned = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(nn.broadcast, 0, nn.broadcast),
+                length=self.layers,
+            )
+            x, cache = scanned(**fields, name="blocks")(x, mask, cache, index)
+        else:
+            new = []
+            for i in range(self.layers):
+                layer = jax.tree.map(lambda c, i=i: c[i], cache)
+                x, layer = block(**fields, name=f"block_{i}")(x, mask, layer, index)
+                new.append(layer)
+            cache = jax.tree.map(lambda *c: jnp.stack(c), *new) if cached else None
+        return (x, cache) if cached else x
+
+    def init_cache(self, batch: int, length: int) -> dict[str, jax.Array]:
+        """Empty keys and values for `length` positions: {"k", "v"} [layers, B, length, H, D]."""
+        shape = (self.layers, batch, length, self.heads, self.width // self.heads)
+        return {"k": jnp.zeros(shape, self.dtype), "v": jnp.zeros(shape, self.dtype)}
+
+
+def _is_block(tree: Any) -> bool:
+    return isinstance(tree, dict) and set(tree) == _BLOCK_PARTS
+
+
+def stack_blocks(params: dict) -> dict:
+    """The `fold=True` form of a tree of `fold=False`: block_0, block_1, … become `blocks`.
+
+    Every Transformer in the nested dict is converted, all other leaves are passed through. numpy
+    leaves stay numpy. Under `jax.eval_shape` it converts abstract trees.
+    """
+    if not isinstance(params, dict):
+        return params
+    names = [n for n in params if re.fullmatch(r"block_\d+", n) and _is_block(params[n])]
+    names.sort(key=lambda n: int(n.removeprefix("block_")))
+    out = {n: stack_blocks(p) for n, p in params.items() if n not in names}
+    if names:
+        out["blocks"] = jax.tree.map(
+            lambda *x: (np if isinstance(x[0], np.ndarray) else jnp).stack(x),
+            *(params[n] for n in names),
+        )
+    return out
+
+
+def unstack_blocks(params: dict) -> dict:
+    """The inverse of `stack_blocks`: `blocks` becomes block_0, block_1, …"""
+    if not isinstance(params, dict):
+        return params
+    out = {}
+    for name, part in params.items():
+        if name == "blocks" and _is_block(part):
+            for i in range(jax.tree.leaves(part)[0].shape[0]):
+                out[f"block_{i}"] = jax.tree.map(lambda x, i=i: x[i], part)
+        else:
+            out[name] = unstack_blocks(part)
+    return out

@@ -1,0 +1,493 @@
+"""The ADM U-Net that denoises pictures: the decoder (paper section 2.1) and both upsamplers.
+
+The paper takes its decoder from GLIDE (2112.10741), which takes its U-Net from Dhariwal & Nichol
+(2105.05233): residual blocks that read the timestep, resampling inside residual blocks, and
+attention whose single softmax runs over the context (caption, image embedding) and the picture's
+own positions together. The layout, and so every parameter count, equals the published one.
+
+Parameters, level 0 being the finest:
+
+    time/{fc_1, fc_2}  conv_in  norm_out  conv_out
+    down_{i}/res_{j}/{norm_1, conv_1, time, norm_2, conv_2[, skip]}
+    down_{i}/attn_{j}/{norm, q, k, v[, context_k, context_v], out}
+    down_{i}/downsample/…      a residual block; the coarsest level has none
+    mid/{res_0[, attn_0], res_1}
+    up_{i}/res_{j}, up_{i}/attn_{j}, up_{i}/upsample   the finest level has no upsample
+
+With `fold` the runs of equal blocks of a level become `fold_{first}_{last}/{res[, attn]}` with a
+leading axis, so that compile time does not grow with depth; `fold_params` and `unfold_params`
+translate whole parameter trees.
+"""
+
+import dataclasses
+import re
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+from unclip.errors import ConfigError, unknown
+from unclip.models.transformer import (
+    attention,
+    remat_policy,
+    stack_blocks,
+    timestep_embedding,
+    unstack_blocks,
+)
+
+NORMS = ("group", "rms")
+
+
+class Style(NamedTuple):
+    """What all blocks of one U-Net share; the fields are those of `UNet`."""
+
+    head_dim: int
+    scale_shift: bool
+    norm: str
+    groups: int
+    norm_eps: float
+    dropout: float
+    train: bool
+    dtype: Any
+    remat: str | None
+    fold: bool
+    attention_impl: str
+
+
+class Norm(nn.Module):
+    """Normalisation with float32 statistics and, optionally, the time embedding's scale and shift.
+
+    kind "group": GroupNorm over (H, W, C / groups), as published. kind "rms": each pixel divided by
+    the root mean square of its channels; it sees nothing but the pixel, so a net trained on crops
+    meets the same statistics at full size, and spatially sharded pictures need no communication.
+
+    Everything is gathered into one multiplier and one offset a channel, so the picture itself is
+    read twice (statistics, then multiply-add) whatever the number of scales involved.
+    """
+
+    style: Style
+
+    @nn.compact
+    def __call__(self, x, film=None):
+        """x [B, H, W, C]; film None or (scale, shift) each [B, C] -> [B, H, W, C] in `dtype`."""
+        batch, channels, eps = x.shape[0], x.shape[-1], self.style.norm_eps
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        x = x.astype(jnp.float32)
+        if self.style.norm == "rms":
+            x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps)
+            multiplier, offset = jnp.broadcast_to(scale, (batch, channels)), 0.0
+        else:
+            bias = self.param("bias", nn.initializers.zeros, (channels,))
+            groups = self.style.groups
+            if channels % groups:
+                raise ConfigError(
+                    f"groups={groups} does not divide a layer of {channels} channels: expected a "
+                    "divisor of channels × every multiplier and of their concatenations"
+                )
+            # Per channel over the picture first: NHWC memory is then read in order, once.
+            moments = jnp.stack([x.mean((1, 2)), (x * x).mean((1, 2))])
+            mean, square = moments.reshape(2, batch, groups, -1).mean(-1)
+            inverse = jax.lax.rsqrt(jnp.maximum(square - mean * mean, 0.0) + eps)
+            mean, inverse = (jnp.repeat(v, channels // groups, axis=1) for v in (mean, inverse))
+            multiplier = inverse * scale
+            offset = bias - mean * multiplier
+        if film is not None:
+            factor, shift = (v.astype(jnp.float32) for v in film)
+            multiplier, offset = multiplier * (1 + factor), offset * (1 + factor) + shift
+        y = x * multiplier[:, None, None]
+        if isinstance(offset, jax.Array):
+            y = y + offset[:, None, None]
+        return y.astype(self.style.dtype)
+
+
+def _conv(style, features, kernel, name, zero=False):
+    init = nn.initializers.zeros if zero else nn.initializers.lecun_normal()
+    return nn.Conv(features, (kernel, kernel), kernel_init=init, dtype=style.dtype, name=name)
+
+
+def downsample(x):
+    """Mean over 2×2: [B, H, W, C] -> [B, H/2, W/2, C]."""
+    b, h, w, c = x.shape
+    return x.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
+
+
+def upsample_nearest(x):
+    """Each pixel four times: [B, H, W, C] -> [B, 2H, 2W, C]."""
+    b, h, w, c = x.shape
+    return jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+
+
+class ResBlock(nn.Module):
+    """BigGAN residual block (2105.05233 section 3), resampling before its first convolution."""
+
+    style: Style
+    features: int
+    resample: str | None = None
+
+    @nn.compact
+    def __call__(self, x, emb):
+        """x [B, H, W, C], emb [B, E] (after SiLU) -> [B, H', W', features]."""
+        style = self.style
+        h = nn.silu(Norm(style, name="norm_1")(x))
+        if self.resample is not None:
+            resample = downsample if self.resample == "down" else upsample_nearest
+            x, h = resample(x), resample(h)
+        h = _conv(style, self.features, 3, "conv_1")(h)
+        width = self.features * (2 if style.scale_shift else 1)
+        time = nn.Dense(width, dtype=style.dtype, name="time")(emb)
+        if style.scale_shift:
+            h = Norm(style, name="norm_2")(h, film=jnp.split(time, 2, axis=-1))
+        else:
+            h = Norm(style, name="norm_2")(h + time[:, None, None])
+        h = nn.Dropout(style.dropout, deterministic=not style.train)(nn.silu(h))
+        h = _conv(style, self.features, 3, "conv_2", zero=True)(h)
+        if x.shape[-1] != self.features:
+            x = _conv(style, self.features, 1, "skip")(x)
+        return x + h
+
+
+class AttentionBlock(nn.Module):
+    """Attention of the picture's positions on [context, themselves], one softmax over both."""
+
+    style: Style
+
+    @nn.compact
+    def __call__(self, x, context=None, context_mask=None):
+        """x [B, H, W, C]; context [B, T, D]; context_mask bool [B, T] -> [B, H, W, C]."""
+        style, (batch, height, width, channels) = self.style, x.shape
+        if channels % style.head_dim:
+            raise ConfigError(
+                f"head_dim={style.head_dim} does not divide an attention layer of {channels} "
+                "channels"
+            )
+        positions = height * width
+
+        def heads(name, tokens):
+            y = nn.Dense(channels, dtype=style.dtype, name=name)(tokens)
+            return y.reshape(batch, tokens.shape[1], channels // style.head_dim, style.head_dim)
+
+        tokens = Norm(style, name="norm")(x).reshape(batch, positions, channels)
+        q, k, v = (heads(name, tokens) for name in ("q", "k", "v"))
+        mask = None
+        if context is not None:
+            k = jnp.concatenate([heads("context_k", context), k], axis=1)
+            v = jnp.concatenate([heads("context_v", context), v], axis=1)
+            if context_mask is not None:
+                mask = jnp.pad(context_mask, ((0, 0), (0, positions)), constant_values=True)
+                mask = mask[:, None, None, :]
+        y = attention(q, k, v, mask, impl=style.attention_impl).reshape(x.shape)
+        y = checkpoint_name(y, "attention")
+        zeros = nn.initializers.zeros
+        return x + nn.Dense(channels, kernel_init=zeros, dtype=style.dtype, name="out")(y)
+
+
+def _blocks(style, scanned=False):
+    """ResBlock and AttentionBlock, recomputed in the backward pass where `remat` says so."""
+    if style.remat is None:
+        return ResBlock, AttentionBlock
+    # Inside a scan the loop itself keeps XLA from merging the recomputation with the forward.
+    wrap = {"policy": remat_policy(style.remat), "prevent_cse": not scanned}
+    return nn.remat(ResBlock, **wrap), nn.remat(AttentionBlock, **wrap)
+
+
+class _Step(nn.Module):
+    """The body of a folded run: concatenate the skip if there is one, residual block, attention."""
+
+    style: Style
+    features: int
+    attention: bool
+
+    @nn.compact
+    def __call__(self, x, skip, emb, context, mask):
+        res, attn = _blocks(self.style, scanned=True)
+        down = skip is None
+        x = x if down else jnp.concatenate([x, skip], axis=-1)
+        x = res(self.style, self.features, name="res")(x, emb)
+        if self.attention:
+            x = attn(self.style, name="attn")(x, context, mask)
+        return x, x if down else None
+
+
+class Level(nn.Module):
+    """All blocks of one resolution, going down (`skips` None) or up.
+
+    Down returns (x, skips to hand to the up path); up consumes the last `blocks` of `skips`.
+    """
+
+    style: Style
+    features: int
+    blocks: int
+    attention: bool
+    resample: str | None
+
+    @nn.compact
+    def __call__(self, x, skips, emb, context, mask):
+        res, attn = _blocks(self.style)
+        inputs = [None] * self.blocks if skips is None else list(skips[::-1][: self.blocks])
+        outputs, first = [], 0
+        while first < self.blocks:
+            last = self._run_end(x, inputs, first)
+            if last > first:
+                down = inputs[first] is None
+                step = nn.scan(
+                    _Step,
+                    variable_axes={"params": 0},
+                    split_rngs={"params": True, "dropout": True},
+                    in_axes=(nn.broadcast if down else 0,) + (nn.broadcast,) * 3,
+                    length=last - first + 1,
+                )(self.style, self.features, self.attention, name=f"fold_{first}_{last}")
+                stacked = None if down else jnp.stack(inputs[first : last + 1])
+                x, ys = step(x, stacked, emb, context, mask)
+                outputs += list(ys) if down else []
+            else:
+                skip = inputs[first]
+                x = x if skip is None else jnp.concatenate([x, skip], axis=-1)
+                x = res(self.style, self.features, name=f"res_{first}")(x, emb)
+                if self.attention:
+                    x = attn(self.style, name=f"attn_{first}")(x, context, mask)
+                outputs.append(x)
+            first = last + 1
+        if self.resample is not None:
+            x = res(self.style, self.features, self.resample, name=f"{self.resample}sample")(x, emb)
+            outputs.append(x)
+        return x, outputs
+
+    def _run_end(self, x, inputs, first):
+        """Last block of the run of equal blocks that starts at `first`: `features` in and out."""
+        if not self.style.fold or x.shape[-1] != self.features:
+            return first
+        last = first - 1
+        for skip in inputs[first:]:
+            if skip is not None and skip.shape[-1] != self.features:
+                break
+            last += 1
+        return max(last, first)
+
+
+class _Mid(nn.Module):
+    """Two residual blocks at the coarsest resolution, attention between them if asked for."""
+
+    style: Style
+    features: int
+    attention: bool
+
+    @nn.compact
+    def __call__(self, x, emb, context, mask):
+        res, attn = _blocks(self.style)
+        x = res(self.style, self.features, name="res_0")(x, emb)
+        if self.attention:
+            x = attn(self.style, name="attn_0")(x, context, mask)
+        return res(self.style, self.features, name="res_1")(x, emb)
+
+
+class _Time(nn.Module):
+    """Timestep -> embedding: sinusoid, two layers."""
+
+    channels: int
+    features: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, t):
+        h = timestep_embedding(t, self.channels)
+        h = nn.silu(nn.Dense(self.features, dtype=self.dtype, name="fc_1")(h))
+        return nn.Dense(self.features, dtype=self.dtype, name="fc_2")(h)
+
+
+def space_to_depth(x, patch):
+    """[B, H, W, C] -> [B, H/patch, W/patch, patch·patch·C], each patch row by row."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // patch, patch, w // patch, patch, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, h // patch, w // patch, patch * patch * c)
+
+
+def depth_to_space(x, patch):
+    """The inverse of `space_to_depth`."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h, w, patch, patch, c // patch**2).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, h * patch, w * patch, c // patch**2)
+
+
+class UNet(nn.Module):
+    """ADM U-Net. A fresh one returns zeros: every output layer starts at zero.
+
+    Fields:
+      channels, multipliers: width of level i is channels × multipliers[i]; each level halves H, W.
+      blocks: residual blocks a level going down; one more going up.
+      attention: one bool a level, finest first: attention after each of its residual blocks.
+      mid_attention: attention between the two middle blocks.
+      out_channels: 3, or 6 when the variance is learned (2102.09672): (eps ‖ v).
+      head_dim: channels a head.
+      time_dim: width of the time embedding; None is 4 × channels.
+      scale_shift: the time embedding scales and shifts the second norm, rather than being added.
+      norm, groups, norm_eps: "group" or "rms"; see `Norm`.
+      dropout: rate before each second convolution, active under train=True (rng "dropout").
+      patch: pictures enter and leave as patch×patch blocks folded into channels; 1 is published.
+      dtype: compute type; parameters, statistics, softmax and the result are float32.
+      remat: name of a rematerialisation policy for every block, or None.
+      fold: scan over runs of equal blocks; see the module docstring. Not for CPUs, where XLA's
+        convolutions are many times slower inside a loop.
+      attention_impl: "xla" or "cudnn".
+    """
+
+    channels: int = 320
+    multipliers: tuple[int, ...] = (1, 2, 3, 4)
+    blocks: int = 3
+    attention: tuple[bool, ...] = (False, True, True, True)
+    mid_attention: bool = True
+    out_channels: int = 6
+    head_dim: int = 64
+    time_dim: int | None = None
+    scale_shift: bool = True
+    norm: str = "group"
+    groups: int = 32
+    norm_eps: float = 1e-5
+    dropout: float = 0.0
+    patch: int = 1
+    dtype: Any = jnp.float32
+    remat: str | None = None
+    fold: bool = False
+    attention_impl: str = "xla"
+
+    @nn.compact
+    def __call__(self, x, t, emb=None, context=None, context_mask=None, *, train=False):
+        """Denoise.
+
+        Args:
+          x: float [B, H, W, C]; H and W multiples of patch × 2**(levels − 1).
+          t: int32 [B], original timesteps 0..999.
+          emb: None or float [B, time_dim], added to the time embedding.
+          context: None or float [B, T, D], tokens every attention layer also sees.
+          context_mask: None or bool [B, T], False where a context token is to be ignored.
+          train: dropout on.
+
+        Returns:
+          float32 [B, H, W, out_channels].
+
+        Raises:
+          ConfigError: fields that do not fit each other or the input.
+        """
+        self._check(x, emb)
+        style = Style(
+            *(self.head_dim, self.scale_shift, self.norm, self.groups, self.norm_eps),
+            *(self.dropout, train, self.dtype, self.remat, self.fold, self.attention_impl),
+        )
+        time_dim = self.time_dim or 4 * self.channels
+        time = _Time(self.channels, time_dim, self.dtype, name="time")(t)
+        emb = nn.silu(time if emb is None else time + emb.astype(self.dtype))
+        if context is not None:
+            context = context.astype(self.dtype)
+        reads = (emb, context, context_mask)
+
+        x = space_to_depth(x, self.patch) if self.patch > 1 else x
+        x = _conv(style, self.channels * self.multipliers[0], 3, "conv_in")(x.astype(self.dtype))
+        skips, top = [x], len(self.multipliers) - 1
+        widths = [self.channels * m for m in self.multipliers]
+        for i, width in enumerate(widths):
+            resample = "down" if i < top else None
+            level = Level(style, width, self.blocks, self.attention[i], resample, name=f"down_{i}")
+            x, outputs = level(x, None, *reads)
+            skips += outputs
+        x = _Mid(style, widths[-1], self.mid_attention, name="mid")(x, *reads)
+        for i, width in reversed(list(enumerate(widths))):
+            blocks, resample = self.blocks + 1, "up" if i > 0 else None
+            level = Level(style, width, blocks, self.attention[i], resample, name=f"up_{i}")
+            x, _ = level(x, skips, *reads)
+            skips = skips[:-blocks]
+        x = nn.silu(Norm(style, name="norm_out")(x))
+        x = _conv(style, self.out_channels * self.patch**2, 3, "conv_out", zero=True)(x)
+        x = depth_to_space(x, self.patch) if self.patch > 1 else x
+        return x.astype(jnp.float32)
+
+    def _check(self, x, emb):
+        if self.norm not in NORMS:
+            raise unknown("norm", self.norm, NORMS)
+        if len(self.attention) != len(self.multipliers):
+            raise ConfigError(
+                f"attention={self.attention} names {len(self.attention)} levels, multipliers="
+                f"{self.multipliers} has {len(self.multipliers)}: give one bool a level"
+            )
+        unit = self.patch * 2 ** (len(self.multipliers) - 1)
+        if x.ndim != 4 or x.shape[1] % unit or x.shape[2] % unit:
+            raise ConfigError(
+                f"picture of shape {tuple(x.shape)}: expected [B, H, W, C] with H and W "
+                f"multiples of {unit} (patch × 2^(levels − 1))"
+            )
+        time_dim = self.time_dim or 4 * self.channels
+        if emb is not None and emb.shape[-1] != time_dim:
+            raise ConfigError(f"emb of width {emb.shape[-1]}: the time embedding has {time_dim}")
+
+
+def unet_fields(module):
+    """The values of `UNet`'s own fields on a module that extends it, as its keyword arguments."""
+    fields = (f.name for f in dataclasses.fields(UNet) if f.name not in ("parent", "name"))
+    return {name: getattr(module, name) for name in fields}
+
+
+def fold_params(params):
+    """The parameters of a `fold=False` tree as a `fold=True` model wants them.
+
+    Works on the U-Net's own tree or any tree that holds one (a Decoder's with its text transformer,
+    an EMA's) and gives back a new nested dict; numpy arrays stay numpy. `unfold_params` inverts it.
+    """
+    return stack_blocks(_rewrite(params, _fold_level))
+
+
+def unfold_params(params):
+    """The parameters of a `fold=True` tree as a `fold=False` model wants them."""
+    return unstack_blocks(_rewrite(params, _unfold_level))
+
+
+def _rewrite(tree, level):
+    if not isinstance(tree, dict):
+        return tree
+    return {
+        k: level(v, up=k.startswith("up_")) if re.fullmatch(r"(down|up)_\d+", k)
+        else _rewrite(v, level)
+        for k, v in tree.items()
+    }  # fmt: skip
+
+
+def _fold_level(level, *, up):
+    blocks = sum(k.startswith("res_") for k in level)
+    kinds = ("res", "attn") if "attn_0" in level else ("res",)
+
+    def equal(j):  # the block's input, and its skip going up, are as wide as its output
+        given, features = level[f"res_{j}"]["conv_1"]["kernel"].shape[-2:]
+        return given == features * (2 if up else 1)
+
+    out = {k: v for k, v in level.items() if not re.fullmatch(r"(res|attn)_\d+", k)}
+    first = 0
+    while first < blocks:
+        last = first
+        while equal(first) and last + 1 < blocks and equal(last + 1):
+            last += 1
+        members = {kind: [level[f"{kind}_{j}"] for j in range(first, last + 1)] for kind in kinds}
+        if last > first:
+            stacks = {kind: jax.tree.map(_stack, *trees) for kind, trees in members.items()}
+            out[f"fold_{first}_{last}"] = stacks
+        else:
+            out |= {f"{kind}_{first}": trees[0] for kind, trees in members.items()}
+        first = last + 1
+    return out
+
+
+def _stack(*leaves):
+    return (np if isinstance(leaves[0], np.ndarray) else jnp).stack(leaves)
+
+
+def _unfold_level(level, *, up):
+    out = {}
+    for key, value in level.items():
+        run = re.fullmatch(r"fold_(\d+)_(\d+)", key)
+        if run is None:
+            out[key] = value
+            continue
+        first, last = map(int, run.groups())
+        for kind, stacked in value.items():
+            for n, j in enumerate(range(first, last + 1)):
+                out[f"{kind}_{j}"] = jax.tree.map(lambda leaf, n=n: leaf[n], stacked)
+    return out

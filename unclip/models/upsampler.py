@@ -1,0 +1,107 @@
+"""The upsamplers p(x | x_low), 64 -> 256 -> 1024 (paper section 2.1, Table 3; SR3, 2104.07636).
+
+An ADM U-Net without attention that sees the noised picture and, beside it in channels, the
+low-resolution one resampled to the same size. It has no caption and no guidance. Without attention
+it is fully convolutional: the paper trains on crops of a quarter and runs at the full size.
+
+Parameters: `unet/…`, as `unet.UNet` names them; Karlo's are 691,579,523 a net.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from unclip.errors import ConfigError
+from unclip.models.unet import UNet, unet_fields
+
+
+def upsample(low, size):
+    """Bicubic resampling, antialiased when it shrinks: what Karlo feeds its upsampler.
+
+    Keys' kernel with a = -0.5, weights renormalised at the border, half-pixel centres: the same as
+    Pillow's BICUBIC and torch's `interpolate(mode="bicubic", antialias=True)`. (torch without
+    antialias uses a = -0.75, and is another picture.)
+
+    Args:
+      low: float [B, h, w, C].
+      size: (H, W), or one int for both.
+
+    Returns:
+      [B, H, W, C] in low's dtype. Bicubic overshoots: values may leave low's range slightly.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    shape = (low.shape[0], height, width, low.shape[-1])
+    return jax.image.resize(low, shape, method="cubic", antialias=True)
+
+
+class Upsampler(UNet):
+    """The fields of `UNet`, with attention off and the time embedding added (Karlo's "default")."""
+
+    attention: tuple[bool, ...] = (False, False, False, False)
+    mid_attention: bool = False
+    out_channels: int = 3
+    scale_shift: bool = False
+
+    @nn.compact
+    def __call__(self, x_t, t, low, *, train=False):
+        """Predict the noise of x_t, knowing the picture small.
+
+        Args:
+          x_t: float [B, H, W, 3].
+          t: int32 [B], original timesteps 0..999.
+          low: float [B, h, w, 3] in [-1, 1]; h × w may be anything up to H × W.
+          train: dropout on.
+
+        Returns:
+          float32 [B, H, W, out_channels].
+
+        Raises:
+          ConfigError: low is larger than x_t, or shapes do not fit the fields.
+        """
+        if low.shape[0] != x_t.shape[0] or any(a > b for a, b in zip(low.shape, x_t.shape)):
+            raise ConfigError(
+                f"low of shape {tuple(low.shape)} for x_t of shape {tuple(x_t.shape)}: expected "
+                "the same batch and at most its height and width"
+            )
+        x = jnp.concatenate([x_t, upsample(low.astype(jnp.float32), x_t.shape[1:3])], axis=-1)
+        return UNet(**unet_fields(self), name="unet")(x, t, train=train)
+
+
+_KARLO = dict(
+    channels=320,
+    multipliers=(1, 2, 3, 4),
+    blocks=3,
+    attention=(False, False, False, False),
+    mid_attention=False,
+    out_channels=3,
+    scale_shift=False,
+)
+
+PRESETS = {
+    "karlo": _KARLO,  # 64 -> 256, both of its nets
+    "paper-256": _KARLO | dict(dropout=0.1),
+    "paper-1024": _KARLO
+    | dict(channels=192, multipliers=(1, 1, 2, 2, 4, 4), blocks=2, attention=(False,) * 6)
+    | dict(scale_shift=True),
+    # 16 -> 64 and 64 -> 256 on a CPU: the picture enters as 2 × 2 and 4 × 4 patches.
+    "emoji-64": dict(
+        channels=32,
+        multipliers=(1, 2),
+        blocks=1,
+        attention=(False, False),
+        groups=8,
+        time_dim=128,
+        scale_shift=True,
+        patch=2,
+    ),
+    "emoji-256": dict(
+        channels=24,
+        multipliers=(1, 2, 3),
+        blocks=1,
+        attention=(False, False, False),
+        groups=8,
+        time_dim=96,
+        scale_shift=True,
+        patch=4,
+    ),
+}

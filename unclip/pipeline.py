@@ -1,0 +1,344 @@
+"""The cascade as a value: caption -> prior -> decoder -> upsamplers -> pictures (figure 2).
+
+`UnCLIP.load(dir)` opens a bundle; every way to make a picture is a method. Each stage is compiled
+once per picture count, step count and sampler; prompts, seeds, guidance and eta are traced, so
+changing them compiles nothing.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unclip import bundle, errors, tasks
+from unclip.input.text import Tokenizer
+from unclip.tasks.clip import FrozenClip, unit
+
+STAGE_TAGS = {"prior": 0, "decoder": 1, "upsampler_0": 2, "upsampler_1": 3}
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """What a method drew.
+
+    Attributes:
+      images: uint8 [n, H, W, 3].
+      recipes: one dict a picture, enough to draw it again.
+      stages: {"decoder": uint8 [n, h, w, 3], "upsampler_0": ..., ...}, every stage's picture.
+    """
+
+    images: np.ndarray
+    recipes: list[dict]
+    stages: dict[str, np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+class UnCLIP:
+    """A loaded cascade.
+
+    Args:
+      parts: {name: `bundle.Part`}, names as in `bundle`; any may be absent, methods say which
+        they need.
+      model_hash: identifies the weights in recipes.
+      batch_size: pictures drawn at once; the last batch is padded, so that results do not depend
+        on how many were asked for.
+    """
+
+    def __init__(self, parts: dict[str, bundle.Part], *, model_hash: str = "", batch_size: int = 8):
+        self.parts, self.model_hash, self.batch_size = parts, model_hash, batch_size
+        clip = parts.get("clip")
+        self._tasks, self._params = {}, {}
+        for name, part in parts.items():
+            stage = name.partition("_")[0]
+            extra = {}
+            if stage in tasks.NEEDS_CLIP:
+                extra["clip"] = self._need("clip", f"the {stage}").arch
+            self._tasks[name] = tasks.make(stage, part.arch, part.settings, **extra)
+            self._params[name] = jax.tree.map(jnp.asarray, part.params)
+        self._frozen = {"clip": self._params["clip"]} if clip else {}
+        if "prior" in parts:
+            statistics = {k: jnp.asarray(v) for k, v in parts["prior"].extra.items()}
+            self._frozen["statistics"] = statistics
+        self._compiled, self._warned = {}, set()
+
+    @classmethod
+    def load(cls, directory: str, **kwargs) -> "UnCLIP":
+        """Opens a bundle folder (`unclip export`, `unclip convert`).
+
+        Raises:
+          DataError: unreadable or damaged files; ConfigError: not a bundle.
+        """
+        opened = bundle.read(directory)
+        return cls(opened.parts, model_hash=opened.hash, **kwargs)
+
+    def _need(self, name: str, what: str) -> bundle.Part:
+        if name not in self.parts:
+            have = ", ".join(sorted(self.parts)) or "nothing"
+            raise errors.ConfigError(f"{what} needs the part {name!r}; this model has {have}")
+        return self.parts[name]
+
+    @property
+    def upsamplers(self) -> list[str]:
+        """Names of the upsampler parts, in the order they run."""
+        return sorted(name for name in self.parts if name.startswith("upsampler"))
+
+    def tokenize(
+        self, prompts: Sequence[str], context: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens int32 [n, L], mask bool [n, L]); warns where a prompt is cut.
+
+        Args:
+          context: L; None takes CLIP's.
+
+        Raises:
+          ConfigError: an empty prompt.
+        """
+        for number, prompt in enumerate(prompts):
+            if not prompt.strip():
+                raise errors.ConfigError(f"prompt {number + 1} of {len(prompts)} is empty")
+        context = context or self._tasks["clip"].model.context
+        tokenizer = Tokenizer()
+        for prompt in prompts:
+            cut = tokenizer.cut_warning(prompt, context)
+            if cut and (prompt, context) not in self._warned:
+                self._warned.add((prompt, context))
+                warnings.warn(cut, stacklevel=3)
+        tokens, mask, _ = tokenizer.encode(list(prompts), context)
+        return tokens, mask
+
+    def _call(self, name: str, function, *, static: tuple = (), **traced):
+        """Runs a stage's jitted function, one compilation a (stage, static, shape)."""
+        key = (name, static)
+        if key not in self._compiled:
+            self._compiled[key] = jax.jit(partial(function, **dict(static)))
+        return self._compiled[key](**traced)
+
+    def _batches(self, rows: int):
+        """Index arrays [batch_size] covering 0..rows-1, the last one padded by repeating."""
+        for start in range(0, rows, self.batch_size):
+            yield np.minimum(np.arange(start, start + self.batch_size), rows - 1), rows - start
+
+    def embed_text(self, prompts: Sequence[str]) -> np.ndarray:
+        """z_t float32 [n, D] of captions, not normalised."""
+        self._need("clip", "embed_text")
+        tokens, _ = self.tokenize(prompts)
+        frozen = FrozenClip(self._tasks["clip"].model)
+        run = lambda rows: self._call(
+            "z_t", lambda params, tokens: frozen.text(params, tokens)[0],
+            params=self._params["clip"], tokens=tokens[rows],
+        )
+        return self._rows(len(tokens), run)
+
+    def embed_image(self, images: np.ndarray) -> np.ndarray:
+        """z_i float32 [n, D] of pictures uint8 [n, H, W, 3], not normalised."""
+        self._need("clip", "embed_image")
+        frozen = FrozenClip(self._tasks["clip"].model)
+        run = lambda rows: self._call(
+            "z_i", frozen.image, params=self._params["clip"], images=images[rows]
+        )
+        return self._rows(len(images), run)
+
+    def _rows(self, count: int, run) -> np.ndarray:
+        parts = [np.asarray(run(rows))[:left] for rows, left in self._batches(count)]
+        return np.concatenate(parts)
+
+    def draw_prior(self, prompts: Sequence[str], seeds: Sequence[int], **settings) -> np.ndarray:
+        """z_i float32 [n, D] drawn for captions, one a (prompt, seed) pair.
+
+        Settings: steps, guidance, sampler, eta, candidates (see `tasks.prior`).
+        """
+        self._need("prior", "drawing from a caption")
+        task = self._tasks["prior"]
+        tokens, mask = self.tokenize(prompts, task.context)
+        static, traced = _split("prior", task.draw, settings)
+        keys = _keys(seeds, "prior")
+        run = lambda rows: self._call(
+            "prior", task.sample, static=static, params=self._params["prior"],
+            frozen=self._frozen, tokens=tokens[rows], mask=mask[rows], sample_keys=keys[rows],
+            **traced,
+        )
+        return self._rows(len(tokens), run)
+
+    def decode(
+        self,
+        z_i: np.ndarray,
+        prompts: Sequence[str] | None,
+        seeds: Sequence[int],
+        *,
+        decoder: dict | None = None,
+        upsamplers: Sequence[dict] = (),
+        stages: int | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Pictures of embeddings through the decoder and the upsamplers.
+
+        Args:
+          z_i: float32 [n, D]; prompts: captions or None for none; seeds: one a picture.
+          decoder: settings of the decoder's draw; upsamplers: one dict an upsampler.
+          stages: how many of decoder and upsamplers run; None = all.
+
+        Returns:
+          {"decoder": uint8 [n, h, w, 3], "upsampler_0": ..., ...}.
+        """
+        self._need("decoder", "drawing a picture")
+        task = self._tasks["decoder"]
+        if prompts is None:
+            tokens, mask = (np.asarray(a) for a in task.clip.empty(len(z_i), task.context))
+        else:
+            tokens, mask = self.tokenize(prompts, task.context)
+        static, traced = _split("decoder", task.draw, decoder or {})
+        keys = _keys(seeds, "decoder")
+        run = lambda rows: self._call(
+            "decoder", task.sample, static=static, params=self._params["decoder"],
+            frozen={"clip": self._frozen["clip"]}, z_i=z_i[rows], tokens=tokens[rows],
+            mask=mask[rows], sample_keys=keys[rows], **traced,
+        )
+        out = {"decoder": self._rows(len(z_i), run)}
+        if len(upsamplers) > len(self.upsamplers):
+            raise errors.ConfigError(
+                f"settings for {len(upsamplers)} upsamplers; this model has {len(self.upsamplers)}"
+            )
+        chosen = [*upsamplers, *[{}] * len(self.upsamplers)]
+        low = out["decoder"]
+        names = self.upsamplers[: None if stages is None else stages - 1]
+        for name, settings in zip(names, chosen):
+            low = out[name] = self._upsample(name, low, seeds, settings)
+        return {name: to_uint8(pictures) for name, pictures in out.items()}
+
+    def _upsample(self, name: str, low: np.ndarray, seeds: Sequence[int], settings: dict):
+        """float32 [n, H, W, 3] in [-1, 1] of smaller pictures, by one upsampler."""
+        task = self._tasks[name]
+        static, traced = _split(name, task.draw, settings)
+        keys = _keys(seeds, name)
+        run = lambda rows: self._call(
+            name, task.sample, static=static, params=self._params[name],
+            low=low[rows], sample_keys=keys[rows], **traced,
+        )
+        return self._rows(len(low), run)
+
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        n: int = 1,
+        seed: int = 0,
+        *,
+        prior: dict | None = None,
+        decoder: dict | None = None,
+        upsamplers: Sequence[dict] = (),
+        stages: int | None = None,
+    ) -> Pictures:
+        """Draws `n` pictures of every caption.
+
+        Picture k of a caption uses seed `seed` + k, and is the same picture when drawn alone.
+
+        Args:
+          prompt: one caption or several.
+          n: pictures a caption; seed: of the first one, 0 <= seed < 2**32.
+          prior, decoder, upsamplers: settings that replace the model's own, by stage: steps,
+            guidance, sampler, eta, and the prior's candidates.
+          stages: how many of decoder and upsamplers run; None = all.
+
+        Returns:
+          `Pictures`, caption-major.
+
+        Raises:
+          ConfigError: empty prompt, a part that is missing, a setting that does not exist.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if n < 1 or not prompts:
+            raise errors.ConfigError(f"given {len(prompts)} prompts and n={n}: at least 1 of each")
+        wanted = [p for p in prompts for _ in range(n)]
+        seeds = _seeds(seed, n) * len(prompts)
+        if self._need("decoder", "drawing a picture") and self._tasks["decoder"].model.use_z_i:
+            z_i = self.draw_prior(wanted, seeds, **(prior or {}))
+        else:  # a text-only decoder (GLIDE) reads the caption alone
+            z_i = np.zeros((len(wanted), self._tasks["clip"].model.embed_dim), np.float32)
+        drawn = self.decode(
+            z_i, wanted, seeds, decoder=decoder, upsamplers=upsamplers, stages=stages
+        )
+        chosen = {"decoder": decoder or {}}
+        if self._tasks["decoder"].model.use_z_i:
+            chosen["prior"] = prior or {}
+        settings = self._settings(chosen | dict(zip(self.upsamplers, upsamplers)), stages)
+        recipes = [
+            {"mode": "text", "prompt": p, "seed": s, **settings} for p, s in zip(wanted, seeds)
+        ]
+        return Pictures(list(drawn.values())[-1], recipes, drawn)
+
+    def variations(
+        self,
+        image: np.ndarray,
+        n: int = 4,
+        seed: int = 0,
+        *,
+        decoder: dict | None = None,
+        upsamplers: Sequence[dict] = (),
+        stages: int | None = None,
+    ) -> Pictures:
+        """Draws `n` pictures that share the embedding z_i of a picture (paper, section 3.1).
+
+        Args:
+          image: uint8 [H, W, 3]; a picture that is not square is cropped to its centre.
+          Other arguments as in `generate`; the caption is empty.
+        """
+        side = min(image.shape[:2])
+        top, left = ((length - side) // 2 for length in image.shape[:2])
+        z_i = self.embed_image(image[None, top : top + side, left : left + side])
+        seeds = _seeds(seed, n)
+        drawn = self.decode(
+            np.repeat(z_i, n, axis=0), None, seeds,
+            decoder=decoder, upsamplers=upsamplers, stages=stages,
+        )
+        chosen = {"decoder": decoder or {}} | dict(zip(self.upsamplers, upsamplers))
+        settings = self._settings(chosen, stages)
+        recipes = [{"mode": "variations", "prompt": "", "seed": s, **settings} for s in seeds]
+        return Pictures(list(drawn.values())[-1], recipes, drawn)
+
+    def score(self, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+        """Cosine of z_i and z_t, float32 [n], by this model's own CLIP."""
+        z_i, z_t = jnp.asarray(self.embed_image(images)), jnp.asarray(self.embed_text(prompts))
+        return np.asarray(jnp.sum(unit(z_i) * unit(z_t), axis=-1))
+
+    def _settings(self, chosen: dict[str, dict], stages: int | None) -> dict:
+        """Every setting in force, for a recipe: {setting: {stage: value}}."""
+        count = min(stages or 1 + len(self.upsamplers), 1 + len(self.upsamplers))
+        names = [n for n in ("prior", "decoder") if n in chosen] + self.upsamplers[: count - 1]
+        out = {"model_hash": self.model_hash, "stages": count}
+        for name in names:
+            for setting, value in (self._tasks[name].draw | chosen.get(name, {})).items():
+                out.setdefault(setting, {})[name] = value
+        return out
+
+
+def to_uint8(pictures: np.ndarray) -> np.ndarray:
+    """[-1, 1] float to uint8, rounded once, as the metrics expect."""
+    return np.uint8(np.round((np.clip(pictures, -1, 1) + 1) * 127.5))
+
+
+def _split(stage: str, defaults: dict, settings: dict) -> tuple[tuple, dict]:
+    """A stage's settings as (static items, traced floats)."""
+    for name in settings:
+        if name not in defaults:
+            raise errors.unknown(f"{stage} setting", name, defaults)
+    draw = defaults | settings
+    traced = {k: jnp.float32(v) for k, v in draw.items() if k in ("guidance", "eta", "temperature")}
+    return tuple(sorted((k, v) for k, v in draw.items() if k not in traced)), traced
+
+
+def _seeds(seed: int, n: int) -> list[int]:
+    if not 0 <= seed <= 2**32 - n:
+        raise errors.ConfigError(f"seed {seed}: expected 0 <= seed and seed + n <= {2**32}")
+    return list(range(seed, seed + n))
+
+
+def _keys(seeds: Sequence[int], stage: str) -> jax.Array:
+    """Typed keys [n], one a picture, different for every stage."""
+    one = lambda s: jax.random.fold_in(jax.random.key(s), STAGE_TAGS[stage])
+    return jax.vmap(one)(jnp.asarray(seeds, jnp.uint32))
+
+

@@ -1,0 +1,117 @@
+"""How fast the hardware could be: peak FLOP/s and memory by chip, and how much of it a step uses.
+
+Peaks are the makers' dense bfloat16 figures for one JAX device. The paper (arXiv 2204.06125) gives
+no hardware figures; these are for `unclip doctor`, `unclip compile` and the training log.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# (substring of device_kind in lower case, bf16 FLOP/s, bytes of HBM); the first match wins, so the
+# more special name comes first. TPU v2 and v3 show each core as a device: half a chip.
+_GIB = 2**30
+_CHIPS: tuple[tuple[str, float, int], ...] = (
+    ("tpu v2", 22.5e12, 8 * _GIB),
+    ("tpu v3", 61.5e12, 16 * _GIB),
+    ("tpu v4 lite", 138e12, 8 * _GIB),
+    ("tpu v4", 275e12, 32 * _GIB),
+    ("tpu v5 lite", 197e12, 16 * _GIB),
+    ("tpu v5e", 197e12, 16 * _GIB),
+    ("tpu v5", 459e12, 95 * _GIB),
+    ("tpu v6", 918e12, 32 * _GIB),
+    ("b200", 2250e12, 180_000_000_000),
+    ("gh200", 989e12, 96_000_000_000),
+    ("h200", 989e12, 141_000_000_000),
+    ("h100 nvl", 835e12, 94_000_000_000),
+    ("h100 pcie", 756e12, 80_000_000_000),
+    ("h100", 989e12, 80_000_000_000),
+    ("a100-sxm4-40gb", 312e12, 40_000_000_000),
+    ("a100-pcie-40gb", 312e12, 40_000_000_000),
+    ("a100", 312e12, 80_000_000_000),
+    ("l40s", 362e12, 48_000_000_000),
+    ("nvidia l4", 121e12, 24_000_000_000),
+)
+
+
+def _chip(device: Any) -> tuple[str, float, int] | None:
+    kind = device if isinstance(device, str) else device.device_kind
+    return next((chip for chip in _CHIPS if chip[0] in kind.lower()), None)
+
+
+def chip_peak(device: Any) -> float | None:
+    """Dense bfloat16 FLOP/s of a device (or device_kind string); None where it is not known."""
+    chip = _chip(device)
+    return chip[1] if chip else None
+
+
+def chip_memory(device: Any) -> int | None:
+    """Bytes of high-bandwidth memory of a device; None where it is not known (a CPU, say).
+
+    What the runtime itself reports is preferred to the table.
+    """
+    if not isinstance(device, str):
+        try:
+            stats = device.memory_stats() or {}
+        except (RuntimeError, NotImplementedError):  # descriptions of devices that are not there
+            stats = {}
+        if stats.get("bytes_limit"):
+            return int(stats["bytes_limit"])
+    chip = _chip(device)
+    return chip[2] if chip else None
+
+
+def step_flops(compiled: Any, device_count: int = 1) -> float | None:
+    """Floating-point operations of one run of a compiled function.
+
+    XLA's own count of one device's program times the devices. A multiplication and an addition
+    count two. XLA counts the body of a loop once, so folded layers and accumulated microbatches
+    must be multiplied by the caller.
+
+    Args:
+      compiled: `jit(f).lower(…).compile()`.
+      device_count: devices the program runs on.
+
+    Returns:
+      The count, or None where the backend gives none.
+    """
+    cost = compiled.cost_analysis()
+    cost = cost[0] if isinstance(cost, list) and cost else cost
+    flops = (cost or {}).get("flops", 0.0)
+    return float(flops) * device_count if flops > 0 else None
+
+
+def measured_peak(device: Any = None, size: int = 1024, dtype: Any = jnp.float32) -> float:
+    """FLOP/s of a size³ matrix product on one device, for machines that are in no table."""
+    device = jax.devices()[0] if device is None else device
+    a = jax.device_put(jnp.ones((size, size), dtype), device)
+    product = jax.jit(lambda x: x @ x).lower(a).compile()
+    product(a).block_until_ready()
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        product(a).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * size**3 / best
+
+
+def utilisation(flops: float | None, seconds: float, devices: Sequence, *,
+                peak: float | None = None) -> float | None:
+    """The fraction of the devices' peak that a step reached, in [0, 1].
+
+    Args:
+      flops: of the whole step on all devices, from `step_flops`.
+      seconds: how long the step took.
+      devices: what it ran on.
+      peak: FLOP/s of one device; default from the table. Give `measured_peak()` on a CPU.
+
+    Returns:
+      The fraction, or None where flops or the peak are not known.
+    """
+    peaks = [chip_peak(device) if peak is None else peak for device in devices]
+    if flops is None or not peaks or any(p is None for p in peaks) or seconds <= 0:
+        return None
+    return flops / seconds / sum(peaks)

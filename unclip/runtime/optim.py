@@ -1,0 +1,280 @@
+"""Optimisation: AdamW with schedules and frozen parts, EMA, SAM, accumulation, skipped steps.
+
+The paper (arXiv 2204.06125, section 2 and Table 3) trains every stage with Adam with decoupled
+weight decay (b1 = 0.9) and keeps exponential moving averages of the parameters; its CLIP uses
+sharpness-aware minimisation. `PRESETS` holds its numbers. Everything here is a pure function on
+pytrees.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from unclip.errors import ConfigError, unknown
+from unclip.runtime.sharding import compile_pattern, near_paths, tree_paths
+
+SCHEDULES = ("constant", "cosine", "rsqrt", "linear")
+
+# Names that are never decayed, beside every array of at most one dimension. They are spelled out
+# because in a folded stack of layers a bias has two dimensions.
+NO_DECAY = (
+    r"(^|/)(bias|scale|logit_scale)$",
+    r"(^|/)[^/]*(embedding|embed|pos_emb|positional|class_token|tokens?)$",
+    r"(^|/)[^/]*norm[^/]*/",
+)
+
+# Table 3 (iterations are `total_steps`); the paper gives no schedule, so the rate is constant after
+# a warm-up of ours. CLIP: learning rate and SAM rho from section C, the rest as CLIP's own paper.
+PRESETS: dict[str, dict[str, Any]] = {
+    "clip": dict(learning_rate=3e-4, b1=0.9, b2=0.98, eps=1e-6, weight_decay=0.2,
+                 schedule="cosine", sam_rho=0.1),
+    "prior_ar": dict(learning_rate=1.6e-4, b1=0.9, b2=0.91, eps=1e-10, weight_decay=4e-2,
+                     ema_decay=0.999, total_steps=1_000_000, batch_size=4096),
+    "prior": dict(learning_rate=1.1e-4, b1=0.9, b2=0.96, eps=1e-6, weight_decay=6e-2,
+                  ema_decay=0.9999, total_steps=600_000, batch_size=4096),
+    "decoder": dict(learning_rate=1.2e-4, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0,
+                    ema_decay=0.9999, total_steps=800_000, batch_size=2048),
+    "upsampler_256": dict(learning_rate=1.2e-4, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0,
+                          ema_decay=0.9999, total_steps=1_000_000, batch_size=1024),
+    "upsampler_1024": dict(learning_rate=1e-4, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0,
+                           ema_decay=0.9999, total_steps=1_000_000, batch_size=512),
+}
+
+
+def make_schedule(learning_rate: float, total_steps: int, *, schedule: str = "constant",
+                  warmup_steps: int = 0, end_fraction: float = 0.0) -> Callable[[Any], jax.Array]:
+    """The learning rate of step t = 0, 1, …
+
+    Over the warm-up it is learning_rate · (t + 1) / warmup_steps, so that no step is wasted at
+    zero. After it, with p going from 0 to 1 over the remaining steps: "constant"; "cosine" and
+    "linear" go down to end_fraction · learning_rate; "rsqrt" is
+    learning_rate · sqrt(warmup_steps / (t + 1)).
+
+    Args:
+      learning_rate: the peak.
+      total_steps: where p reaches 1.
+      schedule: one of `SCHEDULES`.
+      warmup_steps: 0 for none; "rsqrt" needs some, it is also its time scale.
+      end_fraction: in [0, 1].
+
+    Returns:
+      step (int or int32 array) -> float32 scalar.
+
+    Raises:
+      ConfigError: an unknown schedule or a value out of range.
+    """
+    if schedule not in SCHEDULES:
+        raise unknown("schedule", schedule, SCHEDULES)
+    if not 0 <= warmup_steps <= total_steps:
+        raise ConfigError(f"warmup_steps is {warmup_steps}, expected 0 … total_steps={total_steps}")
+    if not 0 <= end_fraction <= 1:
+        raise ConfigError(f"end_fraction is {end_fraction}, expected 0 … 1")
+    if schedule == "rsqrt" and warmup_steps == 0:
+        raise ConfigError("schedule 'rsqrt' needs warmup_steps > 0, which is also its time scale")
+
+    def rate(step):
+        t = jnp.asarray(step, jnp.float32)
+        p = jnp.clip((t - warmup_steps) / max(total_steps - warmup_steps, 1), 0.0, 1.0)
+        if schedule == "cosine":
+            shape = end_fraction + (1 - end_fraction) * 0.5 * (1 + jnp.cos(jnp.pi * p))
+        elif schedule == "linear":
+            shape = 1 - (1 - end_fraction) * p
+        elif schedule == "rsqrt":
+            shape = jnp.sqrt(warmup_steps / jnp.maximum(t + 1, warmup_steps))
+        else:
+            shape = jnp.ones_like(t)
+        if warmup_steps:
+            shape = jnp.where(t < warmup_steps, (t + 1) / warmup_steps, shape)
+        return learning_rate * shape
+
+    return rate
+
+
+def path_mask(tree: Any, patterns: Sequence[str], *, strict: bool = False) -> Any:
+    """A tree of bools: which leaves any of the path patterns is found in.
+
+    Args:
+      tree: any pytree.
+      patterns: regular expressions found anywhere in a path.
+      strict: a pattern that matches nothing is an error.
+
+    Raises:
+      ConfigError: a pattern is no regular expression, or (strict) matches nothing.
+    """
+    compiled = [compile_pattern(pattern) for pattern in patterns]
+    paths = list(tree_paths(tree))
+    for pattern in compiled:
+        if strict and not any(pattern.search(path) for path in paths):
+            raise ConfigError(f"pattern {pattern.pattern!r} matches no parameter; near it: "
+                              + ", ".join(near_paths(pattern.pattern, paths)))
+    return jax.tree.unflatten(
+        jax.tree.structure(tree),
+        [any(pattern.search(path) for pattern in compiled) for path in paths])
+
+
+def decay_mask(params: Any, no_decay: Sequence[str] = NO_DECAY) -> Any:
+    """A tree of bools: which parameters weight decay acts on."""
+    excluded = path_mask(params, no_decay)
+    return jax.tree.map(lambda leaf, out: len(leaf.shape) > 1 and not out, params, excluded)
+
+
+def make_optimizer(params: Any, *, learning_rate: float, total_steps: int,
+                   schedule: str = "constant", warmup_steps: int = 0, end_fraction: float = 0.0,
+                   b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8,
+                   weight_decay: float = 0.0, no_decay: Sequence[str] = NO_DECAY,
+                   clip_norm: float | None = 1.0, freeze: Sequence[str] = (),
+                   ) -> tuple[optax.GradientTransformation, Callable[[Any], jax.Array]]:
+    """AdamW: u = m̂ / (sqrt(v̂) + eps) + weight_decay · w; w ← w − rate(t) · u.
+
+    Args:
+      params: the parameter tree (arrays or ShapeDtypeStructs), for the masks.
+      learning_rate, total_steps, schedule, warmup_steps, end_fraction: see `make_schedule`.
+      b1, b2, eps: of Adam; both moments are bias-corrected.
+      weight_decay: decoupled, scaled by the rate.
+      no_decay: path patterns that decay leaves alone, beside arrays of at most one dimension.
+      clip_norm: the gradient of all trained parameters is scaled to at most this norm; None: never.
+      freeze: path patterns of parameters that are never updated and have no moments.
+
+    Returns:
+      (transformation, schedule function).
+
+    Raises:
+      ConfigError: a freeze pattern matches nothing, everything is frozen, or a value out of range.
+    """
+    for name, value in (("b1", b1), ("b2", b2)):
+        if not 0 <= value < 1:
+            raise ConfigError(f"{name} is {value}, expected 0 ≤ {name} < 1")
+    if learning_rate < 0 or weight_decay < 0 or eps <= 0 or (clip_norm or 1) <= 0:
+        raise ConfigError(f"learning_rate={learning_rate}, weight_decay={weight_decay}, eps={eps}, "
+                          f"clip_norm={clip_norm}: expected none negative and eps > 0")
+    rate = make_schedule(learning_rate, total_steps, schedule=schedule, warmup_steps=warmup_steps,
+                         end_fraction=end_fraction)
+    steps = [optax.scale_by_adam(b1=b1, b2=b2, eps=eps)]
+    if clip_norm is not None:
+        steps.insert(0, optax.clip_by_global_norm(clip_norm))
+    if weight_decay:
+        # A callable mask is applied to the tree it meets, which lacks the frozen leaves.
+        steps.append(optax.add_decayed_weights(
+            weight_decay, mask=lambda tree: decay_mask(tree, no_decay)))
+    transformation = optax.chain(*steps, optax.scale_by_learning_rate(rate))
+    if freeze:
+        frozen = path_mask(params, freeze, strict=True)
+        if all(jax.tree.leaves(frozen)):
+            raise ConfigError(f"freeze={list(freeze)} leaves no parameter to train")
+        transformation = optax.partition(
+            {"train": transformation, "freeze": optax.set_to_zero()},
+            jax.tree.map(lambda out: "freeze" if out else "train", frozen))
+    return transformation, rate
+
+
+def ema_init(params: Any) -> Any:
+    """The average before the first step: a float32 copy of the parameters."""
+    return jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
+
+
+def ema_update(ema: Any, params: Any, step: Any, decay: float, *, warmup: bool = True) -> Any:
+    """e ← d · e + (1 − d) · w in float32, d = min(decay, (1 + step) / (10 + step)).
+
+    Args:
+      ema: float32 tree.
+      params: the parameters after the step, same structure.
+      step: how many steps were taken before this one (int or int32 scalar).
+      decay: Table 3: 0.999 or 0.9999.
+      warmup: whether early averages forget faster; without it d = decay.
+    """
+    t = jnp.asarray(step, jnp.float32)
+    d = jnp.minimum(decay, (1 + t) / (10 + t)) if warmup else jnp.float32(decay)
+    return jax.tree.map(lambda e, p: e + (1 - d) * (p.astype(jnp.float32) - e), ema, params)
+
+
+def sam_gradient(value_and_grad_fn: Callable, params: Any, rho: float, *args: Any,
+                 **kwargs: Any) -> tuple[Any, Any]:
+    """The gradient of sharpness-aware minimisation (arXiv 2010.01412, equations 2 and 3).
+
+    g = ∇L(w); the result is ∇L at w + rho · g / ‖g‖₂. Costs two gradients. The paper's CLIP uses
+    rho = 0.1.
+
+    Args:
+      value_and_grad_fn: (params, *args, **kwargs) -> (value, grads), value may be (loss, aux).
+      params: w.
+      rho: the radius, ≥ 0.
+
+    Returns:
+      (value at w, gradient at the perturbed point).
+    """
+    value, grads = value_and_grad_fn(params, *args, **kwargs)
+    norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+    scale = rho / jnp.maximum(norm, 1e-12)
+    there = jax.tree.map(lambda p, g: p + (scale * g).astype(p.dtype), params, grads)
+    _, grads = value_and_grad_fn(there, *args, **kwargs)
+    return value, grads
+
+
+def accumulate(value_and_grad_fn: Callable, microbatches: int) -> Callable:
+    """The same function, evaluated over slices of the batch one after another.
+
+    Values and gradients are averaged in float32, so a loss that is a mean over samples gives the
+    full batch's gradient; one that compares samples with each other (CLIP's) does not.
+
+    Args:
+      value_and_grad_fn: (params, batch, *args) -> (value, grads); value is a scalar or a pytree of
+        scalars such as (loss, metrics).
+      microbatches: how many slices; slice i holds rows i, i + n, …, which keeps every device's rows
+        on that device.
+
+    Returns:
+      A function with the same arguments and results, value and grads in float32.
+
+    Raises (when traced):
+      ConfigError: the batch does not divide.
+    """
+    if microbatches < 1:
+        raise ConfigError(f"microbatches is {microbatches}, expected at least 1")
+    if microbatches == 1:
+        return value_and_grad_fn
+
+    def split(leaf):
+        if leaf.shape[0] % microbatches:
+            raise ConfigError(f"a batch of {leaf.shape[0]} does not divide into {microbatches} "
+                              "microbatches")
+        rows = leaf.reshape(leaf.shape[0] // microbatches, microbatches, *leaf.shape[1:])
+        return jnp.swapaxes(rows, 0, 1)
+
+    def function(params, batch, *args):
+        slices = jax.tree.map(split, batch)
+        one = jax.eval_shape(value_and_grad_fn, params, jax.tree.map(lambda x: x[0], slices), *args)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), one)
+
+        def body(total, batch_slice):
+            result = value_and_grad_fn(params, batch_slice, *args)
+            return jax.tree.map(lambda t, r: t + r.astype(jnp.float32), total, result), None
+
+        total, _ = jax.lax.scan(body, zeros, slices)
+        return jax.tree.map(lambda leaf: leaf / microbatches, total)
+
+    return function
+
+
+def all_finite(loss: jax.Array, grads: Any) -> tuple[jax.Array, jax.Array]:
+    """(ok, norm): whether loss and gradient are finite, and the gradient's global float32 norm.
+
+    A norm that overflows counts as non-finite too: clipping by it would give zero or NaN.
+    """
+    norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+    return jnp.isfinite(loss) & jnp.isfinite(norm), norm
+
+
+def skip_nonfinite(old: Any, new: Any, ok: jax.Array) -> tuple[Any, jax.Array]:
+    """`new` where ok, else `old` bit for bit, on every leaf.
+
+    Give it parameters, optimiser state and average together, but not the step counter, which must
+    go on so that the next batch is another one.
+
+    Returns:
+      (tree, int32 scalar: 1 if the step was skipped).
+    """
+    tree = jax.tree.map(lambda o, n: jnp.where(ok, n, o), old, new)
+    return tree, jnp.where(ok, 0, 1).astype(jnp.int32)

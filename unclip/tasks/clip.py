@@ -1,0 +1,146 @@
+"""Training CLIP (section 2 and appendix C of the paper): contrastive loss over the global batch.
+
+The joint embedding this stage learns is what the prior predicts and the decoder inverts. Other
+stages use it frozen, through `FrozenClip`.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from unclip import errors
+from unclip.models import clip as clip_model
+from unclip.tasks import base
+
+LOSSES = ("softmax", "sigmoid")
+
+
+def to_float(images: jax.Array) -> jax.Array:
+    """uint8 [..., 3] to float32 in [-1, 1]."""
+    return images.astype(jnp.float32) / 127.5 - 1.0
+
+
+def unit(z: jax.Array) -> jax.Array:
+    """Embeddings [..., D] scaled to length one; a zero vector stays finite."""
+    return z / jnp.maximum(jnp.linalg.norm(z, axis=-1, keepdims=True), 1e-8)
+
+
+class ClipTask:
+    """Both towers trained from pictures and captions.
+
+    Args:
+      arch: keyword arguments of `models.clip.CLIP`.
+      loss: "softmax" (CLIP, InfoNCE both ways) or "sigmoid" (SigLIP, pairwise).
+    """
+
+    stage = "clip"
+
+    def __init__(self, arch: dict, *, loss: str = "softmax"):
+        if loss not in LOSSES:
+            raise errors.unknown("CLIP loss", loss, LOSSES)
+        self.model = clip_model.CLIP(**arch)
+        self.loss_name = loss
+
+    def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        size, context = self.model.image_size, self.model.context
+        return base.spec(batch_size, image=size, tokens=context)
+
+    def init(self, key: jax.Array) -> dict:
+        batch = base.zeros(self.batch_spec(1))
+        return self.model.init(key, to_float(batch["image"]), batch["tokens"])["params"]
+
+    def frozen(self):
+        return None
+
+    def loss(self, params, frozen, batch, key, *, train):
+        """Mean contrastive loss of the valid rows, every other row of the global batch a negative.
+
+        Returns:
+          (scalar, {"loss", "image_to_text", "text_to_image": top-1 in the batch, "temperature"}).
+        """
+        del frozen, key, train
+        images = clip_model.normalise(to_float(batch["image"]))
+        variables = {"params": params}
+        z_i, z_t, scale = self.model.apply(variables, images, batch["tokens"])
+        valid = batch["valid"]
+        similarity = unit(z_i.astype(jnp.float32)) @ unit(z_t.astype(jnp.float32)).T
+        if self.loss_name == "softmax":
+            losses = softmax_loss(similarity * scale, valid)
+        else:
+            bias = params.get("logit_bias", 0.0)
+            losses = sigmoid_loss(similarity * scale + bias, valid)
+        masked = jnp.where(valid[None, :] & valid[:, None], similarity, -jnp.inf)
+        target = jnp.arange(len(valid))
+        hit = lambda matrix: base.mean(jnp.argmax(matrix, axis=1) == target, valid)
+        loss = base.mean(losses, valid)
+        return loss, {
+            "loss": loss,
+            "image_to_text": hit(masked),
+            "text_to_image": hit(masked.T),
+            "temperature": 1.0 / scale,
+        }
+
+    def predict(self):
+        return {
+            "z_i": lambda params, frozen, batch, key: FrozenClip(self.model).image(
+                params, batch["image"]
+            ),
+            "z_t": lambda params, frozen, batch, key: FrozenClip(self.model).text(
+                params, batch["tokens"]
+            )[0],
+        }
+
+
+def softmax_loss(logits: jax.Array, valid: jax.Array) -> jax.Array:
+    """Symmetric cross-entropy of the matching pair (arXiv 2103.00020, figure 3); float32 [B].
+
+    Args:
+      logits: [B, B], row = picture, column = caption, scaled by the inverse temperature.
+      valid: bool [B]; rows that only pad the batch are no negatives.
+    """
+    logits = jnp.where(valid[None, :] & valid[:, None], logits, -1e9)
+    target = jnp.arange(logits.shape[0])
+    cross = optax.softmax_cross_entropy_with_integer_labels
+    return (cross(logits, target) + cross(logits.T, target)) / 2
+
+
+def sigmoid_loss(logits: jax.Array, valid: jax.Array) -> jax.Array:
+    """Pairwise sigmoid loss summed over a picture's captions (arXiv 2303.15343, eq. 1); [B]."""
+    sign = 2 * jnp.eye(logits.shape[0]) - 1
+    pairs = -jax.nn.log_sigmoid(sign * logits)
+    return jnp.where(valid[None, :] & valid[:, None], pairs, 0.0).sum(axis=1)
+
+
+class FrozenClip:
+    """A trained CLIP as the later stages use it: no gradient, float32 results."""
+
+    def __init__(self, model: clip_model.CLIP):
+        self.model = model
+
+    def image(self, params, images: jax.Array) -> jax.Array:
+        """z_i [B, D], not normalised, of uint8 or [-1, 1] float pictures of any size."""
+        if images.dtype == jnp.uint8:
+            images = to_float(images)
+        images = clip_model.resize_for_clip(images, self.model.image_size)
+        z_i = self.model.apply({"params": params}, images, method="encode_image")
+        return jax.lax.stop_gradient(z_i.astype(jnp.float32))
+
+    def text(self, params, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(z_t [B, D] not normalised, hidden [B, L, W] after the final norm).
+
+        Captions longer than CLIP's context L end where it does: a stage with a text transformer of
+        its own may read on.
+        """
+        context, end = self.model.context, self.model.vocab_size - 1
+        if tokens.shape[1] > context:
+            last = jnp.where(tokens[:, context - 1 :] != 0, end, 0).max(axis=1)
+            tokens = tokens[:, :context].at[:, -1].set(last)
+        z_t, hidden = self.model.apply({"params": params}, tokens, method="encode_text")
+        return jax.lax.stop_gradient((z_t.astype(jnp.float32), hidden.astype(jnp.float32)))
+
+    def empty(self, batch_size: int, context: int | None = None) -> tuple[jax.Array, jax.Array]:
+        """The empty caption: (tokens int32 [B, L], mask bool [B, L]), start and end alone."""
+        start, end = self.model.vocab_size - 2, self.model.vocab_size - 1
+        tokens = jnp.zeros((batch_size, context or self.model.context), jnp.int32)
+        tokens = tokens.at[:, 0].set(start).at[:, 1].set(end)
+        return tokens, jnp.arange(tokens.shape[1])[None, :].repeat(batch_size, 0) < 2

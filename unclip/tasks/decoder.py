@@ -1,0 +1,212 @@
+"""Training and drawing from the decoder p(x | z_i, caption) (section 2.1 of the paper).
+
+A text- and embedding-conditional diffusion model of small pictures. The picture's own CLIP
+embedding is dropped 10 % of the time and the caption 50 %, separately, so that the same network
+gives every conditional and unconditional prediction that classifier-free guidance needs.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from unclip import errors
+from unclip.diffusion import gaussian, guidance, losses, samplers, schedule
+from unclip.models import clip as clip_model
+from unclip.models import decoder as decoder_model
+from unclip.tasks import base, keys
+from unclip.tasks.clip import FrozenClip, to_float, unit
+
+T, NOISE, DROP_IMAGE, DROP_TEXT = range(4)  # tags of a sample's random draws
+THRESHOLDS = {"static": guidance.static_threshold, "dynamic": guidance.dynamic_threshold}
+
+
+class DecoderTask:
+    """The decoder.
+
+    Args:
+      arch: keyword arguments of `models.decoder.Decoder`.
+      clip: keyword arguments of the frozen `models.clip.CLIP`.
+      clip_params: its parameters; None when only shapes are wanted.
+      image_size: side of the pictures, pixels.
+      noise: name of the noise schedule.
+      parametrisation: what the network predicts, "eps" (paper), "x0" or "v".
+      variance: "learned_range" (paper), "fixed_small" or "fixed_large".
+      vlb_weight: weight of one term of L_vlb, in bits a dimension. 1 is Improved DDPM's 0.001 on
+        the sum over 1,000 steps, of which a training sample sees one.
+      min_snr: gamma of min-SNR weighting (arXiv 2303.09556), or None.
+      z_scale: 0 gives the network z_i as CLIP does, a number gives z_scale * z_i / |z_i|; must be
+        that of a prior with `embedding="scale"`.
+      image_drop, text_drop: fractions of training samples without z_i, without caption.
+      draw: defaults of `sample`: steps, guidance, sampler, eta, threshold.
+    """
+
+    stage = "decoder"
+
+    def __init__(
+        self,
+        arch: dict,
+        *,
+        clip: dict,
+        clip_params=None,
+        image_size: int = 64,
+        noise: str = "cosine",
+        parametrisation: str = "eps",
+        variance: str = "learned_range",
+        vlb_weight: float = 1.0,
+        min_snr: float | None = None,
+        z_scale: float = 0.0,
+        image_drop: float = 0.1,
+        text_drop: float = 0.5,
+        draw: dict | None = None,
+    ):
+        self.model = decoder_model.Decoder(**arch)
+        self.clip = FrozenClip(clip_model.CLIP(**clip))
+        self.clip_params = clip_params
+        own_text = self.model.text_layers > 0
+        self.context = self.model.text_context if own_text else self.clip.model.context
+        self.image_size = image_size
+        self.schedule = schedule.make(noise)
+        self.parametrisation, self.variance = parametrisation, variance
+        self.vlb_weight, self.min_snr = vlb_weight, min_snr
+        self.z_scale = z_scale
+        # A model without a null of its own sees the empty caption instead of a dropped one.
+        self.own_null = self.model.learned_null_text or own_text
+        self.image_drop, self.text_drop = image_drop, text_drop
+        self.stored = False
+        self.draw = {"steps": 25, "guidance": 8.0, "sampler": "ddpm", "eta": 0.0}
+        self.draw |= {"threshold": "static"} | dict(draw or {})
+
+    def batch_spec(self, batch_size: int):
+        clip = self.clip.model
+        wanted = {"z_i": clip.embed_dim} if self.stored else {"clip_image": clip.image_size}
+        return base.spec(batch_size, image=self.image_size, tokens=self.context, **wanted)
+
+    def init(self, key):
+        clip, size = self.clip.model, self.image_size
+        tokens = jnp.zeros((1, self.context), jnp.int32)
+        z = jnp.zeros((1, clip.embed_dim))
+        return self.model.init(
+            key,
+            jnp.zeros((1, size, size, 3)),
+            jnp.zeros((1,), jnp.int32),
+            z_i=z,
+            z_t=z,
+            text_hidden=jnp.zeros((*tokens.shape, clip.text_width)),
+            tokens=tokens,
+            text_mask=tokens == 0,
+        )["params"]
+
+    def frozen(self):
+        return {"clip": self.clip_params}
+
+    def image(self, frozen, batch):
+        """z_i [B, D] of the batch, stored or from its pictures."""
+        return batch["z_i"] if self.stored else self.clip.image(frozen["clip"], batch["clip_image"])
+
+    def scaled(self, z_i):
+        """z_i [B, D] as the network is given it."""
+        return self.z_scale * unit(z_i) if self.z_scale else z_i
+
+    def text(self, frozen, tokens, mask, drop):
+        """Caption conditions, rows of `drop` (bool [B]) replaced by the empty caption."""
+        empty, empty_mask = self.clip.empty(1, tokens.shape[1])
+        tokens = jnp.where(drop[:, None], empty, tokens)
+        mask = jnp.where(drop[:, None], empty_mask, mask)
+        z_t, hidden = self.clip.text(frozen["clip"], tokens)
+        return {"z_t": z_t, "text_hidden": hidden, "tokens": tokens, "text_mask": mask}
+
+    def loss(self, params, frozen, batch, key, *, train):
+        """L_hybrid = L_simple + vlb_weight * L_vlb (Improved DDPM, eq. 16), or L_simple alone."""
+        sample_keys = keys.sample_keys(key, batch["sample"])
+        x_0 = to_float(batch["image"])
+        t = keys.integers(sample_keys, len(self.schedule), T)
+        eps = keys.normal(sample_keys, x_0.shape[1:], NOISE)
+        x_t = gaussian.q_sample(self.schedule, x_0, t, eps)
+        drop_image = keys.bernoulli(sample_keys, self.image_drop if train else 0.0, DROP_IMAGE)
+        drop_text = keys.bernoulli(sample_keys, self.text_drop if train else 0.0, DROP_TEXT)
+        raw = self.model.apply(
+            {"params": params},
+            x_t,
+            t,
+            z_i=self.scaled(self.image(frozen, batch)),
+            **self.text(frozen, batch["tokens"], batch["text_mask"], drop_text),
+            drop_image=drop_image,
+            drop_text=drop_text if self.own_null else None,
+            train=train,
+            rngs={"dropout": keys.batch_key(key, batch["sample"])} if train else None,
+        )
+        return diffusion_loss(self, raw.astype(jnp.float32), x_0, t, eps, batch["valid"])
+
+    def sample(
+        self, params, frozen, z_i, tokens, mask, sample_keys, *, x_T=None, noise=None, **draw
+    ):
+        """Draws pictures float32 [B, S, S, 3] in [-1, 1].
+
+        Args:
+          z_i: [B, D]; tokens, mask: [B, L]; sample_keys: typed keys [B], one a picture.
+          x_T: optional starting noise [B, S, S, 3].
+          noise: seam for parity tests, [steps, B, S, S, 3] standard normal.
+          draw: steps, sampler, threshold (static); guidance, eta (may be traced).
+        """
+        draw = self.draw | draw
+        if draw["threshold"] not in THRESHOLDS:
+            raise errors.unknown("threshold", draw["threshold"], THRESHOLDS)
+        batch = tokens.shape[0]
+        conditional = self.text(frozen, tokens, mask, jnp.zeros(batch, bool))
+        null = self.text(frozen, tokens, mask, jnp.ones(batch, bool))
+
+        both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), conditional, null)
+        z_i = guidance.twice(self.scaled(z_i))
+
+        def model_fn(x_t, t, drop):
+            return self.model.apply(
+                {"params": params}, x_t, t, z_i=z_i, **both, drop_image=drop,
+                drop_text=drop if self.own_null else None,
+            )
+
+        learned = self.variance == "learned_range"
+        guided = guidance.with_guidance(model_fn, draw["guidance"], learned_variance=learned)
+        respaced = self.schedule.respace(draw["steps"])
+        denoise = gaussian.make_denoise(
+            guided,
+            respaced,
+            parametrisation=self.parametrisation,
+            variance=self.variance,
+            clip=THRESHOLDS[draw["threshold"]](),
+        )
+        if x_T is None:
+            x_T = samplers.draw_noise(sample_keys, (self.image_size, self.image_size, 3))
+        pictures = samplers.sample(
+            denoise, respaced, x_T, sample_keys,
+            sampler=draw["sampler"], eta=draw["eta"], noise=noise,
+        )
+        return jnp.clip(pictures, -1.0, 1.0)
+
+    def predict(self):
+        """`sample`: a picture for every caption and the z_i of its true picture."""
+
+        def sample(params, frozen, batch, key):
+            sample_keys = keys.sample_keys(key, batch["sample"])
+            z_i = self.image(frozen, batch)
+            drawn = self.sample(
+                params, frozen, z_i, batch["tokens"], batch["text_mask"], sample_keys
+            )
+            error = jnp.mean((drawn - to_float(batch["image"])) ** 2, axis=(1, 2, 3))
+            return {"pictures": drawn, "mse": base.mean(error, batch["valid"])}
+
+        return {"sample": sample}
+
+
+def diffusion_loss(task, raw, x_0, t, eps, valid):
+    """The loss of a picture stage from the network's raw output, with its metrics."""
+    options = {"parametrisation": task.parametrisation}
+    mean_part = raw[..., : x_0.shape[-1]]
+    total = losses.l_simple(
+        task.schedule, x_0, t, eps, mean_part, min_snr_gamma=task.min_snr or None, **options
+    )
+    metrics = {"mse": base.mean(total, valid)}
+    if task.variance == "learned_range":
+        vlb = losses.learned_vlb(task.schedule, x_0, t, eps, raw, **options)
+        metrics["vlb"] = base.mean(vlb, valid)
+        total = total + task.vlb_weight * vlb
+    loss = base.mean(total, valid)
+    return loss, {"loss": loss, **metrics}

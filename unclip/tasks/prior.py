@@ -1,0 +1,319 @@
+"""Training and drawing from the priors p(z_i | caption) (section 2.2 of the paper).
+
+Both priors see the caption through a frozen CLIP. The diffusion prior predicts the un-noised
+embedding with a mean-squared error; the autoregressive prior predicts the quantised principal
+components of the embedding. Classifier-free guidance comes from captions replaced by the empty one.
+"""
+
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from unclip import errors
+from unclip.diffusion import gaussian, guidance, losses, samplers, schedule
+from unclip.models import clip as clip_model
+from unclip.models import prior as prior_model
+from unclip.models import prior_ar
+from unclip.tasks import base, keys
+from unclip.tasks.clip import FrozenClip, unit
+
+EMBEDDINGS = ("whiten", "scale")
+T, NOISE, DROP = range(3)  # tags of a sample's random draws
+
+
+class _Conditioned:
+    """What the two priors share: captions and pictures through the frozen CLIP."""
+
+    stage = "prior"
+
+    def __init__(self, clip, clip_params, statistics, text_drop: float):
+        self.clip = FrozenClip(clip_model.CLIP(**clip))
+        self.clip_params = clip_params
+        self.statistics = statistics
+        self.text_drop = text_drop
+        self.context = self.model.context  # of captions, tokens
+        self.stored = False  # True: the input delivers z_i, and no picture is encoded
+
+    def batch_spec(self, batch_size: int):
+        clip = self.clip.model
+        wanted = {"z_i": clip.embed_dim} if self.stored else {"image": clip.image_size}
+        return base.spec(batch_size, tokens=self.context, **wanted)
+
+    def frozen(self):
+        return {"clip": self.clip_params, "statistics": self.statistics}
+
+    def image(self, frozen, batch):
+        """z_i [B, D] of the batch, stored or from its pictures."""
+        return batch["z_i"] if self.stored else self.clip.image(frozen["clip"], batch["image"])
+
+    def conditions(self, frozen, tokens, mask, drop):
+        """The caption as the prior sees it, rows of `drop` (bool [B]) replaced by the empty one.
+
+        Returns:
+          {"z_t" [B, D], "text_hidden" [B, L, W] or the tokens themselves, "text_mask" [B, L]}.
+        """
+        empty, empty_mask = self.clip.empty(1, tokens.shape[1])
+        tokens = jnp.where(drop[:, None], empty, tokens)
+        mask = jnp.where(drop[:, None], empty_mask, mask)
+        z_t, hidden = self.clip.text(frozen["clip"], tokens)
+        own = getattr(self.model, "vocab_size", None)
+        return {"z_t": z_t, "text_hidden": tokens if own else hidden, "text_mask": mask}
+
+    def predict(self):
+        """`sample`: draws z_i for the captions and compares it with the pictures' own."""
+
+        def sample(params, frozen, batch, key):
+            sample_keys = keys.sample_keys(key, batch["sample"])
+            drawn = self.sample(params, frozen, batch["tokens"], batch["text_mask"], sample_keys)
+            z_i = self.image(frozen, batch)
+            similarity = unit(drawn) @ unit(z_i).T
+            own = jnp.diagonal(similarity)
+            better = ((similarity > own[:, None]) & batch["valid"][None, :]).sum(axis=1)
+            return {
+                "cosine": base.mean(own, batch["valid"]),
+                "top_1": base.mean(better == 0, batch["valid"]),
+            }
+
+        return {"sample": sample}
+
+
+class DiffusionPriorTask(_Conditioned):
+    """The diffusion prior.
+
+    Args:
+      arch: keyword arguments of `models.prior.DiffusionPrior`.
+      clip: keyword arguments of the frozen `models.clip.CLIP`.
+      clip_params: its parameters; None when only shapes are wanted.
+      statistics: {"mean": [D], "std": [D]} of z_i over the training pictures.
+      embedding: "whiten" diffuses (z_i - mean) / std, "scale" diffuses `scale` * z_i / |z_i|.
+      clamp: sampling clamps the predicted x_0 to +-clamp (Karlo 10, its diffusers port 5).
+      text_drop: fraction of captions replaced by the empty one (paper: 10 %).
+      draw: defaults of `sample`: steps, guidance, sampler, eta, candidates.
+    """
+
+    def __init__(
+        self,
+        arch: dict,
+        *,
+        clip: dict,
+        clip_params=None,
+        statistics=None,
+        noise: str = "cosine",
+        embedding: str = "whiten",
+        scale: float = 17.2,
+        clamp: float | None = 10.0,
+        text_drop: float = 0.1,
+        draw: dict | None = None,
+    ):
+        if embedding not in EMBEDDINGS:
+            raise errors.unknown("embedding", embedding, EMBEDDINGS)
+        self.model = prior_model.DiffusionPrior(**arch)
+        super().__init__(clip, clip_params, statistics, text_drop)
+        self.schedule = schedule.make(noise)
+        self.embedding, self.scale, self.clamp = embedding, scale, clamp
+        self.draw = {"steps": 25, "guidance": 4.0, "sampler": "ddpm", "eta": 0.0, "candidates": 2}
+        self.draw |= draw or {}
+
+    def init(self, key):
+        model, clip = self.model, self.clip.model
+        z = jnp.zeros((1, model.embed_dim))
+        tokens = jnp.zeros((1, self.context), jnp.int32)
+        hidden = tokens if model.vocab_size else jnp.zeros((*tokens.shape, clip.text_width))
+        mask = tokens == 0
+        return model.init(key, z, jnp.zeros((1,), jnp.int32), z, hidden, mask)["params"]
+
+    def fit(self, embeddings: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
+        """Statistics from a stream of (z_i, z_t) batches [b, D]: mean and std of z_i, float32."""
+        moments = prior_ar.StreamingCovariance(self.clip.model.embed_dim)
+        for z_i, _ in embeddings:
+            moments.update(z_i)
+        std = np.sqrt(np.maximum(np.diag(moments.covariance), 1e-12))
+        return {"mean": np.float32(moments.mean), "std": np.float32(std)}
+
+    def shape_statistics(self):
+        """The shapes `fit` would give, for planning without data."""
+        leaf = jax.ShapeDtypeStruct((self.model.embed_dim,), jnp.float32)
+        return {"mean": leaf, "std": leaf}
+
+    def encode(self, frozen, z_i):
+        """z_i to the space the diffusion runs in, [B, D]."""
+        if self.embedding == "scale":
+            return self.scale * unit(z_i)
+        return (z_i - frozen["statistics"]["mean"]) / frozen["statistics"]["std"]
+
+    def decode(self, frozen, x_0):
+        """The inverse of `encode`; a unit vector when embeddings are scaled."""
+        if self.embedding == "scale":
+            return unit(x_0)
+        return x_0 * frozen["statistics"]["std"] + frozen["statistics"]["mean"]
+
+    def loss(self, params, frozen, batch, key, *, train):
+        """L_prior = E |f(z_i^(t), t, y) - z_i|^2 in the space of `encode` (paper, section 2.2)."""
+        sample_keys = keys.sample_keys(key, batch["sample"])
+        x_0 = self.encode(frozen, self.image(frozen, batch))
+        t = keys.integers(sample_keys, len(self.schedule), T)
+        eps = keys.normal(sample_keys, x_0.shape[1:], NOISE)
+        x_t = gaussian.q_sample(self.schedule, x_0, t, eps)
+        drop = keys.bernoulli(sample_keys, self.text_drop if train else 0.0, DROP)
+        conditions = self.conditions(frozen, batch["tokens"], batch["text_mask"], drop)
+        rngs = {"dropout": keys.batch_key(key, batch["sample"])} if train else None
+        predicted = self.model.apply({"params": params}, x_t, t, **conditions, rngs=rngs)
+        predicted = predicted.astype(jnp.float32)
+        squared = losses.l_simple(self.schedule, x_0, t, eps, predicted, parametrisation="x0")
+        loss = base.mean(squared, batch["valid"])
+        cosine = jnp.sum(unit(self.decode(frozen, predicted)) * unit(self.decode(frozen, x_0)), -1)
+        return loss, {"loss": loss, "cosine": base.mean(cosine, batch["valid"])}
+
+    def sample(self, params, frozen, tokens, mask, sample_keys, *, noise=None, **draw):
+        """Draws z_i for captions: `candidates` each, the better dot product with z_t is kept.
+
+        Args:
+          tokens, mask: [B, L]; sample_keys: typed keys [B], one a picture.
+          noise: seam for parity tests, [steps + 1, candidates * B, D] standard normal: x_T first.
+          draw: steps, sampler, candidates (static); guidance, eta (may be traced).
+
+        Returns:
+          z_i float32 [B, D], in CLIP's own scale.
+        """
+        draw = self.draw | draw
+        batch, candidates = tokens.shape[0], draw["candidates"]
+        conditional = self.conditions(frozen, tokens, mask, jnp.zeros(batch, bool))
+        null = self.conditions(frozen, tokens, mask, jnp.ones(batch, bool))
+        every = jnp.concatenate([keys.fold(sample_keys, c) for c in range(candidates)])
+
+        both = jax.tree.map(
+            lambda a, b: jnp.concatenate([a] * candidates + [b] * candidates), conditional, null
+        )
+
+        def model_fn(x_t, t, drop):
+            del drop  # the rows of `both` are conditioned and unconditioned already
+            return self.model.apply({"params": params}, x_t, t, **both)
+
+        respaced = self.schedule.respace(draw["steps"])
+        denoise = gaussian.make_denoise(
+            guidance.with_guidance(model_fn, draw["guidance"]),
+            respaced,
+            parametrisation="x0",
+            variance="fixed_small",
+            clip=self.clamp,
+        )
+        if noise is None:
+            x_T = samplers.draw_noise(every, (self.model.embed_dim,))
+        else:
+            x_T, noise = noise[0], noise[1:]
+        z = samplers.sample(
+            denoise, respaced, x_T, every, sampler=draw["sampler"], eta=draw["eta"], noise=noise
+        )
+        z = self.decode(frozen, z).reshape(candidates, batch, -1)
+        score = jnp.sum(unit(z) * unit(conditional["z_t"])[None], axis=-1)
+        best = jnp.argmax(score, axis=0)
+        return jnp.take_along_axis(z, best[None, :, None], axis=0)[0]
+
+
+class ARPriorTask(_Conditioned):
+    """The autoregressive prior: z_i as `codes` quantised principal components, most telling first.
+
+    Args:
+      arch: keyword arguments of `models.prior_ar.ARPrior`.
+      range_sigmas: the buckets of a component span +- this many standard deviations.
+      Other arguments as in `DiffusionPriorTask`; `draw` holds guidance and temperature.
+    """
+
+    def __init__(
+        self,
+        arch: dict,
+        *,
+        clip: dict,
+        clip_params=None,
+        statistics=None,
+        text_drop: float = 0.1,
+        range_sigmas: float = 4.0,
+        draw: dict | None = None,
+    ):
+        self.model = prior_ar.ARPrior(**arch)
+        super().__init__(clip, clip_params, statistics, text_drop)
+        self.range_sigmas = range_sigmas
+        self.draw = {"guidance": 1.0, "temperature": 1.0, "candidates": 2} | (draw or {})
+
+    def init(self, key):
+        model, clip = self.model, self.clip.model
+        tokens = jnp.zeros((1, self.context), jnp.int32)
+        return model.init(
+            key,
+            jnp.zeros((1, model.codes), jnp.int32),
+            jnp.zeros((1, clip.embed_dim)),
+            jnp.zeros((*tokens.shape, clip.text_width)),
+            tokens == 0,
+            jnp.zeros((1,), jnp.int32),
+        )["params"]
+
+    def fit(self, embeddings: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
+        """PCA of z_i and quantile edges of z_i . z_t (unit vectors), from (z_i, z_t) batches."""
+        moments, dots = prior_ar.StreamingCovariance(self.clip.model.embed_dim), []
+        for z_i, z_t in embeddings:
+            moments.update(z_i)
+            norms = np.linalg.norm(z_i, axis=-1) * np.linalg.norm(z_t, axis=-1)
+            dots.append(np.sum(z_i * z_t, axis=-1) / np.maximum(norms, 1e-8))
+        pca = prior_ar.fit_pca(moments.mean, moments.covariance, dims=self.model.codes)
+        edges = prior_ar.fit_dot_edges(np.concatenate(dots), self.model.dot_buckets)
+        return {
+            "mean": np.float32(pca.mean),
+            "components": np.float32(pca.components),
+            "scale": np.float32(pca.scale),
+            "dot_edges": np.float32(edges),
+        }
+
+    def shape_statistics(self):
+        d, n = self.clip.model.embed_dim, self.model.codes
+        shapes = {"mean": (d,), "components": (d, n), "scale": (n,)}
+        shapes["dot_edges"] = (self.model.dot_buckets - 1,)
+        return {name: jax.ShapeDtypeStruct(s, jnp.float32) for name, s in shapes.items()}
+
+    def _pca(self, frozen):
+        s = frozen["statistics"]
+        return prior_ar.PCA(s["mean"], s["components"], s["scale"])
+
+    def loss(self, params, frozen, batch, key, *, train):
+        """Mean cross-entropy a code, in nats."""
+        sample_keys = keys.sample_keys(key, batch["sample"])
+        pca, z_i = self._pca(frozen), self.image(frozen, batch)
+        codes = prior_ar.quantise(
+            prior_ar.encode(pca, z_i), pca.scale, self.model.buckets, self.range_sigmas
+        )
+        drop = keys.bernoulli(sample_keys, self.text_drop if train else 0.0, DROP)
+        conditions = self.conditions(frozen, batch["tokens"], batch["text_mask"], drop)
+        z_t = self.clip.text(frozen["clip"], batch["tokens"])[0]
+        dot = prior_ar.quantise_dot(
+            jnp.sum(unit(z_i) * unit(z_t), -1), frozen["statistics"]["dot_edges"]
+        )
+        logits = self.model.apply({"params": params}, codes, **conditions, dot=dot)
+        cross = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), codes)
+        loss = base.mean(cross.mean(axis=1), batch["valid"])
+        hit = jnp.mean(jnp.argmax(logits, -1) == codes, axis=1)
+        return loss, {"loss": loss, "accuracy": base.mean(hit, batch["valid"])}
+
+    def sample(self, params, frozen, tokens, mask, sample_keys, *, noise=None, **draw):
+        """Draws z_i float32 [B, D] for captions [B, L]; see `DiffusionPriorTask.sample`."""
+        if noise is not None:
+            raise errors.ConfigError("the autoregressive prior draws codes; it takes no noise")
+        draw = self.draw | draw
+        batch, pca = tokens.shape[0], self._pca(frozen)
+        conditional = self.conditions(frozen, tokens, mask, jnp.zeros(batch, bool))
+        null = self.conditions(frozen, tokens, mask, jnp.ones(batch, bool))
+        drawn = []
+        for candidate in range(draw["candidates"]):
+            codes = prior_ar.sample(
+                self.model, params, keys.fold(sample_keys, candidate), **conditional,
+                uncond=(null["z_t"], null["text_hidden"], null["text_mask"]),
+                temperature=draw["temperature"], guidance=draw["guidance"],
+            )
+            coefficients = prior_ar.dequantise(
+                codes, pca.scale, self.model.buckets, self.range_sigmas
+            )
+            drawn.append(prior_ar.decode(pca, coefficients))
+        z = jnp.stack(drawn)
+        best = jnp.argmax(jnp.sum(unit(z) * unit(conditional["z_t"])[None], -1), axis=0)
+        return jnp.take_along_axis(z, best[None, :, None], axis=0)[0]

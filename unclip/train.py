@@ -1,0 +1,381 @@
+"""`unclip train`: the one training loop, for CLIP, the priors, the decoder and the upsamplers.
+
+    unclip train --config configs/decoder.py:emoji --config.clip=runs/clip --workdir runs/decoder
+
+The workdir holds config.json, checkpoints/, metrics.jsonl, TensorBoard events and samples/. The
+same command resumes: parameters, moments, moving average and data position are restored, and the
+run ends with the same bits as one that was never interrupted. Stage settings follow Table 3 of
+the paper where the config names its preset.
+"""
+
+import functools
+import json
+import os
+import pathlib
+import time
+
+import jax
+import numpy as np
+from absl import flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from unclip import cli, errors, files, images, runs, stage, tasks
+from unclip import embed as embedding
+from unclip.evaluators.held_out import HeldOutLoss
+from unclip.evaluators.samples import Samples
+from unclip.input import source
+from unclip.runtime import checkpoint, distributed, flops, metrics, progress, sharding
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "FILE.py:preset[,argument...]")
+_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; the same folder resumes it")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT, for processes started by hand")
+_PROCESSES = flags.DEFINE_integer("process_count", None, "how many processes, started by hand")
+_PROCESS = flags.DEFINE_integer("process_id", None, "which process this is, started by hand")
+
+
+# ============================================================ the run
+
+
+def train(config: ConfigDict, workdir: str) -> None:
+    """Runs a config to `total_steps`, or resumes it there.
+
+    Raises:
+      ConfigError, DataError, NumericsError, Stopped: see `unclip.errors`.
+    """
+    if config.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
+    mesh = sharding.make_mesh(stage.plain(config.mesh))
+    ways = mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulate
+    if config.batch_size % ways:
+        raise errors.ConfigError(
+            f"batch_size {config.batch_size} is not a multiple of {ways} "
+            f"(data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} x accumulate "
+            f"{config.accumulate})"
+        )
+    folder = pathlib.Path(workdir)
+    data, held_out = stage.collections(config)
+    clip = stage.clip_part(config)
+    if clip is not None and clip.params is None and config.clip != "random":
+        raise errors.ConfigError(
+            f"the {config.stage} needs a trained CLIP: --config.clip=RUN or BUNDLE "
+            "(or =random, for benchmarks)"
+        )
+
+    with checkpoint.Checkpointer(
+        folder / "checkpoints", save_every_steps=config.save_steps, keep=config.keep
+    ) as saver:
+        write_config(config, folder)
+        rules = sharding.PRESETS.get(config.sharding, config.sharding)
+        if isinstance(rules, str):
+            raise errors.unknown("sharding", rules, sharding.PRESETS)
+        put = functools.partial(place, mesh=mesh, rules=rules)
+        if clip is not None:
+            if clip.params is None:
+                clip.params = tasks.ClipTask(tasks.arguments(clip.arch)).init(jax.random.key(0))
+            clip.params = put(clip.params)
+        statistics = None
+        if config.stage == "prior":
+            statistics = fit_statistics(config, clip, data, mesh, folder)
+        task = stage.make_task(config, clip, statistics and put(statistics))
+        if config.get("stored_embeddings"):
+            data, held_out = store_embeddings(config, clip, data, held_out, mesh, folder)
+        frozen = task.frozen()
+
+        abstract_params = jax.eval_shape(task.init, jax.random.key(0))
+        tx, schedule = stage.make_optimizer(config, abstract_params)
+        start = initial_params(config, abstract_params)
+        init = stage.make_init(task, tx, start)
+        abstract = jax.eval_shape(init, jax.random.key(0))
+        shardings = sharding.shardings(abstract, mesh, rules)
+        position = 0
+        if saver.latest() is None:
+            state = jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed))
+        else:
+            state, position, _ = saver.restore(None, sharding.abstract(abstract, shardings))
+            logging.info("resumed %s at step %d", workdir, int(state["step"]))
+        del start
+        first = int(state["step"])
+
+        rows = {
+            "batch_size": config.batch_size,
+            "process_index": distributed.process_index(),
+            "process_count": distributed.process_count(),
+            "threads": config.input.threads,
+            "workers": config.input.workers,
+        }
+        batches = source.make_source(
+            data,
+            stage.transform(config, task, "train"),
+            seed=config.seed,
+            start=position,
+            max_bad_fraction=config.input.max_bad_fraction,
+            **rows,
+        )
+        evaluators = make_evaluators(config, task, frozen, data, held_out, mesh, rows)
+        step_fn = jax.jit(
+            stage.make_step(task, tx, schedule, config),
+            out_shardings=(shardings, sharding.replicated(mesh)),
+            donate_argnums=0,
+        )
+        writer = metrics.MetricWriter(
+            folder,
+            tensorboard=config.tensorboard,
+            wandb={"project": config.wandb} if config.wandb else None,
+            restored_step=first,
+        )
+        bar = progress.progress(config.total_steps, config.stage, initial=first)
+        with writer, batches, bar:
+            run = Loop(config, folder, saver, writer, evaluators, batches, bar, mesh)
+            run.flops = stage.model_flops(config, clip)
+            state = run(step_fn, state, frozen, first)
+        saver.wait()
+
+
+class Loop:
+    """The loop proper; its order is law: evaluate, save, next batch, step, log the step before."""
+
+    def __init__(self, config, folder, saver, writer, evaluators, batches, bar, mesh):
+        self.config, self.folder, self.saver, self.writer = config, folder, saver, writer
+        self.evaluators, self.batches, self.bar, self.mesh = evaluators, batches, bar, mesh
+        self.skipped = 0  # consecutive steps
+        self.pending = None  # (step, metrics on the device) of the step before
+        self.flops = None  # of one step
+        self.loss = "?"
+        self.clock, self.clock_step, self.paused = time.perf_counter(), None, 0.0
+
+    def __call__(self, step_fn, state, frozen, first):
+        config = self.config
+        compiled = None
+        for step in range(first, config.total_steps):
+            self.evaluate(state, step, due=step > first)
+            self.save(state, step)
+            if distributed.should_stop(step):
+                self.log_pending()
+                self.save(state, step, force=True)
+                self.saver.wait()
+                raise errors.Stopped(
+                    f"asked to stop: saved step {step} of {config.total_steps}; "
+                    "the same command resumes"
+                )
+            batch = sharding.put_batch(next(self.batches), self.mesh)
+            if compiled is None:
+                compiled = self.compile(step_fn, state, frozen, batch)
+            state, measured = compiled(state, frozen, batch)
+            self.log_pending()
+            self.pending = (step + 1, measured)
+            self.bar.update(1, loss=self.loss)
+        self.log_pending()
+        if config.total_steps > first:
+            self.evaluate(state, config.total_steps, due=True, last=True)
+            self.save(state, config.total_steps, force=True)
+        return state
+
+    def compile(self, step_fn, state, frozen, batch):
+        start = time.perf_counter()
+        compiled = step_fn.lower(state, frozen, batch).compile()
+        seconds = time.perf_counter() - start
+        self.writer.scalars(int(state["step"]), {"compile_seconds": seconds})
+        self.clock, self.paused = time.perf_counter(), 0.0
+        return compiled
+
+    def evaluate(self, state, step, *, due, last=False):
+        config = self.config
+        pause = time.perf_counter()
+        for evaluator in self.evaluators:
+            every = config.eval_steps if isinstance(evaluator, HeldOutLoss) else config.sample_steps
+            if not (last or (due and every and step % every == 0)):
+                continue
+            found = {}
+            for name, value in evaluator.run(state, step):
+                if isinstance(value, np.ndarray):
+                    self.writer.images(step, name, value)
+                    if distributed.is_main():
+                        path = self.folder / "samples" / f"{step:07d}-{name}.png"
+                        images.write_png(path, value, {"step": step, "stage": config.stage})
+                else:
+                    found[name] = value
+            if found:
+                self.writer.scalars(step, found)
+        self.paused += time.perf_counter() - pause
+
+    def save(self, state, step, force=False):
+        if not (force or self.saver.due(step)):
+            return
+        pause = time.perf_counter()
+        meta = {"stage": self.config.stage, "preset": self.config.preset}
+        self.saver.save(step, state, self.batches.position, meta, force=force)
+        self.paused += time.perf_counter() - pause
+
+    def log_pending(self):
+        """Fetches the previous step's metrics, which by now are computed, and judges them."""
+        if self.pending is None:
+            return
+        step, measured = self.pending
+        self.pending = None
+        measured = {name: float(value) for name, value in jax.device_get(measured).items()}
+        self.skipped = self.skipped + 1 if measured["skipped"] else 0
+        if self.skipped >= self.config.max_skipped_steps:
+            self.writer.scalars(step, measured)
+            raise errors.NumericsError(
+                f"{self.skipped} steps in a row up to step {step} had a loss or gradient that is "
+                f"not finite; the last good state is checkpoint {self.saver.latest()}"
+            )
+        if self.clock_step is None:  # the first step after compiling also fills caches
+            self.clock, self.clock_step, self.paused = time.perf_counter(), step, 0.0
+        if step % self.config.log_steps and step != self.config.total_steps:
+            return
+        seconds = time.perf_counter() - self.clock - self.paused
+        steps = step - self.clock_step
+        if steps > 0:
+            measured["images_per_second"] = steps * self.config.batch_size / seconds
+            used = flops.utilisation(self.flops, seconds / steps, jax.devices())
+            if used is not None:
+                measured["flop_utilisation"] = used
+        problems = sum(self.batches.problems.values())
+        if problems:
+            measured["bad_samples"] = problems
+        self.writer.scalars(step, measured)
+        self.loss = f"{measured['loss']:.4g}"
+        self.clock, self.clock_step, self.paused = time.perf_counter(), step, 0.0
+
+
+# ============================================================ pieces of the run
+
+
+def write_config(config: ConfigDict, folder: pathlib.Path) -> None:
+    """config.json of the run; a workdir of another stage or architecture is refused.
+
+    Raises:
+      ConfigError: the folder holds a different model's run; DataError: it cannot be written.
+    """
+    new = stage.plain(config)
+    if runs.is_run(folder):
+        old = runs.run_config(folder)
+        for field in ("stage", "arch"):
+            if old.get(field) != new[field]:
+                changed = old.get(field) if field == "stage" else _changed(old[field], new[field])
+                raise errors.ConfigError(
+                    f"{folder} holds a run of another model ({field}: {changed}); "
+                    "choose another --workdir"
+                )
+    if distributed.is_main():
+        with files.replacing(folder / "config.json") as path:
+            path.write_text(json.dumps(new, indent=1, sort_keys=True))
+
+
+def _changed(old: dict, new: dict) -> str:
+    names = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    return ", ".join(f"{name} was {old.get(name)}, now {new.get(name)}" for name in names)
+
+
+def place(tree, *, mesh, rules):
+    """A host tree on the mesh, by the rules for parameters."""
+    where = sharding.shardings(tree, mesh, rules)
+    return jax.tree.map(jax.device_put, tree, where)
+
+
+def initial_params(config: ConfigDict, abstract_params):
+    """Parameters of `init_from`, checked leaf by leaf, or None."""
+    if not config.init_from:
+        return None
+    name = config.stage if config.stage != "upsampler" else "upsampler_0"
+    part = runs.open_part(config.init_from, name)
+    table = checkpoint.difference(
+        sharding.tree_paths(part.params), sharding.tree_paths(abstract_params)
+    )
+    if table:
+        raise errors.ConfigError(f"init_from {config.init_from} is another model:\n{table}")
+    return part.params
+
+
+def fit_statistics(config, clip, data, mesh, folder) -> dict[str, np.ndarray]:
+    """What the prior needs to know of z_i, measured once and kept in the workdir."""
+    from safetensors.numpy import load_file, save_file
+
+    path = folder / runs.STATISTICS
+    if path.exists():
+        return load_file(path)
+    task = stage.make_task(config, clip)
+    stream = embedding.embed(
+        clip.arch, clip.params, data, mesh, batch_size=config.batch_size,
+        captions=config.input.captions[:1], limit=config.statistics_examples,
+        threads=config.input.threads,
+    )
+    statistics = task.fit((z_i[valid], z_t[valid]) for z_i, z_t, valid in stream)
+    if distributed.is_main():
+        with files.replacing(path) as temporary:
+            save_file(statistics, temporary)
+    distributed.barrier("statistics", 600)
+    return statistics
+
+
+def store_embeddings(config, clip, data, held_out, mesh, folder):
+    """The collections with z_i of every picture attached, computed once and kept in the workdir."""
+    if config.input.crop != "center":
+        raise errors.ConfigError("stored_embeddings need input.crop='center': one z_i a picture")
+    out = []
+    for name, collection in (("train", data), ("held_out", held_out)):
+        if collection is None:
+            out.append(None)
+            continue
+        path = folder / f"z_i-{name}-{collection.fingerprint[:16]}.npy"
+        if not path.exists():
+            stream = embedding.embed(
+                clip.arch, clip.params, collection, mesh, batch_size=config.batch_size,
+                captions=config.input.captions[:1], threads=config.input.threads,
+            )
+            rows = [np.where(valid[:, None], z_i, np.nan) for z_i, _, valid in stream]
+            if distributed.is_main():
+                with files.replacing(path) as temporary, open(temporary, "wb") as file:
+                    np.save(file, np.concatenate(rows)[: len(collection)])
+            distributed.barrier(f"embeddings {name}", 600)
+        z_i = np.load(path, mmap_mode="r", allow_pickle=False)
+        out.append(source.WithEmbeddings(collection, z_i))
+    return out
+
+
+def make_evaluators(config, task, frozen, data, held_out, mesh, rows) -> list:
+    """Held-out loss, and draws on fixed samples of both collections."""
+    found = []
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = {name: rows[name] for name in ("process_index", "process_count", "threads")}
+
+    def one_pass(collection, limit, use):
+        limited = collection.subset(count=min(limit, len(collection)))
+        return source.make_eval_source(
+            limited, stage.transform(config, task, use), **rows,
+            batch_size=min(config.batch_size, -(-len(limited) // ways) * ways),
+        )
+
+    if held_out is not None and config.eval_examples:
+        found.append(
+            HeldOutLoss(
+                task, frozen, lambda: one_pass(held_out, config.eval_examples, "held_out"), mesh,
+                seed=config.seed,
+            )
+        )
+    if config.sample_examples and "sample" in task.predict():
+        for name, collection in (("train", data), ("held_out", held_out)):
+            if collection is not None:
+                with one_pass(collection, config.sample_examples, "sample") as batches:
+                    found.append(
+                        Samples(task, frozen, next(batches), mesh, seed=config.seed, name=name)
+                    )
+    return found
+
+
+def main(argv):
+    """Reads the flags and trains."""
+    if len(argv) > 1:
+        raise errors.ConfigError(f"unexpected argument {argv[1]!r}")
+    if _CONFIG.value is None:
+        raise errors.ConfigError("--config=configs/STAGE.py:PRESET is needed")
+    if not _WORKDIR.value:
+        raise errors.ConfigError("--workdir=FOLDER is needed")
+    os.environ.setdefault("WDS_SECURE", "1")
+    distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    train(_CONFIG.value, _WORKDIR.value)
+
+
+if __name__ == "__main__":
+    cli.run_app(main)
