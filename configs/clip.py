@@ -16,7 +16,7 @@ def get_config(arg=None):
     name = "ViT-H/16" if args.preset == "paper" else args.preset
     config = common.base("clip", args)
     common.theme(config, args.theme)
-    config.arch = common.arch(clip.PRESETS, name, "CLIP")
+    config.arch = common.arch(clip.CLIP, name, clip.PRESETS, "CLIP")
     config.task = ConfigDict({"loss": args.loss})
     if args.loss == "sigmoid":
         config.arch.logit_bias = True
@@ -32,5 +32,5 @@ def get_config(arg=None):
         common.scale(config, batch_size=32_768, total_steps=400_000)
         config.ema = 0.999
     if args.runlocal:
-        common.runlocal(config, common.arch(clip.PRESETS, "emoji", "CLIP"))
+        common.runlocal(config, common.arch(clip.CLIP, "emoji", clip.PRESETS, "CLIP"))
     return config

@@ -5,6 +5,7 @@ word is the preset, further words are switches, `name=value` sets an argument.
 """
 
 import ast
+import dataclasses
 
 from ml_collections import ConfigDict
 
@@ -59,20 +60,21 @@ def _literal(name: str, text: str, kind: type):
     return value
 
 
-def preset(stage: str, name: str, presets: dict) -> dict:
-    """The named entry of a model's PRESETS, as a fresh dict; ConfigError with near names."""
+def arch(module: type, name: str, presets: dict, stage: str) -> ConfigDict:
+    """A model preset as the config's `arch`: every field of the module, so that each can be set.
+
+    Raises:
+      ConfigError: no such preset.
+    """
     if name not in presets:
         raise errors.unknown(f"{stage} preset", name, presets)
-    return dict(presets[name])
-
-
-def arch(model_presets: dict, name: str, stage: str) -> ConfigDict:
-    """A model preset as the config's `arch`, with the fields that users switch at run time."""
-    fields = preset(stage, name, model_presets)
-    return ConfigDict(
-        {"dtype": "float32", "remat": "", "fold": False, "attention_impl": "xla"} | fields,
-        convert_dict=False,
-    )
+    fields = {
+        field.name: field.default
+        for field in dataclasses.fields(module)
+        if field.name not in ("parent", "name") and field.default is not dataclasses.MISSING
+    }
+    fields |= {"dtype": "float32", "remat": ""} | presets[name]
+    return ConfigDict(fields)
 
 
 def base(stage: str, args: ConfigDict) -> ConfigDict:

@@ -16,7 +16,7 @@ def get_config(arg=None):
     args = common.parse_arg(arg, "emoji", theme="", runlocal=False)
     config = common.base("decoder", args)
     common.theme(config, args.theme)
-    config.arch = common.arch(decoder.PRESETS, args.preset, "decoder")
+    config.arch = common.arch(decoder.Decoder, args.preset, decoder.PRESETS, "decoder")
     config.clip = ""  # RUN or BUNDLE of the frozen CLIP; "random" for benchmarks
     config.clip_preset = CLIP_OF[args.preset]
     config.stored_embeddings = False  # embed every picture once before training
@@ -50,6 +50,6 @@ def get_config(arg=None):
         common.scale(config, batch_size=2048, total_steps=800_000)
         config.eval_examples = 4096
     if args.runlocal:
-        common.runlocal(config, common.arch(decoder.PRESETS, "emoji", "decoder"))
+        common.runlocal(config, common.arch(decoder.Decoder, "emoji", decoder.PRESETS, "decoder"))
         config.clip_preset, config.task.image_size = "emoji", 16
     return config

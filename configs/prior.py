@@ -10,7 +10,10 @@ from configs import common
 from unclip import errors
 from unclip.models import prior, prior_ar
 
-KINDS = {"diffusion": prior.PRESETS, "ar": prior_ar.PRESETS}
+KINDS = {
+    "diffusion": (prior.DiffusionPrior, prior.PRESETS),
+    "ar": (prior_ar.ARPrior, prior_ar.PRESETS),
+}
 CLIP_OF = {"emoji": "emoji", "karlo": "ViT-L/14", "paper": "ViT-H/16"}
 
 
@@ -18,9 +21,10 @@ def get_config(arg=None):
     args = common.parse_arg(arg, "emoji", kind="diffusion", theme="", runlocal=False)
     if args.kind not in KINDS:
         raise errors.unknown("prior kind", args.kind, KINDS)
+    module, presets = KINDS[args.kind]
     config = common.base("prior", args)
     common.theme(config, args.theme)
-    config.arch = common.arch(KINDS[args.kind], args.preset, f"{args.kind} prior")
+    config.arch = common.arch(module, args.preset, presets, f"{args.kind} prior")
     config.clip = ""  # RUN or BUNDLE of the frozen CLIP; "random" for benchmarks
     config.clip_preset = CLIP_OF[args.preset]
     config.statistics_examples = 1_000_000  # pictures that whitening and PCA are measured on
@@ -57,7 +61,7 @@ def get_config(arg=None):
         if args.kind == "ar":
             config.total_steps = 1_000_000
     if args.runlocal:
-        common.runlocal(config, common.arch(KINDS[args.kind], "emoji", "prior"))
+        common.runlocal(config, common.arch(module, "emoji", presets, "prior"))
         config.clip_preset = "emoji"
         config.statistics_examples = 64
     return config

@@ -19,7 +19,7 @@ def get_config(arg=None):
     name = ALIASES.get(args.preset, args.preset)
     config = common.base("upsampler", args)
     common.theme(config, args.theme)
-    config.arch = common.arch(upsampler.PRESETS, name, "upsampler")
+    config.arch = common.arch(upsampler.Upsampler, name, upsampler.PRESETS, "upsampler")
     size = SIZES[name]
     second = name in ("emoji-256", "paper-1024")
     common.optimiser(config, "upsampler_1024" if second else "upsampler_256")
@@ -46,6 +46,7 @@ def get_config(arg=None):
         common.scale(config, batch_size=512 if second else 1024, total_steps=1_000_000)
         config.eval_examples = 2048
     if args.runlocal:
-        common.runlocal(config, common.arch(upsampler.PRESETS, "emoji-64", "upsampler"))
+        small = common.arch(upsampler.Upsampler, "emoji-64", upsampler.PRESETS, "upsampler")
+        common.runlocal(config, small)
         config.task.image_size, config.task.crop = 64, 32
     return config
