@@ -6,14 +6,16 @@ word is the preset, further words are switches, `name=value` sets an argument.
 
 import ast
 import dataclasses
+import pathlib
 
 from ml_collections import ConfigDict
 
 from unclip import errors
 from unclip.runtime import optim
 
-EMOJI_TRAIN = "data/emoji/train-*.tar"
-EMOJI_HELD_OUT = "data/emoji/held-out-*.tar"
+DATA = pathlib.Path(__file__).parents[1] / "data"
+EMOJI_TRAIN = str(DATA / "emoji" / "train-*.tar")
+EMOJI_HELD_OUT = str(DATA / "emoji" / "held-out-*.tar")
 
 
 # Pictures of one kind, few enough for a CPU to learn by heart: `theme=food`.

@@ -52,7 +52,8 @@ def get_config(arg=None):
             "candidates": 2,
         }
     if args.preset == "emoji":
-        config.batch_size, config.total_steps = 128, 3000
+        config.batch_size, config.total_steps = 64, 3000
+        config.optim.schedule = "cosine"
         config.optim.learning_rate, config.optim.warmup_steps = 5e-4, 100
         config.ema = 0.995
         config.statistics_examples = 4096

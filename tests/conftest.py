@@ -1,11 +1,18 @@
 """Every test sees 8 simulated CPU devices; compiled programs are kept between runs."""
 
+import contextlib
+import io
+import json
 import os
 import pathlib
+import tarfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import numpy as np
+import pytest
+from PIL import Image
 
 CACHE = pathlib.Path(__file__).resolve().parents[1] / ".cache" / "jax-tests"
 
@@ -13,3 +20,176 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
     jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+# ============================================================ micro runs of every stage, made once
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+COLOURS = {"red": (220, 30, 20), "green": (20, 180, 40), "blue": (30, 60, 230)}
+SHAPES = ("square", "bar", "dot")
+
+
+def write_shard(path, count, first=0, *, captions=True):
+    """A webdataset tar of `count` 32 x 32 pictures of coloured shapes with their captions."""
+    rng = np.random.default_rng(first)
+    with tarfile.open(path, "w") as tar:
+        for number in range(first, first + count):
+            colour, shape = list(COLOURS)[number % 3], SHAPES[number // 3 % 3]
+            picture = np.full((32, 32, 3), 255 - number % 7, np.uint8)
+            top, left = rng.integers(0, 16, 2)
+            height, width = {"square": (16, 16), "bar": (6, 16), "dot": (5, 5)}[shape]
+            picture[top : top + height, left : left + width] = COLOURS[colour]
+            file = io.BytesIO()
+            Image.fromarray(picture).save(file, "PNG")
+            members = {"png": file.getvalue(), "json": json.dumps({"name": colour}).encode()}
+            if captions:
+                members["txt"] = f"a {colour} {shape}, number {number}".encode()
+            for extension, data in members.items():
+                info = tarfile.TarInfo(f"{number:05d}.{extension}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def shard_writer():
+    """`write_shard`, for tests that need another shard."""
+    return write_shard
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    """{"train": 24 samples, "held_out": 8} as paths of tars."""
+    folder = tmp_path_factory.mktemp("shards")
+    return {
+        "train": write_shard(folder / "train-0000.tar", 24),
+        "held_out": write_shard(folder / "held-out-0000.tar", 8, first=100),
+    }
+
+
+# Sizes of the micro cascade: 8 -> 16 -> 32 pixels, CLIP at 16.
+_UNET = {
+    "channels": 16, "multipliers": (1,), "blocks": 1, "head_dim": 16, "groups": 8, "time_dim": 32,
+}
+MICRO = {
+    "clip": {
+        "embed_dim": 16, "image_size": 16, "patch_size": 8, "vision_width": 16, "vision_layers": 1,
+        "vision_heads": 2, "text_width": 16, "text_layers": 1, "text_heads": 2, "context": 16,
+    },
+    "prior": {
+        "embed_dim": 16, "context": 16, "text_width": 16, "width": 32, "layers": 1, "heads": 2,
+        "head_dim": 16,
+    },
+    "decoder": _UNET | {"attention": (True,), "context_dim": 32},
+    "upsampler": _UNET | {"attention": (False,), "patch": 2},
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_config(shards):
+    """tiny_config(stage, {"dotted.field": value}, arg="emoji,runlocal") -> a two-step config."""
+    import importlib
+    import sys
+
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
+
+    def make(stage, changes=(), arg="emoji,runlocal"):
+        config = importlib.import_module(f"configs.{stage}").get_config(arg)
+        fields = {f"arch.{name}": value for name, value in MICRO[stage].items()}
+        fields |= {
+            "input.shards": (shards["train"],), "input.held_out": (), "input.threads": 1,
+            "tensorboard": False, "save_steps": 1000, "eval_steps": 0, "sample_examples": 0,
+        }
+        if stage == "decoder":
+            fields |= {"task.image_size": 8, "task.draw.steps": 2}
+        if stage == "prior":
+            fields |= {"task.draw.steps": 2, "statistics_examples": 24}
+        if stage == "upsampler":
+            second = arg.startswith("emoji-256")
+            fields |= {"task.image_size": 32 if second else 16, "task.factor": 2, "task.crop": 8,
+                       "task.draw.steps": 2}
+        config.update_from_flattened_dict(fields | dict(changes))
+        return config
+
+    return make
+
+
+@contextlib.contextmanager
+def cheaply():
+    """Compiles badly and runs on one device: both save far more than micro networks cost to run.
+
+    (On eight, orbax slices every replicated array eight ways when it saves.)
+    """
+    from unclip.runtime import sharding
+
+    real = sharding.make_mesh
+    seconds = jax.config.jax_persistent_cache_min_compile_time_secs
+
+    def one_device(spec=None, devices=None):
+        whole = {"data": -1, "fsdp": 1, "tensor": 1}
+        free = devices is None and (spec is None or dict(spec) == whole)
+        return real({"data": 1}, jax.devices()[:1]) if free else real(spec, devices)
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # runs repeat programs
+    sharding.make_mesh = one_device
+    try:
+        yield
+    finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
+        jax.config.update("jax_disable_most_optimizations", False)
+        sharding.make_mesh = real
+
+
+@pytest.fixture(scope="module")
+def quick_compiles():
+    """Cheap compiles for a module's tests."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def cheap_runs():
+    """Cheap compiles, and training on one device unless the config asks for a mesh."""
+    with cheaply():
+        yield
+
+
+@pytest.fixture(scope="session")
+def run_of(tiny_config, tmp_path_factory):
+    """run_of(name): workdir of a run of two steps, trained at the first request.
+
+    Names: clip, prior, decoder, upsampler_0 (8 to 16), upsampler_1 (16 to 32).
+    """
+    folder, done = tmp_path_factory.mktemp("runs"), {}
+
+    def make(name):
+        if name not in done:
+            from unclip.train import train
+
+            stage = name.partition("_")[0]
+            changes = {"clip": make("clip")} if stage in ("prior", "decoder") else {}
+            arg = "emoji-256,runlocal" if name == "upsampler_1" else "emoji,runlocal"
+            with cheaply():
+                train(tiny_config(stage, changes, arg), str(folder / name))
+            done[name] = str(folder / name)
+        return done[name]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def bundle_dir(run_of, tmp_path_factory):
+    """A bundle of the five micro runs, as `unclip export` writes it."""
+    from unclip import bundle, runs
+
+    parts = {}
+    for name in bundle.KINDS:
+        part = runs.open_part(run_of(name), name)
+        parts[name] = bundle.Part(name, part.arch, part.params, part.extra, part.settings)
+    runs.check_fit(parts)
+    folder = tmp_path_factory.mktemp("bundle")
+    bundle.write(folder, parts, {})
+    return str(folder)

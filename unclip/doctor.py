@@ -12,10 +12,10 @@ import shutil
 
 import jax
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from unclip import cli, errors, runs, stage, tasks
-from unclip.runtime import distributed, flops, sharding
+from unclip.runtime import checkpoint, distributed, flops, sharding
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "FILE.py:preset[,argument...]")
 _WORKDIR = flags.DEFINE_string("workdir", "runs", "where the run would write")
@@ -50,6 +50,8 @@ def examine(config, workdir: str) -> dict:
     if config.get("clip") == "" and config.stage in tasks.NEEDS_CLIP:
         problems.append(f"the {config.stage} needs a trained CLIP: --config.clip=RUN or BUNDLE")
     clip = _tried(problems, lambda: stage.clip_part(config))
+    if clip is None and config.stage in tasks.NEEDS_CLIP:
+        clip = stage.clip_part(ConfigDict(config.to_dict() | {"clip": ""}))  # the preset's shapes
 
     key = jax.random.key(0)
     parameters, where = {}, {}
@@ -108,7 +110,7 @@ def examine(config, workdir: str) -> dict:
     out["flops_per_step"] = stage.model_flops(config, clip)
     out["learning_rate"] = float(schedule(config.optim.warmup_steps))
     out["data"] = _data(config, problems)
-    out["disk"] = _disk(config, workdir, memory, mesh, problems)
+    out["disk"] = _disk(config, workdir, state, problems)
     out["problems"] = problems
     return out
 
@@ -143,23 +145,22 @@ def _data(config, problems: list[str]) -> dict:
     return out
 
 
-def _disk(config, workdir: str, memory: dict, mesh, problems: list[str]) -> dict:
+def _disk(config, workdir: str, state, problems: list[str]) -> dict:
     folder = pathlib.Path(workdir).absolute()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    saved = sum(memory.get(branch, 0) for branch in ("params", "ema", "opt"))
-    # Sharded over fsdp and tensor, whole on every data replica.
-    saved *= mesh.shape["fsdp"] * mesh.shape["tensor"] if mesh else 1
+    leaves = jax.tree.leaves(state)
+    saved = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)  # one copy of each
     needed = saved * (config.keep + 1)
     if needed > free:
         problems.append(
             f"{config.keep + 1} checkpoints need {_bytes(needed)}, {folder} has {_bytes(free)} free"
         )
-    if runs.is_run(workdir):
-        old = runs.run_config(workdir)
-        if (old["stage"], old["arch"]) != (config.stage, stage.plain(config)["arch"]):
-            problems.append(f"{workdir} holds a run of another model")
+    old = _tried(problems, lambda: runs.run_config(workdir)) if runs.is_run(workdir) else None
+    other = old and (old["stage"], old["arch"]) != (config.stage, stage.plain(config)["arch"])
+    if other and checkpoint.steps(pathlib.Path(workdir) / "checkpoints"):
+        problems.append(f"{workdir} holds a run of another model")
     return {"folder": str(folder), "free_bytes": free, "needed_bytes": needed}
 
 

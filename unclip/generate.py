@@ -6,6 +6,7 @@ Writes numbered PNG files, each with its prompt, seed, every setting and the mod
 (readable by `unclip.images.read_recipe`, Automatic1111 and any PNG tool), and a grid.
 """
 
+import sys
 import warnings
 
 from absl import flags
@@ -45,11 +46,18 @@ def main(argv):
     if not asked:
         flag = "prompt" if _MODE.value == "text" else "image"
         raise errors.ConfigError(f"--mode {_MODE.value} needs at least one --{flag}")
+    for number, one in enumerate(asked, 1):  # before the first is drawn, which takes a while
+        if not one.strip():
+            what = "prompt" if _MODE.value == "text" else "image"
+            raise errors.ConfigError(f"--{what} {number} of {len(asked)} is empty")
 
     from unclip import images, pipeline
     from unclip.runtime import progress
 
-    warnings.showwarning = lambda message, *_, **__: print(f"unclip generate: {message}")
+    def warn(message, *_, **__):
+        print(f"unclip generate: {message}", file=sys.stderr)
+
+    warnings.showwarning = warn  # standard output holds the files' names alone
     model = pipeline.UnCLIP.load(_MODEL.value, batch_size=_BATCH.value)
     settings = {
         "prior": _given(
@@ -62,16 +70,18 @@ def main(argv):
         "stages": _STAGES.value,
     }
     images.writable_folder(_OUT.value)
-    pictures, recipes = [], []
+    pictures, paths = [], []
     for one in progress.progress(asked, "drawing", "prompt"):
         if _MODE.value == "text":
             drawn = model.generate(one, _N.value, _SEED.value, **settings)
         else:
             settings.pop("prior", None)
             drawn = model.variations(images.read_image(one), _N.value, _SEED.value, **settings)
+        # Saved at once: a failure at the hundredth prompt keeps the ninety-nine before it.
+        paths += images.save_pictures(drawn.images, drawn.recipes, _OUT.value, with_grid=False)
         pictures.extend(drawn.images)
-        recipes.extend(drawn.recipes)
-    paths = images.save_pictures(pictures, recipes, _OUT.value, grid_columns=_N.value)
+    if len(pictures) > 1:
+        paths.append(images.save_grid(pictures, _OUT.value, _N.value))
     print("\n".join(map(str, paths)))
 
 

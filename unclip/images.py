@@ -239,10 +239,26 @@ def save_pictures(
         _fill(path, picture, recipe)
         paths.append(path)
     if with_grid and len(paths) > 1:
-        path = _reserve(out_dir, _next_number(names, r"grid-(\d{4,})\.png"), "grid-{:04d}.png")
-        _fill(path, grid(pictures, grid_columns, labels=labels), None)
-        paths.append(path)
+        paths.append(save_grid(pictures, out_dir, grid_columns, labels))
     return paths
+
+
+def save_grid(
+    pictures: Sequence[np.ndarray] | np.ndarray,
+    out_dir: str | os.PathLike,
+    columns: int | None = None,
+    labels: Sequence[str] | None = None,
+) -> pathlib.Path:
+    """Saves a grid of pictures as the folder's next `grid-0000.png`; arguments as in `grid`.
+
+    Raises:
+      DataError: the folder cannot be written.
+    """
+    out_dir = writable_folder(out_dir)
+    names = [entry.name for entry in os.scandir(out_dir)]
+    path = _reserve(out_dir, _next_number(names, r"grid-(\d{4,})\.png"), "grid-{:04d}.png")
+    _fill(path, grid(pictures, columns, labels=labels), None)
+    return path
 
 
 def writable_folder(path: str | os.PathLike) -> pathlib.Path:

@@ -88,6 +88,10 @@ class UnCLIP:
         """Names of the upsampler parts, in the order they run."""
         return sorted(name for name in self.parts if name.startswith("upsampler"))
 
+    def stage_size(self, name: str) -> int:
+        """Side in pixels of the pictures a stage makes: "decoder", "upsampler_0", ..."""
+        return self._tasks[name].image_size
+
     def tokenize(
         self, prompts: Sequence[str], context: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -203,6 +207,8 @@ class UnCLIP:
             raise errors.ConfigError(
                 f"settings for {len(upsamplers)} upsamplers; this model has {len(self.upsamplers)}"
             )
+        if stages is not None and stages < 1:
+            raise errors.ConfigError(f"stages={stages}: expected at least 1, the decoder alone")
         chosen = [*upsamplers, *[{}] * len(self.upsamplers)]
         low = out["decoder"]
         names = self.upsamplers[: None if stages is None else stages - 1]

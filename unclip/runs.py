@@ -4,13 +4,16 @@ Later stages take their frozen CLIP from the run of an earlier one, and `unclip 
 runs into a bundle; both accept a run's workdir and a bundle's folder alike.
 """
 
+import hashlib
 import json
 import pathlib
 
-from safetensors.numpy import load_file
+import numpy as np
+import safetensors
+from safetensors.numpy import save_file
 
-from unclip import bundle, errors
-from unclip.runtime import checkpoint
+from unclip import bundle, errors, files
+from unclip.runtime import checkpoint, sharding
 
 STATISTICS = "statistics.safetensors"
 
@@ -28,9 +31,62 @@ def run_config(workdir: str | pathlib.Path) -> dict:
     """
     path = pathlib.Path(workdir) / "config.json"
     try:
-        return json.loads(path.read_text())
+        config = json.loads(path.read_text())
     except (OSError, ValueError) as e:
         raise errors.DataError(f"{workdir}: no training run there ({path}: {e})") from e
+    if not isinstance(config, dict) or not {"stage", "arch", "task"} <= config.keys():
+        raise errors.DataError(f"{workdir}: no training run there ({path} is another file)")
+    return config
+
+
+def tree_hash(params) -> str:
+    """sha256 (hex) of a parameter tree's names, shapes, dtypes and values; arrays on the host."""
+    digest = hashlib.sha256()
+    for path, leaf in sorted(sharding.tree_paths(params).items()):
+        leaf = np.ascontiguousarray(leaf)
+        digest.update(f"{path} {leaf.shape} {leaf.dtype}\n".encode())
+        digest.update(leaf.reshape(-1).view(np.uint8))
+    return digest.hexdigest()
+
+
+def read_statistics(
+    path: str | pathlib.Path, clip_hash: str | None = None
+) -> dict[str, np.ndarray]:
+    """What a prior measured of z_i before it was trained.
+
+    Args:
+      clip_hash: `tree_hash` of the CLIP it must have been measured with; None takes any.
+
+    Raises:
+      DataError: the file is damaged or cannot be read; ConfigError: it belongs to another CLIP.
+    """
+    try:
+        with safetensors.safe_open(path, "np") as file:
+            measured = (file.metadata() or {}).get("clip")
+            statistics = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, safetensors.SafetensorError) as e:
+        raise errors.DataError(f"cannot read {path}: {e}; delete it to measure again") from e
+    if clip_hash is not None and measured != clip_hash:
+        raise errors.ConfigError(
+            f"{path} was measured with another CLIP ({str(measured)[:12]}, now {clip_hash[:12]}): "
+            "choose another --workdir, or go back to that CLIP"
+        )
+    return statistics
+
+
+def write_statistics(
+    path: str | pathlib.Path, statistics: dict[str, np.ndarray], clip_hash: str
+) -> None:
+    """Writes what `read_statistics` reads, atomically.
+
+    Raises:
+      DataError: the disk is full or cannot be written.
+    """
+    with files.replacing(path) as temporary:
+        try:
+            save_file(statistics, temporary, {"clip": clip_hash})
+        except safetensors.SafetensorError as e:  # its own type, for a full disk too
+            raise errors.DataError(f"cannot write {path}: {e}") from e
 
 
 def part_from_run(workdir: str | pathlib.Path, stage: str, *, ema: bool = True) -> bundle.Part:
@@ -55,7 +111,7 @@ def part_from_run(workdir: str | pathlib.Path, stage: str, *, ema: bool = True) 
         kind=stage,
         arch=config["arch"],
         params=params,
-        extra=load_file(statistics) if statistics.exists() else {},
+        extra=read_statistics(statistics) if statistics.exists() else {},
         settings=config["task"],
     )
 

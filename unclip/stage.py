@@ -63,14 +63,14 @@ def make_optimizer(config: ConfigDict, abstract_params):
     return optim.make_optimizer(abstract_params, total_steps=config.total_steps, **settings)
 
 
-def make_init(task: tasks.Task, tx: optax.GradientTransformation, start=None):
-    """init(key) -> {"params", "ema", "opt", "step"}, to be jitted with out_shardings.
+def make_init(task: tasks.Task, tx: optax.GradientTransformation):
+    """init(key, start=None) -> {"params", "ema", "opt", "step"}, to be jitted with out_shardings.
 
-    Args:
-      start: parameters to begin with instead of random ones, same structure.
+    `start` holds parameters to begin with instead of random ones, same structure; an argument,
+    since arrays that a function closes over become constants of its program.
     """
 
-    def init(key):
+    def init(key, start=None):
         params = task.init(key) if start is None else start
         state = {"params": params, "ema": optim.ema_init(params), "opt": tx.init(params)}
         return state | {"step": jnp.int32(0)}
@@ -85,6 +85,8 @@ def make_step(task: tasks.Task, tx: optax.GradientTransformation, schedule, conf
     were and reports `skipped` = 1.
     """
     rho = config.optim.sam_rho
+    # A loss that compares the rows of a batch (CLIP's) brings its own way to accumulate.
+    exact = config.accumulate > 1 and hasattr(task, "accumulated_value_and_grad")
 
     def step(state, frozen, batch):
         key = jax.random.key(config.seed)
@@ -92,11 +94,15 @@ def make_step(task: tasks.Task, tx: optax.GradientTransformation, schedule, conf
         def value_and_grad(params, rows):
             loss = lambda p: task.loss(p, frozen, rows, key, train=True)
             gradient = jax.value_and_grad(loss, has_aux=True)
+            if exact:
+                gradient = lambda p: task.accumulated_value_and_grad(
+                    p, frozen, rows, key, config.accumulate
+                )
             return optim.sam_gradient(gradient, params, rho) if rho else gradient(params)
 
-        (loss, measured), grads = optim.accumulate(value_and_grad, config.accumulate)(
-            state["params"], batch
-        )
+        (loss, measured), grads = optim.accumulate(
+            value_and_grad, 1 if exact else config.accumulate
+        )(state["params"], batch)
         ok, norm = optim.all_finite(loss, grads)
         updates, opt = tx.update(grads, state["opt"], state["params"])
         params = optax.apply_updates(state["params"], updates)
@@ -123,6 +129,7 @@ def transform(config: ConfigDict, task: tasks.Task, use: str):
             config.task.factor,
             crop=task.crop,
             degradation=config.input.degradation,
+            probability=config.input.degradation_probability,
             train=use != "sample",
         )
     spec = task.batch_spec(1)

@@ -8,6 +8,7 @@ run ends with the same bits as one that was never interrupted. Stage settings fo
 the paper where the config names its preset.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -69,31 +70,37 @@ def train(config: ConfigDict, workdir: str) -> None:
         if isinstance(rules, str):
             raise errors.unknown("sharding", rules, sharding.PRESETS)
         put = functools.partial(place, mesh=mesh, rules=rules)
+        clip_name = ""
         if clip is not None:
             if clip.params is None:
-                clip.params = tasks.ClipTask(tasks.arguments(clip.arch)).init(jax.random.key(0))
+                random = tasks.ClipTask(tasks.arguments(clip.arch)).init(jax.random.key(0))
+                clip.params = jax.device_get(random)
+            clip_name = runs.tree_hash(clip.params)
             clip.params = put(clip.params)
         statistics = None
         if config.stage == "prior":
-            statistics = fit_statistics(config, clip, data, mesh, folder)
+            statistics = fit_statistics(config, clip, clip_name, data, mesh, folder)
         task = stage.make_task(config, clip, statistics and put(statistics))
         if config.get("stored_embeddings"):
-            data, held_out = store_embeddings(config, clip, data, held_out, mesh, folder)
+            data, held_out = store_embeddings(
+                config, clip, clip_name, data, held_out, mesh, folder
+            )
         frozen = task.frozen()
 
         abstract_params = jax.eval_shape(task.init, jax.random.key(0))
         tx, schedule = stage.make_optimizer(config, abstract_params)
-        start = initial_params(config, abstract_params)
-        init = stage.make_init(task, tx, start)
+        init = stage.make_init(task, tx)
         abstract = jax.eval_shape(init, jax.random.key(0))
         shardings = sharding.shardings(abstract, mesh, rules)
         position = 0
         if saver.latest() is None:
-            state = jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed))
+            start = initial_params(config, abstract_params)
+            start = start and put(start)
+            state = jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed), start)
+            del start
         else:
             state, position, _ = saver.restore(None, sharding.abstract(abstract, shardings))
             logging.info("resumed %s at step %d", workdir, int(state["step"]))
-        del start
         first = int(state["step"])
 
         rows = {
@@ -216,9 +223,14 @@ class Loop:
         self.skipped = self.skipped + 1 if measured["skipped"] else 0
         if self.skipped >= self.config.max_skipped_steps:
             self.writer.scalars(step, measured)
+            self.saver.wait()
+            latest = self.saver.latest()
+            saved = "there is no checkpoint yet"
+            if latest is not None:  # skipped steps change nothing, so whatever was saved is good
+                saved = f"the last good state is {self.saver.directory / str(latest)}"
             raise errors.NumericsError(
                 f"{self.skipped} steps in a row up to step {step} had a loss or gradient that is "
-                f"not finite; the last good state is checkpoint {self.saver.latest()}"
+                f"not finite; {saved}"
             )
         if self.clock_step is None:  # the first step after compiling also fills caches
             self.clock, self.clock_step, self.paused = time.perf_counter(), step, 0.0
@@ -245,15 +257,19 @@ class Loop:
 def write_config(config: ConfigDict, folder: pathlib.Path) -> None:
     """config.json of the run; a workdir of another stage or architecture is refused.
 
+    A folder where nothing was saved yet may still become another run.
+
     Raises:
       ConfigError: the folder holds a different model's run; DataError: it cannot be written.
     """
     new = stage.plain(config)
-    if runs.is_run(folder):
+    if runs.is_run(folder) and checkpoint.steps(folder / "checkpoints"):
         old = runs.run_config(folder)
         for field in ("stage", "arch"):
             if old.get(field) != new[field]:
-                changed = old.get(field) if field == "stage" else _changed(old[field], new[field])
+                changed = old.get(field)
+                if field == "arch":
+                    changed = _changed(old.get(field) or {}, new[field])
                 raise errors.ConfigError(
                     f"{folder} holds a run of another model ({field}: {changed}); "
                     "choose another --workdir"
@@ -275,7 +291,7 @@ def place(tree, *, mesh, rules):
 
 
 def initial_params(config: ConfigDict, abstract_params):
-    """Parameters of `init_from`, checked leaf by leaf, or None."""
+    """Parameters of `init_from`, checked leaf by leaf and in the model's dtypes, or None."""
     if not config.init_from:
         return None
     name = config.stage if config.stage != "upsampler" else "upsampler_0"
@@ -285,53 +301,74 @@ def initial_params(config: ConfigDict, abstract_params):
     )
     if table:
         raise errors.ConfigError(f"init_from {config.init_from} is another model:\n{table}")
-    return part.params
+    # A bundle may hold bfloat16; training keeps float32.
+    return jax.tree.map(lambda leaf, new: leaf.astype(new.dtype), part.params, abstract_params)
 
 
-def fit_statistics(config, clip, data, mesh, folder) -> dict[str, np.ndarray]:
-    """What the prior needs to know of z_i, measured once and kept in the workdir."""
-    from safetensors.numpy import load_file, save_file
+def fit_statistics(config, clip, name, data, mesh, folder) -> dict[str, np.ndarray]:
+    """What the prior needs to know of z_i, measured once and kept in the workdir.
 
+    Args:
+      name: `runs.tree_hash` of the frozen CLIP; statistics of another one are refused.
+    """
     path = folder / runs.STATISTICS
     if path.exists():
-        return load_file(path)
+        return runs.read_statistics(path, name)
     task = stage.make_task(config, clip)
-    stream = embedding.embed(
-        clip.arch, clip.params, data, mesh, batch_size=config.batch_size,
-        captions=config.input.captions[:1], limit=config.statistics_examples,
-        threads=config.input.threads,
-    )
+    stream = embed_all(config, clip, data, mesh, config.statistics_examples)
     statistics = task.fit((z_i[valid], z_t[valid]) for z_i, z_t, valid in stream)
     if distributed.is_main():
-        with files.replacing(path) as temporary:
-            save_file(statistics, temporary)
+        runs.write_statistics(path, statistics, name)
     distributed.barrier("statistics", 600)
     return statistics
 
 
-def store_embeddings(config, clip, data, held_out, mesh, folder):
-    """The collections with z_i of every picture attached, computed once and kept in the workdir."""
+def store_embeddings(config, clip, name, data, held_out, mesh, folder):
+    """The collections with z_i of every picture attached, computed once and kept in the workdir.
+
+    Files are named by collection and CLIP, so another of either is embedded anew.
+    """
     if config.input.crop != "center":
         raise errors.ConfigError("stored_embeddings need input.crop='center': one z_i a picture")
+    width = clip.arch["embed_dim"]
     out = []
-    for name, collection in (("train", data), ("held_out", held_out)):
+    for collection in (data, held_out):
         if collection is None:
             out.append(None)
             continue
-        path = folder / f"z_i-{name}-{collection.fingerprint[:16]}.npy"
+        path = folder / f"z_i-{collection.fingerprint[:12]}-{name[:12]}.npy"
         if not path.exists():
-            stream = embedding.embed(
-                clip.arch, clip.params, collection, mesh, batch_size=config.batch_size,
-                captions=config.input.captions[:1], threads=config.input.threads,
-            )
-            rows = [np.where(valid[:, None], z_i, np.nan) for z_i, _, valid in stream]
-            if distributed.is_main():
-                with files.replacing(path) as temporary, open(temporary, "wb") as file:
-                    np.save(file, np.concatenate(rows)[: len(collection)])
-            distributed.barrier(f"embeddings {name}", 600)
+            stream = embed_all(config, clip, collection, mesh)
+            write_embeddings(path, stream, len(collection), width)
         z_i = np.load(path, mmap_mode="r", allow_pickle=False)
         out.append(source.WithEmbeddings(collection, z_i))
     return out
+
+
+def embed_all(config, clip, collection, mesh, limit=None):
+    """(z_i, z_t, valid) batches of a collection's first `limit` samples, as the config reads it."""
+    return embedding.embed(
+        clip.arch, clip.params, collection, mesh, batch_size=config.batch_size,
+        captions=config.input.captions[:1], limit=limit, threads=config.input.threads,
+    )
+
+
+def write_embeddings(path: pathlib.Path, stream, count: int, width: int) -> None:
+    """A .npy of z_i float32 [count, width] from a stream of batches; NaN where a picture is bad."""
+    with contextlib.ExitStack() as stack:
+        table = None
+        if distributed.is_main():
+            temporary = stack.enter_context(files.replacing(path))
+            table = np.lib.format.open_memmap(temporary, "w+", np.float32, (count, width))
+        done = 0
+        for z_i, _, valid in stream:
+            rows = min(len(z_i), count - done)
+            if table is not None:
+                table[done : done + rows] = np.where(valid[:, None], z_i, np.nan)[:rows]
+            done += rows
+        if table is not None:
+            table.flush()
+    distributed.barrier(f"embeddings {path.name}", 600)
 
 
 def make_evaluators(config, task, frozen, data, held_out, mesh, rows) -> list:

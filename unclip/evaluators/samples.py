@@ -28,7 +28,7 @@ class Samples:
         self.sample = sample and jax.jit(
             lambda params, frozen, batch: (
                 sample(params, frozen, batch, jax.random.key(seed)),
-                {k: batch[k] for k in ("low", "image") if k in batch},
+                {k: batch[k] for k in ("low", "image", "valid") if k in batch},
             ),
             out_shardings=sharding.replicated(mesh),
         )
@@ -43,7 +43,9 @@ class Samples:
             yield f"samples_{self.name}/{name}", float(value)
         if pictures is None:
             return
-        drawn = np.uint8(np.round((pictures + 1) * 127.5))
+        valid = true.pop("valid")  # a small collection is padded to the device count
+        true = {name: rows[valid] for name, rows in true.items()}
+        drawn = np.uint8(np.round((pictures[valid] + 1) * 127.5))
         side = drawn.shape[1]
         columns = [drawn, true["image"]]
         if "low" in true:

@@ -388,6 +388,9 @@ class Upsampling:
       factor: 4 in the paper.
       crop: side c of the training crop; None: the full picture. A multiple of `factor`.
       degradation: "blur" (first upsampler), "bsr" (second) or "none".
+      probability: of degrading a sample. Below 1 the network meets clean conditioning too; one that
+        only ever saw blur sharpens the decoder's clean pictures too much (Cascaded Diffusion
+        Models, arXiv 2106.15282, blurs half of them; the unCLIP paper does not say).
       train: False gives the full picture and clean conditioning, as at sampling time.
 
     Returns (when called with a Sample and a generator):
@@ -398,7 +401,8 @@ class Upsampling:
     """
 
     def __init__(self, size: int, factor: int = 4, *, crop: int | None = None,
-                 degradation: str = "none", train: bool = True, max_bytes: int = 64 << 20,
+                 degradation: str = "none", probability: float = 1.0, train: bool = True,
+                 max_bytes: int = 64 << 20,
                  max_pixels: int = 1 << 26, min_side: int = 1):
         if degradation not in ("blur", "bsr", "none"):
             raise unknown("degradation", degradation, ["blur", "bsr", "none"])
@@ -407,7 +411,10 @@ class Upsampling:
             raise ConfigError(f"crop {crop} of {size} by factor {factor}: expected a multiple of "
                               "the factor that is at most the size")
         self.size, self.factor, self.crop, self.train = size, factor, crop, train
+        if not 0 <= probability <= 1:
+            raise ConfigError(f"degradation probability {probability}: expected 0 to 1")
         self.degradation = degradation if train else "none"
+        self.probability = probability
         self.limits = {"max_bytes": max_bytes, "max_pixels": max_pixels, "min_side": min_side}
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -416,8 +423,9 @@ class Upsampling:
         left, upper = (int(n) for n in rng.integers(self.size - self.crop + 1, size=2))
         image = image[upper : upper + self.crop, left : left + self.crop]
         low = pictures.downsample(image, self.factor)
-        if self.degradation == "blur":
-            low = pictures.gaussian_blur(low)
-        elif self.degradation == "bsr":
-            low = pictures.bsr(low, rng)
+        if rng.random() < self.probability:
+            if self.degradation == "blur":
+                low = pictures.gaussian_blur(low)
+            elif self.degradation == "bsr":
+                low = pictures.bsr(low, rng)
         return {"image": np.ascontiguousarray(image), "low": low}

@@ -52,7 +52,7 @@ def make(stage: str, arch: dict, settings: dict, **parts) -> Task:
     if stage not in STAGES:
         raise errors.unknown("stage", stage, STAGES)
     settings = {name: value for name, value in dict(settings).items() if value != ""}
-    kind = settings.pop("kind", "diffusion")
+    kind = settings.pop("kind", "diffusion") if stage == "prior" else ""
     priors = {"diffusion": DiffusionPriorTask, "ar": ARPriorTask}
     if stage == "prior" and kind not in priors:
         raise errors.unknown("prior kind", kind, priors)

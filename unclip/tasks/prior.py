@@ -89,7 +89,8 @@ class DiffusionPriorTask(_Conditioned):
       clip_params: its parameters; None when only shapes are wanted.
       statistics: {"mean": [D], "std": [D]} of z_i over the training pictures.
       embedding: "whiten" diffuses (z_i - mean) / std, "scale" diffuses `scale` * z_i / |z_i|.
-      clamp: sampling clamps the predicted x_0 to +-clamp (Karlo 10, its diffusers port 5).
+      clamp: sampling clamps the predicted x_0 to +-clamp (Karlo 10, its diffusers port 5); 0 or
+        None is off.
       text_drop: fraction of captions replaced by the empty one (paper: 10 %).
       draw: defaults of `sample`: steps, guidance, sampler, eta, candidates.
     """
@@ -113,7 +114,7 @@ class DiffusionPriorTask(_Conditioned):
         self.model = prior_model.DiffusionPrior(**arch)
         super().__init__(clip, clip_params, statistics, text_drop)
         self.schedule = schedule.make(noise)
-        self.embedding, self.scale, self.clamp = embedding, scale, clamp
+        self.embedding, self.scale, self.clamp = embedding, scale, clamp or None
         self.draw = {"steps": 25, "guidance": 4.0, "sampler": "ddpm", "eta": 0.0, "candidates": 2}
         self.draw |= draw or {}
 

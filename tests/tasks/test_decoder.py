@@ -1,0 +1,177 @@
+"""The decoder's and the upsamplers' tasks: losses, condition dropout, drawing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from unclip import errors
+from unclip.diffusion import gaussian, guidance, samplers
+from unclip.tasks import keys
+from unclip.tasks.clip import to_float
+
+
+class Spy:
+    """A network that says nothing and remembers what it was given."""
+
+    def __init__(self, channels=6):
+        self.seen, self.channels = {}, channels
+
+    def apply(self, variables, x_t, t, *rest, **conditions):
+        self.seen = conditions | {"x_t": x_t, "t": t, "rest": rest}
+        return jnp.zeros((*x_t.shape[:-1], self.channels))
+
+
+def spied(task, params, frozen, batch, *, train, channels=6):
+    """(loss, metrics, what the network was given) of a task with its network replaced."""
+    real, task.model = task.model, Spy(channels)
+
+    @jax.jit
+    def run(frozen, batch):
+        loss, metrics = task.loss(params, frozen, batch, jax.random.key(2), train=train)
+        return loss, metrics, {k: v for k, v in task.model.seen.items() if k not in OPTIONS}
+
+    try:
+        return jax.device_get(run(frozen, batch))
+    finally:
+        task.model = real
+
+
+OPTIONS = ("train", "rngs", "rest")
+
+
+@pytest.fixture(scope="module")
+def drawing(made, batch_of):
+    task, params, frozen = made("decoder", draw={"steps": 2, "sampler": "ddim"})
+    batch = batch_of(task, 3)
+    z_i = task.image(frozen, batch)
+    sample_keys = keys.sample_keys(jax.random.key(9), batch["sample"])
+    run = jax.jit(lambda scale: task.sample(
+        params, frozen, z_i, batch["tokens"], batch["text_mask"], sample_keys, guidance=scale))
+    return task, params, frozen, batch, z_i, sample_keys, run
+
+
+def test_conditions_are_dropped_separately(made, batch_of):
+    """10 % without picture, 50 % without caption, independent of one another (section 2.1)."""
+    task, params, frozen = made("decoder", variance="learned_range", image_size=1)
+    task.stored = True
+    rows = 4096
+    batch = batch_of(task, rows)
+    _, _, seen = spied(task, params, frozen, batch, train=True)
+    image, text = seen["drop_image"], seen["drop_text"]
+    for got, want in ((image, 0.1), (text, 0.5), (image & text, 0.05)):
+        assert abs(got.mean() - want) < 4 * np.sqrt(want * (1 - want) / rows)
+    t = seen["t"]
+    assert t.min() < 20 and t.max() > 980 and abs(t.mean() - 499.5) < 4 * 289 / np.sqrt(rows)
+    _, _, seen = spied(task, params, frozen, batch, train=False)
+    assert not np.any(seen["drop_image"]) and not np.any(seen["drop_text"])
+
+
+def test_a_dropped_caption_is_the_empty_one(made, batch_of, clip_params):
+    task, _, frozen = made("decoder")
+    batch = batch_of(task, 3)
+    drop = np.array([True, False, True])
+    got = jax.jit(task.text)(frozen, batch["tokens"], batch["text_mask"], drop)
+    empty, empty_mask = task.clip.empty(1, 8)
+    text = jax.jit(task.clip.text)
+    z_t, hidden = text(clip_params, empty)
+    for row in (0, 2):
+        np.testing.assert_array_equal(got["tokens"][row], empty[0])
+        np.testing.assert_array_equal(got["text_mask"][row], empty_mask[0])
+        np.testing.assert_allclose(got["z_t"][row], z_t[0], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(got["text_hidden"][row], hidden[0], rtol=1e-5, atol=1e-6)
+    kept = text(clip_params, batch["tokens"])[0][1]
+    np.testing.assert_allclose(got["z_t"][1], kept, rtol=1e-5, atol=1e-6)
+
+
+def test_l_simple_of_a_silent_network_is_the_noise(made, batch_of):
+    """eps predicted as zero costs the mean square of eps, whatever the picture."""
+    task, params, frozen = made("decoder", variance="fixed_small")
+    batch = batch_of(task, 5)
+    loss, metrics, seen = spied(task, params, frozen, batch, train=True, channels=3)
+    x_t, t = np.float64(seen["x_t"]), seen["t"]
+    alpha_bar = np.float64(task.schedule.alpha_bar)[t][:, None, None, None]
+    x_0 = np.float64(batch["image"]) / 127.5 - 1
+    eps = (x_t - np.sqrt(alpha_bar) * x_0) / np.sqrt(1 - alpha_bar)
+    assert float(loss) == pytest.approx((eps**2).mean(), rel=1e-3)
+    assert "vlb" not in metrics and 0.7 < (eps**2).mean() < 1.3
+
+
+def test_the_hybrid_adds_the_bound(made, batch_of):
+    task, params, frozen = made("decoder", vlb_weight=3.0)
+    loss, metrics, _ = spied(task, params, frozen, batch_of(task, 4), train=True)
+    assert float(loss) == pytest.approx(metrics["mse"] + 3 * metrics["vlb"], rel=1e-5)
+    assert metrics["vlb"] > 0
+
+
+def test_min_snr_zero_is_off(made, batch_of):
+    """gamma = 5 weighs steps of little noise down (arXiv 2303.09556); 0 weighs none."""
+    mse = {}
+    for gamma in (0.0, 5.0):
+        task, params, frozen = made("upsampler", min_snr=gamma)
+        batch = batch_of(task, 16)
+        mse[gamma], _, seen = spied(task, params, frozen, batch, train=True, channels=3)
+    x_0, t = np.float64(batch["image"]) / 127.5 - 1, seen["t"]
+    alpha_bar = np.float64(task.schedule.alpha_bar)[t]
+    root = lambda a: np.sqrt(a)[:, None, None, None]
+    eps = (np.float64(seen["x_t"]) - root(alpha_bar) * x_0) / root(1 - alpha_bar)
+    each = (eps**2).mean((1, 2, 3))
+    snr = alpha_bar / (1 - alpha_bar)
+    assert float(mse[0.0]) == pytest.approx(each.mean(), rel=1e-3)
+    assert float(mse[5.0]) == pytest.approx((np.minimum(snr, 5) / snr * each).mean(), rel=1e-3)
+
+
+def test_guidance_one_is_the_conditional_model_alone(drawing):
+    task, params, frozen, batch, z_i, sample_keys, run = drawing
+    tokens, mask = batch["tokens"], batch["text_mask"]
+
+    @jax.jit
+    def conditional():
+        text = task.text(frozen, tokens, mask, jnp.zeros(3, bool))
+        respaced = task.schedule.respace(2)
+        denoise = gaussian.make_denoise(
+            lambda x, t: task.model.apply({"params": params}, x, t, z_i=z_i, **text), respaced,
+            parametrisation="eps", variance="learned_range", clip=guidance.static_threshold())
+        x_T = samplers.draw_noise(sample_keys, (4, 4, 3))
+        return samplers.sample(denoise, respaced, x_T, sample_keys, sampler="ddim")
+
+    want = np.clip(conditional(), -1, 1)
+    np.testing.assert_allclose(run(1.0), want, rtol=1e-4, atol=1e-4)
+    assert not np.allclose(run(4.0), want, atol=1e-2)
+
+
+def test_the_picture_depends_on_both_conditions(drawing):
+    task, params, frozen, batch, z_i, sample_keys, run = drawing
+    draw = jax.jit(lambda z, tokens, mask: task.sample(
+        params, frozen, z, tokens, mask, sample_keys, guidance=1.0))
+    base = np.asarray(run(1.0))
+    assert not np.allclose(draw(z_i[::-1], batch["tokens"], batch["text_mask"]), base, atol=1e-3)
+    other = draw(z_i, batch["tokens"][::-1], batch["text_mask"][::-1])
+    assert not np.allclose(other, base, atol=1e-3)
+
+
+def test_unknown_threshold(drawing):
+    task, params, frozen, batch, z_i, sample_keys, _ = drawing
+    with pytest.raises(errors.ConfigError, match="'statik': did you mean 'static'"):
+        task.sample(params, frozen, z_i, batch["tokens"], batch["text_mask"], sample_keys,
+                    threshold="statik")
+
+
+def test_z_scale_normalises(made):
+    task, _, _ = made("decoder", z_scale=2.0)
+    z_i = np.float32(np.random.default_rng(0).standard_normal((3, 8)))
+    np.testing.assert_allclose(np.linalg.norm(task.scaled(z_i), axis=-1), 2.0, rtol=1e-5)
+    assert made("decoder")[0].scaled(z_i) is z_i
+
+
+def test_upsampling_starts_from_the_small_picture(made, batch_of):
+    task, params, _ = made("upsampler", draw={"steps": 2})
+    batch = batch_of(task, 2)
+    sample_keys = keys.sample_keys(jax.random.key(0), batch["sample"])
+    draw = jax.jit(lambda low: task.sample(params, low, sample_keys))
+    pictures = draw(to_float(batch["low"]))
+    assert pictures.shape == (2, 8, 8, 3) and np.abs(pictures).max() <= 1
+    assert not np.allclose(pictures, draw(-to_float(batch["low"])), atol=1e-3)
+    # Fully convolutional: a task trained on crops draws pictures of any size.
+    other = jax.eval_shape(task.sample, params, jnp.zeros((2, 6, 5, 3)), sample_keys)
+    assert other.shape == (2, 12, 10, 3)

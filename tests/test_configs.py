@@ -1,0 +1,124 @@
+"""Every preset of every stage builds; arguments are strict; every config runs on a laptop."""
+
+import importlib
+
+import jax
+import pytest
+
+from unclip import bundle, errors, stage
+from unclip.input import source
+from unclip.models import clip as clip_model
+
+PRESETS = {
+    "clip": ["emoji", "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336", "ViT-H/14",
+             "ViT-bigG/14", "ViT-H/16", "paper", "emoji,loss=sigmoid"],
+    "prior": ["emoji", "karlo", "paper", "emoji,kind=ar", "paper,kind=ar"],
+    "decoder": ["emoji", "karlo", "paper", "glide"],
+    "upsampler": ["emoji", "emoji-64", "emoji-256", "karlo", "paper", "paper-256", "paper-1024"],
+}
+EVERY = [(name, arg) for name, args in PRESETS.items() for arg in args]
+
+
+def get(name, arg=None):
+    return importlib.import_module(f"configs.{name}").get_config(arg)
+
+
+def planned(config):
+    """(task, abstract parameters) with nothing allocated."""
+    clip = stage.clip_part(config)
+    if clip is not None:
+        clip = bundle.Part("clip", clip.arch, None)
+    task = stage.make_task(config, clip)
+    if config.stage == "prior":
+        task.statistics = task.shape_statistics()
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    _, schedule = stage.make_optimizer(config, params)
+    assert 0 < float(schedule(config.total_steps // 2)) <= 1.0001 * config.optim.learning_rate
+    return task, params
+
+
+@pytest.mark.parametrize(("name", "arg"), EVERY)
+def test_every_preset_builds(name, arg, tiny_config):
+    config = get(name, arg)
+    assert config.stage == name and config.preset == arg.split(",")[0]
+    config.arch.fold = True  # quicker to trace, the same model
+    task, params = planned(config)
+    assert jax.tree.leaves(params)
+    # The parts fit: what the input delivers is what the task asks for.
+    for use in ("train", "held_out", "sample"):
+        assert isinstance(
+            stage.transform(config, task, use), source.ImageText | source.Upsampling)
+    if name in ("prior", "decoder"):
+        clip = clip_model.PRESETS[config.clip_preset]
+        if name == "prior":
+            assert config.arch.embed_dim == clip["embed_dim"]
+            assert config.arch.get("text_width") in (None, clip["text_width"])
+    if name == "upsampler":
+        assert config.task.image_size % config.task.factor == 0
+        assert config.task.crop % config.task.factor == 0
+
+
+@pytest.mark.parametrize(("name", "arg"), EVERY)
+def test_every_config_has_a_local_form(name, arg, tiny_config):
+    config = get(name, f"{arg},runlocal")
+    assert config.total_steps == 2 and config.batch_size == 8 and config.accumulate == 1
+    kind = [word for word in arg.split(",") if "=" in word]
+    small = get(name, ",".join(["emoji", *kind, "runlocal"]))
+    assert config.arch == small.arch
+    if arg.startswith("emoji,") or arg == "emoji":
+        _, params = planned(config)
+        assert sum(leaf.size for leaf in jax.tree.leaves(params)) < 10e6
+
+
+def test_paper_scale_is_table_3(tiny_config):
+    """Iterations, batch, learning rate, Adam and EMA of the published table."""
+    rows = {
+        ("prior", "paper,kind=ar"): (1_000_000, 4096, 1.6e-4, 4e-2, 0.91, 1e-10, 0.999),
+        ("prior", "paper"): (600_000, 4096, 1.1e-4, 6e-2, 0.96, 1e-6, 0.9999),
+        ("decoder", "paper"): (800_000, 2048, 1.2e-4, 0.0, 0.999, 1e-8, 0.9999),
+        ("upsampler", "paper-256"): (1_000_000, 1024, 1.2e-4, 0.0, 0.999, 1e-8, 0.9999),
+        ("upsampler", "paper-1024"): (1_000_000, 512, 1e-4, 0.0, 0.999, 1e-8, 0.9999),
+    }
+    for (name, arg), want in rows.items():
+        c = get(name, arg)
+        o = c.optim
+        got = (c.total_steps, c.batch_size, o.learning_rate, o.weight_decay, o.b2, o.eps, c.ema)
+        assert got == want, (name, arg)
+
+
+def test_the_default_is_emoji(tiny_config):
+    for name in PRESETS:
+        assert get(name).preset == "emoji"
+        assert get(name) == get(name, "emoji")
+    assert get("decoder", "theme=food").input.where.subgroup
+
+
+@pytest.mark.parametrize(
+    ("name", "arg", "said"),
+    [
+        ("clip", "ViT-L/15", r"'ViT-L/15': did you mean 'ViT-L/14'"),
+        ("prior", "carlo", r"'carlo': did you mean 'karlo'"),
+        ("decoder", "papper", r"'papper': did you mean 'paper'"),
+        ("upsampler", "emoji-46", r"'emoji-46': did you mean 'emoji-64'"),
+        ("prior", "emoji,kind=arr", r"prior kind 'arr': did you mean 'ar'"),
+        ("clip", "emoji,themes=food", r"config argument 'themes': did you mean 'theme'"),
+        ("clip", "emoji,theme=foot", r"theme 'foot': did you mean 'food'"),
+        ("clip", "emoji,paper", r"config argument 'paper'"),
+        ("clip", "emoji,runlocal=maybe", r"runlocal=maybe: expected bool"),
+        ("decoder", "emoji,kind=ar", r"config argument 'kind'"),
+    ],
+)
+def test_slips_are_named(name, arg, said, tiny_config):
+    with pytest.raises(errors.ConfigError, match=said):
+        get(name, arg)
+
+
+def test_arguments_keep_their_type(tiny_config):
+    common = importlib.import_module("configs.common")
+    args = common.parse_arg("karlo,flag,count=3,text=1e3", "emoji", flag=False, count=1, text="")
+    assert args.to_dict() == {"preset": "karlo", "flag": True, "count": 3, "text": "1e3"}
+    assert common.parse_arg("flag=False", "emoji", flag=True).flag is False
+    assert common.parse_arg(None, "emoji").to_dict() == {"preset": "emoji"}
+    for wrong in ("count=3.5", "count=x", "count=__import__('os')"):
+        with pytest.raises(errors.ConfigError, match="expected int"):
+            common.parse_arg(wrong, "emoji", count=1)
