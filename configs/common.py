@@ -57,7 +57,7 @@ def _literal(name: str, text: str, kind: type):
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = None
-    if not isinstance(value, kind):
+    if type(value) is not kind:
         raise errors.ConfigError(f"config argument {name}={text}: expected {kind.__name__}")
     return value
 

@@ -20,12 +20,14 @@ import numpy as np
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from unclip import cli, errors, files, images, runs, stage, tasks
-from unclip import embed as embedding
+from unclip import bundle, cli, embeddings, errors, files, images, runs, stage, tasks
 from unclip.evaluators.held_out import HeldOutLoss
 from unclip.evaluators.samples import Samples
 from unclip.input import source
 from unclip.runtime import checkpoint, distributed, flops, metrics, progress, sharding
+
+# Fields of an architecture that a resumed run may change: they leave the parameters as they are.
+RUNTIME_FIELDS = {"attention_impl", "dtype", "dropout", "remat"}
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "FILE.py:preset[,argument...]")
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; the same folder resumes it")
@@ -99,8 +101,10 @@ def train(config: ConfigDict, workdir: str) -> None:
             state = jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed), start)
             del start
         else:
-            state, position, _ = saver.restore(None, sharding.abstract(abstract, shardings))
+            state, position, meta = saver.restore(None, sharding.abstract(abstract, shardings))
             logging.info("resumed %s at step %d", workdir, int(state["step"]))
+            if meta.get("data") not in (None, data.fingerprint):
+                logging.warning("%s goes on with other shards than it began with", workdir)
         first = int(state["step"])
 
         rows = {
@@ -133,6 +137,7 @@ def train(config: ConfigDict, workdir: str) -> None:
         bar = progress.progress(config.total_steps, config.stage, initial=first)
         with writer, batches, bar:
             run = Loop(config, folder, saver, writer, evaluators, batches, bar, mesh)
+            run.data = data.fingerprint
             run.flops = stage.model_flops(config, clip)
             state = run(step_fn, state, frozen, first)
         saver.wait()
@@ -147,6 +152,7 @@ class Loop:
         self.skipped = 0  # consecutive steps
         self.pending = None  # (step, metrics on the device) of the step before
         self.flops = None  # of one step
+        self.data = None  # fingerprint of the collection
         self.loss = "?"
         self.clock, self.clock_step, self.paused = time.perf_counter(), None, 0.0
 
@@ -209,7 +215,7 @@ class Loop:
         if not (force or self.saver.due(step)):
             return
         pause = time.perf_counter()
-        meta = {"stage": self.config.stage, "preset": self.config.preset}
+        meta = {"stage": self.config.stage, "preset": self.config.preset, "data": self.data}
         self.saver.save(step, state, self.batches.position, meta, force=force)
         self.paused += time.perf_counter() - pause
 
@@ -265,23 +271,23 @@ def write_config(config: ConfigDict, folder: pathlib.Path) -> None:
     new = stage.plain(config)
     if runs.is_run(folder) and checkpoint.steps(folder / "checkpoints"):
         old = runs.run_config(folder)
-        for field in ("stage", "arch"):
-            if old.get(field) != new[field]:
-                changed = old.get(field)
-                if field == "arch":
-                    changed = _changed(old.get(field) or {}, new[field])
-                raise errors.ConfigError(
-                    f"{folder} holds a run of another model ({field}: {changed}); "
-                    "choose another --workdir"
-                )
+        changed = _changed(old["arch"], new["arch"])
+        if old["stage"] != new["stage"]:
+            changed = f"stage was {old['stage']}, now {new['stage']}"
+        if changed:
+            raise errors.ConfigError(
+                f"{folder} holds a run of another model ({changed}); choose another --workdir"
+            )
     if distributed.is_main():
         with files.replacing(folder / "config.json") as path:
             path.write_text(json.dumps(new, indent=1, sort_keys=True))
 
 
 def _changed(old: dict, new: dict) -> str:
-    names = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
-    return ", ".join(f"{name} was {old.get(name)}, now {new.get(name)}" for name in names)
+    """The fields in which two architectures have other parameters, in words; "" for none."""
+    names = sorted((old.keys() | new.keys()) - RUNTIME_FIELDS)
+    differ = [name for name in names if old.get(name) != new.get(name)]
+    return ", ".join(f"{name} was {old.get(name)}, now {new.get(name)}" for name in differ)
 
 
 def place(tree, *, mesh, rules):
@@ -294,7 +300,13 @@ def initial_params(config: ConfigDict, abstract_params):
     """Parameters of `init_from`, checked leaf by leaf and in the model's dtypes, or None."""
     if not config.init_from:
         return None
-    name = config.stage if config.stage != "upsampler" else "upsampler_0"
+    name = config.stage
+    if name == "upsampler":
+        name = "upsampler_0"
+        if not runs.is_run(config.init_from):  # of a bundle's upsamplers, the one of our size
+            parts = bundle.describe(config.init_from)["parts"]
+            sizes = {n: record["settings"].get("image_size") for n, record in parts.items()}
+            name = next((n for n in sizes if sizes[n] == config.task.image_size and n > "u"), name)
     part = runs.open_part(config.init_from, name)
     table = checkpoint.difference(
         sharding.tree_paths(part.params), sharding.tree_paths(abstract_params)
@@ -347,7 +359,7 @@ def store_embeddings(config, clip, name, data, held_out, mesh, folder):
 
 def embed_all(config, clip, collection, mesh, limit=None):
     """(z_i, z_t, valid) batches of a collection's first `limit` samples, as the config reads it."""
-    return embedding.embed(
+    return embeddings.embed(
         clip.arch, clip.params, collection, mesh, batch_size=config.batch_size,
         captions=config.input.captions[:1], limit=limit, threads=config.input.threads,
     )

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from unclip import errors
+from unclip import errors, tasks
 from unclip.models import prior_ar
 from unclip.tasks import keys
 
@@ -202,3 +202,40 @@ def test_the_ar_prior_takes_no_noise(made):
     task, params, frozen = made("prior", "ar")
     with pytest.raises(errors.ConfigError, match="takes no noise"):
         task.sample(params, frozen, None, None, None, noise=1)
+
+
+def test_a_learned_null_is_trained_and_drawn_from():
+    """With `learned_null`, dropped captions train the model's own stand-ins."""
+    arch = {
+        "embed_dim": 16, "context": 16, "text_width": 16, "width": 32, "layers": 1, "heads": 2,
+        "learned_null": True,
+    }
+    clip = {
+        "embed_dim": 16, "image_size": 16, "patch_size": 8, "vision_width": 16, "vision_layers": 1,
+        "vision_heads": 2, "text_width": 16, "text_layers": 1, "text_heads": 2, "context": 16,
+        "vocab_size": 64,
+    }
+    task = tasks.make("prior", arch, {"text_drop": 1.0}, clip=clip)
+    task.clip_params = tasks.ClipTask(tasks.arguments(clip)).init(jax.random.key(1))
+    ones = np.ones(16, np.float32)
+    task.statistics = {"mean": 0 * ones, "std": ones}
+    params = task.init(jax.random.key(0))
+    batch = {
+        "image": np.zeros((2, 16, 16, 3), np.uint8),
+        "tokens": np.array([[62, 5, 63] + 13 * [0], [62, 6, 63] + 13 * [0]], np.int32),
+        "text_mask": np.arange(16)[None].repeat(2, 0) < 3,
+        "sample": np.array([[0, 0], [0, 1]], np.uint32),
+        "valid": np.ones(2, bool),
+    }
+    loss = lambda p: task.loss(p, task.frozen(), batch, jax.random.key(0), train=True)[0]
+    # The output layer starts at random, so the gradient reaches the null embeddings at once.
+    grads = jax.grad(loss)(params)
+    assert np.abs(grads["text"]["null"]).max() > 0 and np.abs(grads["z_t"]["null"]).max() > 0
+    draw = lambda scale: task.sample(
+        params, task.frozen(), batch["tokens"], batch["text_mask"],
+        jax.random.split(jax.random.key(2), 2), steps=2, guidance=scale, candidates=1,
+    )
+    np.testing.assert_allclose(draw(0.0)[0], task.sample(
+        params, task.frozen(), batch["tokens"][::-1], batch["text_mask"],
+        jax.random.split(jax.random.key(2), 2), steps=2, guidance=0.0, candidates=1,
+    )[0], rtol=1e-5)  # without guidance from the caption, captions do not matter

@@ -282,6 +282,7 @@ class WithEmbeddings:
             raise ConfigError(f"{len(z_i)} embeddings for {len(collection)} samples: they belong "
                               "to another collection")
         self.collection, self.z_i = collection, z_i
+        self.fingerprint = collection.fingerprint
 
     def __len__(self) -> int:
         return len(self.collection)

@@ -22,6 +22,7 @@ from unclip.tasks.clip import FrozenClip, unit
 
 EMBEDDINGS = ("whiten", "scale")
 T, NOISE, DROP = range(3)  # tags of a sample's random draws
+CONDITIONS = ("z_t", "text_hidden", "text_mask")
 
 
 class _Conditioned:
@@ -53,14 +54,16 @@ class _Conditioned:
         """The caption as the prior sees it, rows of `drop` (bool [B]) replaced by the empty one.
 
         Returns:
-          {"z_t" [B, D], "text_hidden" [B, L, W] or the tokens themselves, "text_mask" [B, L]}.
+          {"z_t" [B, D], "text_hidden" [B, L, W] or the tokens themselves, "text_mask" [B, L]}, and
+          "drop_text" [B] for a model with a learned null of its own.
         """
         empty, empty_mask = self.clip.empty(1, tokens.shape[1])
         tokens = jnp.where(drop[:, None], empty, tokens)
         mask = jnp.where(drop[:, None], empty_mask, mask)
         z_t, hidden = self.clip.text(frozen["clip"], tokens)
         own = getattr(self.model, "vocab_size", None)
-        return {"z_t": z_t, "text_hidden": tokens if own else hidden, "text_mask": mask}
+        out = {"z_t": z_t, "text_hidden": tokens if own else hidden, "text_mask": mask}
+        return out | {"drop_text": drop} if self.model.learned_null else out
 
     def predict(self):
         """`sample`: draws z_i for the captions and compares it with the pictures' own."""
@@ -307,8 +310,9 @@ class ARPriorTask(_Conditioned):
         drawn = []
         for candidate in range(draw["candidates"]):
             codes = prior_ar.sample(
-                self.model, params, keys.fold(sample_keys, candidate), **conditional,
-                uncond=(null["z_t"], null["text_hidden"], null["text_mask"]),
+                self.model, params, keys.fold(sample_keys, candidate),
+                *(conditional[name] for name in CONDITIONS),
+                uncond=None if self.model.learned_null else tuple(null[c] for c in CONDITIONS),
                 temperature=draw["temperature"], guidance=draw["guidance"],
             )
             coefficients = prior_ar.dequantise(
