@@ -36,7 +36,7 @@ def get_config(arg=None):
     )
     config.task.draw = {
         "steps": 250 if args.preset == "paper" else 25,
-        "guidance": {"karlo": 8.0, "paper": 1.25, "glide": 3.0}.get(args.preset, 2.0),
+        "guidance": {"karlo": 8.0, "paper": 1.25, "glide": 3.0, "emoji": 1.5}[args.preset],
         "sampler": "ddpm",
         "eta": 0.0,
         "threshold": "static",  # clamp x_0 to [-1, 1]; "dynamic" is Imagen's

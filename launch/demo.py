@@ -31,7 +31,7 @@ LANES = (
     (
         ("upsampler_0", "upsampler.py:emoji-64,theme={theme}", 700, ()),
         ("upsampler_1", "upsampler.py:emoji-256,theme={theme}", 700, ()),
-        ("prior", "prior.py:emoji,theme={theme}", 450, ("--config.batch_size=41",)),
+        ("prior", "prior.py:emoji,theme={theme}", 400, ("--config.batch_size=41",)),
     ),
 )
 NEEDS_CLIP = ("prior", "decoder")

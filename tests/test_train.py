@@ -173,9 +173,9 @@ def test_no_checkpoint_yet_is_said(tiny_config, tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"arch.vision_width": 48}, r"\(arch: vision_width was 16, now 48\)"),
+        ({"arch.vision_width": 48}, r"\(vision_width was 16, now 48\)"),
         ({"arch.activation": "quick_gelu", "arch.context": 8},
-         r"\(arch: activation was gelu, now quick_gelu, context was 16, now 8\)"),
+         r"\(activation was gelu, now quick_gelu, context was 16, now 8\)"),
     ],
 )
 def test_a_workdir_of_another_model_is_refused(run_of, tiny_config, change, said):
@@ -187,8 +187,17 @@ def test_a_workdir_of_another_model_is_refused(run_of, tiny_config, change, said
     assert (workdir / "config.json").read_bytes() == before
 
 
+def test_a_run_may_change_what_leaves_its_parameters_alone(run_of, tiny_config):
+    workdir = pathlib.Path(run_of("clip"))
+    before = (workdir / "config.json").read_bytes()
+    change = {"arch.remat": "nothing_saveable", "arch.dtype": "bfloat16"}
+    train.write_config(tiny_config("clip", change), workdir)
+    assert json.loads((workdir / "config.json").read_text())["arch"]["dtype"] == "bfloat16"
+    (workdir / "config.json").write_bytes(before)
+
+
 def test_a_workdir_of_another_stage_is_refused(run_of, tiny_config):
-    with pytest.raises(errors.ConfigError, match=r"\(stage: clip\)"):
+    with pytest.raises(errors.ConfigError, match=r"\(stage was clip, now upsampler\)"):
         train.write_config(tiny_config("upsampler"), pathlib.Path(run_of("clip")))
 
 

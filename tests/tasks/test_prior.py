@@ -57,6 +57,8 @@ def test_the_loss_is_the_error_of_x_0(made, batch_of):
     task, params, frozen = made("prior")
 
     class Constant:
+        learned_null = False
+
         def apply(self, variables, x_t, t, **_):
             return jnp.full(x_t.shape, 0.5)
 
@@ -76,7 +78,7 @@ def test_a_tenth_of_the_captions_is_dropped(made, batch_of, kind):
     seen = {}
 
     class Spy:
-        codes, buckets = 4, 16
+        codes, buckets, learned_null = 4, 16, False
 
         def apply(self, variables, x, t=None, **conditions):
             seen.update(conditions)
