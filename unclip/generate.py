@@ -70,16 +70,26 @@ def main(argv):
         "stages": _STAGES.value,
     }
     images.writable_folder(_OUT.value)
+    # Captions that share a batch are drawn together; a batch is padded in any case.
+    several = max(1, _BATCH.value // _N.value) if _MODE.value == "text" else 1
+    groups = [asked[i : i + several] for i in range(0, len(asked), several)]
     pictures, paths = [], []
-    for one in progress.progress(asked, "drawing", "prompt"):
-        if _MODE.value == "text":
-            drawn = model.generate(one, _N.value, _SEED.value, **settings)
-        else:
-            settings.pop("prior", None)
-            drawn = model.variations(images.read_image(one), _N.value, _SEED.value, **settings)
-        # Saved at once: a failure at the hundredth prompt keeps the ninety-nine before it.
-        paths += images.save_pictures(drawn.images, drawn.recipes, _OUT.value, with_grid=False)
-        pictures.extend(drawn.images)
+    with progress.progress(len(asked) * _N.value, "drawing", "img") as bar:
+        for group in groups:
+            if _MODE.value == "variations":
+                settings.pop("prior", None)
+                draw, group = model.variations, images.read_image(group[0])
+            else:
+                draw = model.generate
+            for start in range(0, _N.value, _BATCH.value):
+                count = min(_BATCH.value, _N.value - start)
+                drawn = draw(group, count, _SEED.value + start, **settings)
+                # Saved at once: a failure at the hundredth picture keeps the ninety-nine before it.
+                paths += images.save_pictures(
+                    drawn.images, drawn.recipes, _OUT.value, with_grid=False
+                )
+                pictures.extend(drawn.images)
+                bar.update(len(drawn))
     if len(pictures) > 1:
         paths.append(images.save_grid(pictures, _OUT.value, _N.value))
     print("\n".join(map(str, paths)))

@@ -332,6 +332,10 @@ def _split(stage: str, defaults: dict, settings: dict) -> tuple[tuple, dict]:
         if name not in defaults:
             raise errors.unknown(f"{stage} setting", name, defaults)
     draw = defaults | settings
+    if draw.get("eta") and draw["sampler"] != "ddim":
+        raise errors.ConfigError(
+            f"{stage}: eta {draw['eta']} with sampler {draw['sampler']!r}; only 'ddim' has an eta"
+        )
     traced = {k: jnp.float32(v) for k, v in draw.items() if k in ("guidance", "eta", "temperature")}
     return tuple(sorted((k, v) for k, v in draw.items() if k not in traced)), traced
 

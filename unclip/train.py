@@ -214,6 +214,7 @@ class Loop:
     def save(self, state, step, force=False):
         if not (force or self.saver.due(step)):
             return
+        self.log_pending()  # a kill right after the save must not lose this step's line
         pause = time.perf_counter()
         meta = {"stage": self.config.stage, "preset": self.config.preset, "data": self.data}
         self.saver.save(step, state, self.batches.position, meta, force=force)
