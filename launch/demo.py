@@ -194,6 +194,7 @@ def draw(demo: Demo, bundle: pathlib.Path) -> dict:
         "train": train,
         "held_out": held_out,
         "unseen": unseen,
+        "unseen_nearest": unseen and squared_error(unseen.stages["decoder"], base).argmin(axis=1),
         "chosen": chosen,
         "nearest": nearest,
         "hits": nearest == np.array(chosen),
@@ -260,9 +261,15 @@ def report(demo: Demo, found: dict, summary: dict) -> None:
             "picture of food; what comes out is a neighbour or a blend.",
         )
         stages = found["unseen"].stages.values()
+        near = found["unseen_nearest"]
         page.gallery(
             [
-                Row(row["name"], [*(s[k] for s in stages), row["pictures"][sizes[-1]], None])
+                Row(
+                    row["name"],
+                    [*(s[k] for s in stages), row["pictures"][sizes[-1]],
+                     train[near[k]]["pictures"][sizes[0]]],
+                    note=f"nearest training picture: {train[near[k]]['name']}",
+                )
                 for k, row in enumerate(found["held_out"])
             ],
             columns,
