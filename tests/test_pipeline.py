@@ -87,10 +87,12 @@ def test_nothing_is_compiled_again(six, model):
     before = count()
     changed = model.generate(
         ["a green bar", "a red dot"], n=3, seed=999, prior={"guidance": 1.5},
-        decoder={"guidance": 7.5, "eta": 0.5})
+        decoder={"guidance": 7.5})
     assert count() == before and set(before.values()) == {1}
     plain = model.generate("a red dot", n=1, seed=999, **FAST)
     assert not np.array_equal(changed.images[3], plain.images[0])  # so the guidance was used
+    with pytest.raises(errors.ConfigError, match=r"eta 0\.5 with sampler 'ddpm'; only 'ddim'"):
+        model.generate("a red dot", decoder={"eta": 0.5})
 
 
 def test_the_first_stages_alone(six, model):
