@@ -24,9 +24,8 @@ test: setup
 lint: setup
 	$(BIN)/ruff check .
 
-# Checks against other people's code; it brings PyTorch (CPU) and the libraries compared with.
+# Checks against other people's code, which it installs.
 parity: setup
-	$(BIN)/python -m pip install --quiet 'torch==2.13.0'
 	$(BIN)/python -m pip install --quiet --editable '.[dev,parity]'
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/parity
 

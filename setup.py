@@ -37,7 +37,7 @@ EXTRAS = {
     "studio": ["gradio>=6.31"],
     "tracking": ["wandb>=0.22"],
     "test": ["pytest>=8.4", "pytest-xdist>=3.8", "scipy>=1.15"],
-    "parity": ["diffusers>=0.39", "open_clip_torch>=3.3", "transformers>=5.0"],
+    "parity": ["transformers>=5.0"],
 }
 EXTRAS["dev"] = [*EXTRAS["test"], "ruff>=0.14"]
 
