@@ -20,7 +20,7 @@ def test_statistics_are_numpys(made):
     task, _, _ = made("prior")
     z_i = np.random.default_rng(0).standard_normal((50, 8)) * np.arange(1, 9) + 3
     got = task.fit((part, part) for part in np.split(np.float32(z_i), [7, 8, 30]))
-    np.testing.assert_allclose(got["mean"], z_i.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(got["mean"], z_i.mean(0), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(got["std"], z_i.std(0, ddof=1), rtol=1e-5)
     assert {k: (v.shape, v.dtype) for k, v in got.items()} == {
         k: (v.shape, v.dtype) for k, v in task.shape_statistics().items()}
@@ -100,7 +100,8 @@ def test_a_tenth_of_the_captions_is_dropped(made, batch_of, kind):
     assert abs(dropped.mean() - 0.1) < 4 * np.sqrt(0.09 / 4096)
     empty, _ = task.clip.text(frozen["clip"], task.clip.empty(1, 8)[0])
     np.testing.assert_allclose(
-        np.asarray(seen["z_t"])[dropped], np.repeat(empty, dropped.sum(), 0), rtol=1e-5)
+        np.asarray(seen["z_t"])[dropped], np.repeat(empty, dropped.sum(), 0), rtol=1e-5,
+        atol=1e-6)  # float32 rounding of values around 1, in differently fused programs
     np.testing.assert_array_equal(words[~dropped], batch["text_mask"].sum(1)[~dropped])
     np.testing.assert_array_equal(run(False)["text_mask"], batch["text_mask"])
 
@@ -240,4 +241,4 @@ def test_a_learned_null_is_trained_and_drawn_from():
     np.testing.assert_allclose(draw(0.0)[0], task.sample(
         params, task.frozen(), batch["tokens"][::-1], batch["text_mask"],
         jax.random.split(jax.random.key(2), 2), steps=2, guidance=0.0, candidates=1,
-    )[0], rtol=1e-5)  # without guidance from the caption, captions do not matter
+    )[0], rtol=1e-5, atol=1e-5)  # without guidance from the caption, captions do not matter
