@@ -2,10 +2,13 @@
 
 A bundle is a folder with `model.json` and one `<part>.safetensors` for each network of unCLIP
 (arXiv 2204.06125, section 2): `clip`, the `prior` P(z_i | y), the `decoder` P(x | z_i, y) and its
-two diffusion upsamplers (section 2.1). Any part may be absent. A part file carries its own
-architecture and settings in its header, so its sha256 covers everything that decides a picture;
-`model.json` repeats them for people to read and records the sha256. Tensors are read by
-safetensors alone: nothing here unpickles, and no path is taken from the files.
+two diffusion upsamplers (section 2.1). Beside these it can hold a `t5` text encoder, a second
+network for the last step of the first upsampler (Karlo's `upsampler_0_last`) and the `inception`
+network of FID. Any part may be absent. A part file carries its own architecture and settings in
+its header, so its sha256 covers everything that decides a picture; `model.json` repeats them for
+people to read and records the sha256. Tensors are read by safetensors alone: nothing here
+unpickles, and no path is taken from the files. Parts are written tensor by tensor, and can be
+read so.
 """
 
 import dataclasses
@@ -18,13 +21,20 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import safetensors
-import safetensors.numpy
 
-from unclip import errors, files
+from unclip import errors, files, tensors
 
 FORMAT = 1
-KINDS = ("clip", "prior", "decoder", "upsampler_0", "upsampler_1")
+KINDS = (
+    "clip",
+    "t5",
+    "prior",
+    "decoder",
+    "upsampler_0",
+    "upsampler_0_last",
+    "upsampler_1",
+    "inception",
+)
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 MAX_JSON_BYTES = 16 << 20
 
@@ -37,7 +47,7 @@ class Part:
       kind: one of `KINDS`.
       arch: keyword arguments of the module, JSON-able, plus "class", its name. Lists come back as
         tuples, so that modules stay hashable.
-      params: nested dict of arrays, names without "/".
+      params: nested dict of arrays or `tensors.Lazy`, names without "/".
       extra: named arrays that are no parameters (e.g. the CLIP mean and standard deviation of z_i);
         kept in their own dtype.
       settings: JSON-able facts that sampling needs: diffusion schedule, parametrisation,
@@ -94,23 +104,18 @@ def write(
             raise errors.unknown("bundle part", name, KINDS)
         if part.kind != name:
             raise errors.ConfigError(f"part {name!r} holds a {part.kind!r}: they must agree")
-        tensors = dict(_flatten(f"{name}: params", part.params, "params/"))
+        content = dict(_flatten(f"{name}: params", part.params, "params/"))
         if dtype is not None:
-            tensors = {path: _cast(array, DTYPES[dtype]) for path, array in tensors.items()}
-        tensors |= _flatten(f"{name}: extra", part.extra, "extra/")
+            content = {path: _cast(array, DTYPES[dtype]) for path, array in content.items()}
+        content |= _flatten(f"{name}: extra", part.extra, "extra/")
         described = {
             "arch": _checked_json(f"{name}: arch", part.arch),
             "settings": _checked_json(f"{name}: settings", part.settings),
         }
         header = {"unclip": _dumps({"kind": name, "format": FORMAT, **described})}
-        with files.replacing(directory / f"{name}.safetensors") as temporary:
-            try:
-                safetensors.numpy.save_file(tensors, temporary, metadata=header)
-            except safetensors.SafetensorError as error:
-                # safetensors reports a full disk as its own error type.
-                raise errors.DataError(f"cannot write {directory / name}: {error}") from error
-            size, digest = temporary.stat().st_size, _sha256(temporary)
-        records[name] = {"bytes": size, "sha256": digest, **described}
+        path = directory / f"{name}.safetensors"
+        tensors.write(path, content, header)
+        records[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path), **described}
     model_hash = _model_hash(records)
     document = {"format": FORMAT, "hash": model_hash, "meta": meta, "parts": records}
     text = json.dumps(document, indent=2, sort_keys=True, allow_nan=False)
@@ -155,7 +160,11 @@ def describe(directory: str | os.PathLike) -> dict[str, Any]:
 
 
 def read(
-    directory: str | os.PathLike, names: Iterable[str] | None = None, *, verify: bool = True
+    directory: str | os.PathLike,
+    names: Iterable[str] | None = None,
+    *,
+    verify: bool = True,
+    lazy: bool = False,
 ) -> Bundle:
     """Reads a bundle, or only the parts named.
 
@@ -163,6 +172,7 @@ def read(
       directory: the bundle's folder.
       names: parts to read; None reads every one present. Other files are not opened.
       verify: compare each file's sha256 with the recorded one. Sizes are compared in any case.
+      lazy: leave the tensors on disk, as `tensors.Lazy`.
 
     Returns:
       The parts with numpy arrays (bfloat16 as `ml_dtypes.bfloat16`), the meta and the model hash.
@@ -180,7 +190,10 @@ def read(
         if name not in present:
             listed = ", ".join(present) or "nothing"
             raise errors.ConfigError(f"{directory} has no part {name!r}: it holds {listed}")
-        parts[name] = _read_part(pathlib.Path(directory), name, document["parts"][name], verify)
+        part = _read_part(pathlib.Path(directory), name, document["parts"][name], verify)
+        if not lazy:
+            part.params, part.extra = _loaded(part.params), _loaded(part.extra)
+        parts[name] = part
     return Bundle(parts, document["meta"], document["hash"])
 
 
@@ -200,12 +213,11 @@ def _read_part(directory: pathlib.Path, name: str, record: dict, verify: bool) -
             )
         if verify and _sha256(path) != record["sha256"]:
             raise errors.DataError(f"{path} differs from the sha256 in model.json: fetch it again")
-        with safetensors.safe_open(path, framework="np") as file:
-            header = json.loads((file.metadata() or {}).get("unclip", "null"))
-            flat = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 not a dict
+        flat, metadata = tensors.read(path)
+        header = json.loads(metadata.get("unclip", "null"))
     except OSError as error:
         raise errors.DataError(f"cannot read {path}: {error.strerror or error}") from error
-    except (safetensors.SafetensorError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise errors.DataError(f"{path} is damaged: {error}") from error
     if not isinstance(header, dict) or header.get("kind") != name:
         raise errors.DataError(f"{path} does not describe itself as a {name!r} part of a bundle")
@@ -237,7 +249,11 @@ def _read_part(directory: pathlib.Path, name: str, record: dict, verify: bool) -
     )
 
 
-def _flatten(what: str, tree: Mapping, prefix: str) -> Iterator[tuple[str, np.ndarray]]:
+def _loaded(tree: dict) -> dict:
+    return {k: _loaded(v) if isinstance(v, dict) else v.read() for k, v in tree.items()}
+
+
+def _flatten(what: str, tree: Mapping, prefix: str) -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
         if not isinstance(key, str) or "/" in key or not key:
             raise errors.ConfigError(f"{what}: a tensor's name is text without /, got {key!r}")
@@ -245,16 +261,17 @@ def _flatten(what: str, tree: Mapping, prefix: str) -> Iterator[tuple[str, np.nd
         if isinstance(value, Mapping):
             yield from _flatten(what, value, path + "/")
             continue
-        # Also fetches jax arrays. safetensors wants dense C order; 0-d arrays stay 0-d.
-        array = np.asarray(value, order="C")
-        if array.dtype.hasobject or array.dtype.kind in "USmM":
+        if not hasattr(value, "shape"):
+            value = np.asarray(value)
+        if np.dtype(value.dtype).hasobject or np.dtype(value.dtype).kind in "USmM":
             raise errors.ConfigError(f"{what}: {path} is {type(value).__name__}, expected an array")
-        yield path, array
+        yield path, value
 
 
-def _cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    floating = array.dtype.kind == "f" or array.dtype == ml_dtypes.bfloat16
-    return array.astype(dtype) if floating else array
+def _cast(array: Any, dtype: np.dtype) -> Any:
+    if array.dtype.kind != "f" and array.dtype != ml_dtypes.bfloat16:
+        return array
+    return tensors.Lazy(array.shape, dtype, lambda: np.asarray(array).astype(dtype))
 
 
 def _checked_json(what: str, value: Any) -> Any:

@@ -1,0 +1,148 @@
+"""Named tensors on disk, one at a time: safetensors files larger than the memory at hand.
+
+The parts of a cascade (arXiv 2204.06125) have up to some billion parameters. `write` holds one
+tensor in memory, `read` none until it is asked for, so a model is converted or copied in the
+memory of its largest tensor. What is written is byte for byte what `safetensors` would write.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+from unclip import errors, files
+
+# In safetensors' own order: wider ones come first in a file, so that every tensor is aligned.
+DTYPES: dict[str, np.dtype] = {
+    "BOOL": np.dtype(np.bool_),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "I16": np.dtype(np.int16),
+    "U16": np.dtype(np.uint16),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I32": np.dtype(np.int32),
+    "U32": np.dtype(np.uint32),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+    "I64": np.dtype(np.int64),
+    "U64": np.dtype(np.uint64),
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_RANK = {name: rank for rank, name in enumerate(DTYPES)}
+
+
+class Lazy:
+    """A tensor that is read when it is wanted, each time anew, and not kept.
+
+    Attributes:
+      shape: tuple of ints; dtype: numpy dtype. Both are known without reading.
+    """
+
+    def __init__(self, shape: Iterable[int], dtype: Any, read: Callable[[], np.ndarray]):
+        self.shape, self.dtype, self._read = tuple(shape), np.dtype(dtype), read
+
+    def read(self) -> np.ndarray:
+        """The values, of the shape and dtype announced."""
+        array = self._read()
+        if array.shape != self.shape or array.dtype != self.dtype:
+            raise errors.DataError(
+                f"a tensor announced as {self.dtype}{list(self.shape)} was read as "
+                f"{array.dtype}{list(array.shape)}"
+            )
+        return array
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self.read(), dtype)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def map(self, function: Callable[[np.ndarray], np.ndarray], shape=None, dtype=None) -> "Lazy":
+        """The result of `function` on this tensor, lazily; shape and dtype default to its own."""
+        return Lazy(
+            self.shape if shape is None else shape,
+            self.dtype if dtype is None else dtype,
+            lambda: function(self.read()),
+        )
+
+
+def read(path: str | os.PathLike) -> tuple[dict[str, Lazy], dict[str, str]]:
+    """The tensors of a safetensors file by name, unread, and the file's metadata.
+
+    Raises:
+      DataError: the file cannot be read or is no safetensors file; also when a tensor is read.
+    """
+    path = pathlib.Path(path)
+
+    def opened(use):
+        # Opened for each tensor: a mapping that stays would count every page it ever touched.
+        try:
+            with safetensors.safe_open(path, framework="np") as file:
+                return use(file)
+        except OSError as error:
+            raise errors.DataError(f"cannot read {path}: {error.strerror or error}") from error
+        except (safetensors.SafetensorError, ValueError) as error:
+            raise errors.DataError(f"{path} is damaged: {error}") from error
+
+    def index(file):
+        found = {}
+        for name in file.keys():  # noqa: SIM118 not a dict
+            piece = file.get_slice(name)
+            kind = piece.get_dtype()
+            if kind not in DTYPES:
+                raise errors.DataError(f"{path}: tensor {name!r} has type {kind}: not supported")
+            tensor = lambda name=name: opened(lambda file: file.get_tensor(name))
+            found[name] = Lazy(piece.get_shape(), DTYPES[kind], tensor)
+        return found, dict(file.metadata() or {})
+
+    return opened(index)
+
+
+def write(
+    path: str | os.PathLike,
+    tensors: Mapping[str, Any],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a safetensors file, atomically, holding one tensor in memory at a time.
+
+    Args:
+      path: of the file; its folder is made when missing.
+      tensors: arrays (numpy, jax) or `Lazy`, by name.
+      metadata: strings for the header.
+
+    Raises:
+      ConfigError: a dtype that safetensors does not have.
+      DataError: the disk is full or the place cannot be written.
+    """
+    kinds = {}
+    for name, tensor in tensors.items():
+        if np.dtype(tensor.dtype) not in _NAMES:
+            raise errors.ConfigError(f"tensor {name!r} has dtype {tensor.dtype}: not storable")
+        kinds[name] = _NAMES[np.dtype(tensor.dtype)]
+    order = sorted(tensors, key=lambda name: (-_RANK[kinds[name]], name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name in order:
+        tensor = tensors[name]
+        begin, end = end, end + int(np.prod(tensor.shape)) * DTYPES[kinds[name]].itemsize
+        header[name] = {
+            "dtype": kinds[name], "shape": list(tensor.shape), "data_offsets": [begin, end],
+        }  # fmt: skip
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with files.replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            # Also fetches jax arrays; dense C order, and 0-d arrays stay 0-d.
+            array = np.asarray(tensors[name], order="C")
+            file.write(memoryview(array.reshape(-1).view(np.uint8)))
+            del array
