@@ -24,9 +24,13 @@ test: setup
 lint: setup
 	$(BIN)/ruff check .
 
-# Checks against other people's code, which it installs.
+# Checks against other people's code, which it installs, and the table of what they measured.
+# PyTorch first, by its exact version: that one has a build for the CPU alone. Three packages come
+# without what they depend on, since they ask for torchvision, which has no such build.
 parity: setup
+	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet --editable '.[dev,parity]'
+	$(BIN)/python -m pip install --quiet --no-deps open_clip_torch==3.3.0 timm==1.0.31 torch-fidelity==0.4.0
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/parity
 
 clean:

@@ -23,6 +23,7 @@ REQUIRES = [
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8,<0.13",
     "pillow>=12.0",
+    "protobuf>=5.29",
     "psutil>=7.0",
     "safetensors>=0.6",
     "tensorboardX>=2.6.4",
@@ -37,7 +38,8 @@ EXTRAS = {
     "studio": ["gradio>=6.31"],
     "tracking": ["wandb>=0.22"],
     "test": ["pytest>=8.4", "pytest-xdist>=3.8", "scipy>=1.15"],
-    "parity": ["transformers>=5.0"],
+    "compile": ["libtpu>=0.0.50"],
+    "parity": ["diffusers>=0.42", "ftfy>=6.3", "sentencepiece>=0.2", "transformers>=5.0"],
 }
 EXTRAS["dev"] = [*EXTRAS["test"], "ruff>=0.14"]
 

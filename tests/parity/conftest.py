@@ -1,0 +1,51 @@
+"""The table of `make parity`: what each check measured against which library, and its bound."""
+
+import importlib.metadata
+import importlib.util
+
+import pytest
+
+PEERS = ("torch", "diffusers", "transformers", "open_clip_torch", "torch-fidelity")
+
+if importlib.util.find_spec("torch"):
+    import torch
+
+    torch.set_num_threads(1)  # its threads and JAX's would wait for one another
+
+
+@pytest.fixture
+def parity(request):
+    """parity(part, against, difference, bound): asserts the bound and keeps the row."""
+
+    def record(part, against, difference, bound):
+        difference = float(difference)
+        request.node.user_properties.append(("parity", [part, against, difference, bound]))
+        assert difference <= bound, f"{part} against {against}: {difference:.3g} > {bound:g}"
+
+    return record
+
+
+def pytest_terminal_summary(terminalreporter):
+    rows = [
+        value
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        for name, value in getattr(report, "user_properties", ())
+        if name == "parity" and report.when == "call"
+    ]
+    if not rows:
+        return
+    versions = []
+    for name in PEERS:
+        try:
+            versions.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            versions.append(f"{name} not installed")
+    write = terminalreporter.write_line
+    write("")
+    write(f"Parity with {', '.join(versions)}; float32 on CPU unless named otherwise.")
+    write("")
+    write("| part | against | difference | bound |")
+    write("|---|---|---|---|")
+    for part, against, difference, bound in rows:
+        write(f"| {part} | {against} | {difference:.2g} | {bound:g} |")

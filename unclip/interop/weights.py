@@ -1,0 +1,93 @@
+"""Opening the weight files of other projects: safetensors, torch files, and folders of them.
+
+Every tensor is named and shaped when a file is opened, and read only when it is wanted, so that
+the 5 GB of a cascade (arXiv 2204.06125; Karlo) pass through little memory.
+"""
+
+import json
+import pathlib
+from typing import Any
+
+from unclip import errors, tensors
+from unclip.interop import torch_file
+
+TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".th")
+MAX_JSON_BYTES = 64 << 20
+# What a folder of diffusers' or transformers' making may hold; the first that is there is read.
+FOLDER_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+    "open_clip_model.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "diffusion_pytorch_model.bin",
+    "diffusion_pytorch_model.bin.index.json",
+    "open_clip_pytorch_model.bin",
+)
+
+
+def open_weights(path: pathlib.Path) -> dict[str, tensors.Lazy]:
+    """The tensors of a file, or of a folder laid out by transformers or diffusers, by name.
+
+    Args:
+      path: a `.safetensors` or torch file, or a folder that holds one of `FOLDER_FILES`.
+
+    Raises:
+      DataError: nothing there, or a file that cannot be read.
+      ConfigError: a file of another kind.
+    """
+    path = pathlib.Path(path)
+    if path.is_dir():
+        found = next((path / name for name in FOLDER_FILES if (path / name).is_file()), None)
+        if found is None:
+            raise errors.DataError(f"{path} holds no weights: expected {' or '.join(FOLDER_FILES)}")
+        return open_weights(found)
+    if not path.exists():
+        raise errors.DataError(f"{path}: no such file")
+    if path.name.endswith(".index.json"):
+        return _sharded(path)
+    if path.suffix == ".safetensors":
+        return tensors.read(path)[0]
+    if path.suffix in TORCH_SUFFIXES:
+        return torch_file.open_torch(path)
+    expected = ", ".join((".safetensors", *TORCH_SUFFIXES))
+    raise errors.ConfigError(f"{path}: expected a folder or a file ending in {expected}")
+
+
+def _sharded(index: pathlib.Path) -> dict[str, tensors.Lazy]:
+    """The tensors of several files, by an index {"weight_map": {tensor: file}}."""
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(n, str) for n in where.values()):
+        raise errors.DataError(f"{index} is damaged: it has no weight_map")
+    out = {}
+    for name in sorted(set(where.values())):
+        if pathlib.PurePath(name).name != name:
+            raise errors.DataError(f"{index} points outside its folder: {name!r}")
+        held = open_weights(index.parent / name)
+        absent = [t for t, file in where.items() if file == name and t not in held]
+        if absent:
+            raise errors.DataError(f"{index} places {absent[0]!r} in {name}, which lacks it")
+        out |= {t: held[t] for t, file in where.items() if file == name}
+    return out
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """A JSON object from a file of limited size.
+
+    Raises:
+      DataError: missing, too large or no JSON object.
+    """
+    path = pathlib.Path(path)
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise errors.DataError(f"{path} is larger than {MAX_JSON_BYTES} bytes")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise errors.DataError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise errors.DataError(f"{path} is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise errors.DataError(f"{path}: expected a JSON object")
+    return content
