@@ -120,8 +120,10 @@ def _module(verb: str) -> str:
 
 
 def _fail(verb: str, error: errors.UnclipError) -> NoReturn:
-    message = " ".join(str(error).split())
+    message = " ".join(error.message.split())
     print(f"unclip {verb}: {message}" if verb else f"unclip: {message}", file=sys.stderr)
+    if error.table:
+        print(error.table, file=sys.stderr)
     sys.exit(error.exit_code)
 
 

@@ -10,9 +10,17 @@ from collections.abc import Iterable
 
 
 class UnclipError(Exception):
-    """A failure with a one-line message for the user and an exit code for the scheduler."""
+    """A failure with a one-line message for the user and an exit code for the scheduler.
+
+    Attributes:
+      message: the line; table: further lines, where the failure is a list of differences.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str = "", table: str = ""):
+        super().__init__(f"{message}\n{table}" if table else message)
+        self.message, self.table = message, table
 
 
 class ConfigError(UnclipError):

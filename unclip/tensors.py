@@ -66,6 +66,12 @@ class Lazy:
     def ndim(self) -> int:
         return len(self.shape)
 
+    def __getitem__(self, row: int) -> "Lazy":
+        """A row of the first axis, lazily: one layer of a stack."""
+        if not 0 <= row < self.shape[0]:
+            raise IndexError(row)
+        return self.map(lambda array: array[row], self.shape[1:])
+
     def map(self, function: Callable[[np.ndarray], np.ndarray], shape=None, dtype=None) -> "Lazy":
         """The result of `function` on this tensor, lazily; shape and dtype default to its own."""
         return Lazy(

@@ -44,7 +44,7 @@ class Rule:
 
 
 class Mismatch(errors.ConfigError):
-    """A checkpoint that is not the architecture it was taken for; the text lists the tensors."""
+    """A checkpoint that is not the architecture it was taken for; its table lists the tensors."""
 
 
 COPY = Transform(lambda a: a, lambda a: a)
@@ -194,8 +194,8 @@ def take(
     if missing or shapes or extra:
         raise Mismatch(
             f"{what}: {len(missing)} tensors missing, {len(extra)} not expected, {len(shapes)} of "
-            "another shape\n"
-            + _table({"missing": missing, "extra": extra, "shape": shapes})
+            "another shape",
+            _table({"missing": missing, "extra": extra, "shape": shapes}),
         )
     return nest(out)
 

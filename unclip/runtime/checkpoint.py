@@ -413,7 +413,7 @@ def load(directory: str | os.PathLike, step: int | None, abstract_state: Any
     table = difference(there, wanted)
     if table:
         raise ConfigError(f"{directory / str(step)} is a checkpoint of another model "
-                          f"(expected {len(wanted)} leaves, found {len(there)}):\n{table}")
+                          f"(expected {len(wanted)} leaves, found {len(there)}):", table)
     with _io(f"cannot read checkpoint {directory / str(step)}"):
         tree = ocp.load_checkpointables(directory / str(step), {
             STATE: nest({path: _placed(leaf) for path, leaf in wanted.items()})})[STATE]
