@@ -8,10 +8,11 @@ import pickle
 
 import numpy as np
 import pytest
+import tokenizers
 
 from unclip.errors import ConfigError, DataError
 from unclip.input import text as text_module
-from unclip.input.text import EOT, SOT, VOCABULARY, Tokenizer, clean
+from unclip.input.text import EOT, SOT, VOCABULARY, T5Tokenizer, Tokenizer, clean
 
 CAPTIONS = [
     "a photo of a cat",
@@ -199,3 +200,50 @@ def test_errors_name_what_is_wrong(tokenizer, tmp_path):
     damaged.write_bytes(gzip.compress(b"#version\na b\n"))
     with pytest.raises(DataError, match="merges"):
         Tokenizer(damaged).encode(["x"], 8)
+
+
+def test_t5_bytes():
+    """ByT5: id = byte + 3, end of sequence 1; a text that is too long ends all the same."""
+    tokenizer = T5Tokenizer()
+    tokens, mask, cut = tokenizer.encode(["aé", "", "abcdefg"], 6)
+    assert tokens.tolist() == [[100, 198, 172, 1, 0, 0], [1, 0, 0, 0, 0, 0],
+                               [100, 101, 102, 103, 104, 1]]
+    assert tokens.dtype == np.int32 and mask.dtype == bool
+    np.testing.assert_array_equal(mask, tokens > 0)
+    assert cut == [None, None, "fg"]
+    assert tokenizer.cut_warning("a red fox", 9) == (
+        'prompt has 9 tokens, 8 fit: kept "… a red fo", cut "x"')
+    assert tokenizer.cut_warning("a red fox", 10) is None
+
+
+def word_tokenizer(words, eos=1):
+    """A tokenizer.json of whole words, with its own idea of padding and length."""
+    names = {word: 2 + i for i, word in enumerate(words)} | {"<pad>": 0, "</s>": eos}
+    engine = tokenizers.Tokenizer(tokenizers.models.WordLevel(names, unk_token="<pad>"))
+    engine.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    engine.enable_truncation(2)
+    engine.enable_padding(length=9)
+    return engine.to_str().encode()
+
+
+def test_t5_tokenizer_of_a_file():
+    file = word_tokenizer(["A", "a", "red", "fox,"])
+    ours = T5Tokenizer(np.frombuffer(file, np.uint8))  # as a bundle keeps it
+    tokens, mask, cut = ours.encode(["A red  fox,", "a", "a a a a red"], 5)
+    assert tokens.tolist() == [[2, 4, 5, 1, 0], [3, 1, 0, 0, 0], [3, 3, 3, 3, 1]]
+    assert cut == [None, None, "red"]
+    assert mask.sum(1).tolist() == [4, 2, 5]
+    copy = pickle.loads(pickle.dumps(ours))
+    np.testing.assert_array_equal(copy.encode(["A red fox,"], 5)[0][0], tokens[0])
+
+
+def test_t5_slips():
+    with pytest.raises(DataError, match="the T5 tokenizer is damaged"):
+        T5Tokenizer(b"{}").encode(["a"], 4)
+    with pytest.raises(DataError, match="gives '</s>' the id 9, T5's is 1"):
+        T5Tokenizer(word_tokenizer(["a"], eos=9)).encode(["a"], 4)
+    with pytest.raises(ConfigError, match="is one string"):
+        T5Tokenizer().encode("a", 4)
+    with pytest.raises(ConfigError, match="context_length is 0"):
+        T5Tokenizer().encode(["a"], 0)
+    assert T5Tokenizer().encode(["\ud83d"], 9)[0][0, :3].tolist() == [242, 194, 192]  # U+FFFD

@@ -11,6 +11,7 @@ from PIL import Image
 from unclip.errors import ConfigError
 from unclip.models import clip
 from unclip.models.transformer import stack_blocks
+from unclip.tasks import ClipTask
 
 TINY = dict(
     embed_dim=6,
@@ -282,3 +283,39 @@ def test_errors_say_what_is_expected(params, images):
         model.apply({"params": params}, jnp.zeros((1, 8), jnp.int32), method="encode_text")
     with pytest.raises(ConfigError, match="square"):
         clip.resize_for_clip(jnp.zeros((1, 8, 9, 3)), 8)
+
+
+@pytest.mark.parametrize("absent, tower", [("vision", "image"), ("text", "text")])
+def test_a_clip_with_one_tower(params, images, absent, tower):
+    """The other tower has no parameters and says what to convert; this one is as in the whole."""
+    task = ClipTask(TINY | {f"{absent}_layers": 0})
+    shapes = jax.eval_shape(task.init, jax.random.key(0))
+    kept = {name: tree for name, tree in params.items() if name != absent}
+    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, kept)
+    model, variables = task.model, {"params": kept}
+    whole = clip.CLIP(**TINY)
+    calls = {"image": ("encode_image", images), "text": ("encode_text", jnp.asarray(TOKENS))}
+    method, given = calls.pop(tower)
+    with pytest.raises(ConfigError, match=f"no {tower} tower; convert with the {tower} encoder's"):
+        model.apply(variables, given, method=method)
+    with pytest.raises(ConfigError, match=f"no {tower} tower"):
+        model.apply(variables, images, jnp.asarray(TOKENS))
+    [(method, given)] = calls.values()
+    ours = jax.jit(partial(model.apply, method=method))(variables, given)
+    theirs = jax.jit(partial(whole.apply, method=method))({"params": params}, given)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    np.testing.assert_allclose(
+        model.apply(variables, method="logit_scale_and_bias")[0], np.exp(params["logit_scale"]),
+        rtol=1e-6,
+    )
+
+
+def test_half_precision_weights_lose_nothing_more(params, images):
+    """Parameters kept in float16, as converted ones may be: the arithmetic is float32."""
+    tokens = jnp.asarray(TOKENS)
+    half = jax.tree.map(lambda a: a.astype(jnp.float16), params)
+    full = jax.tree.map(lambda a: a.astype(jnp.float32), half)
+    run = jax.jit(clip.CLIP(**TINY).apply)
+    for a, b in zip(*(run({"params": p}, images, tokens) for p in (half, full))):
+        assert a.dtype == jnp.float32
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)

@@ -1,8 +1,9 @@
-"""Captions to token ids: the byte-pair encoding of CLIP (arXiv 2103.00020, section 2.4).
+"""Captions to token ids: the byte-pair encoding of CLIP (arXiv 2103.00020, section 2.4), and T5's.
 
-The text tower of CLIP, the prior and the decoder of arXiv 2204.06125 all read these tokens. The
-`tokenizers` library does the merging; what OpenAI's tokenizer does before it (cleaning, lower
-case, the literal special tokens) is done here, so that the ids are the same.
+The text tower of CLIP, the prior and the decoder of arXiv 2204.06125 all read `Tokenizer`'s tokens.
+The `tokenizers` library does the merging; what OpenAI's tokenizer does before it (cleaning, lower
+case, the literal special tokens) is done here, so that the ids are the same. `T5Tokenizer` is for a
+decoder that reads captions through a frozen T5 (Imagen, arXiv 2205.11487).
 """
 
 import gzip
@@ -29,6 +30,8 @@ VOCABULARY = (
 VOCAB_SIZE = 49408
 SOT, EOT, PAD = 49406, 49407, 0
 CONTEXT_LENGTH = 77
+T5_EOS = 1
+MAX_TOKENIZER_BYTES = 64 << 20
 
 _MERGES = 49152 - 256 - 2
 _WORDS = r"(?i)'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -53,7 +56,7 @@ _TYPOGRAPHY = str.maketrans(
     }
 )
 
-_engines: dict[pathlib.Path, Engine] = {}
+_engines: dict[pathlib.Path | bytes, Engine] = {}
 _engines_lock = threading.Lock()
 
 
@@ -66,8 +69,7 @@ def clean(text: str) -> str:
     >>> clean("  A\\n“Red”  &amp;amp; blue fox ")
     'a "red" & blue fox'
     """
-    # Surrogate halves, as JSON may deliver them, are joined; a lone one becomes U+FFFD.
-    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    text = _joined(text)
     if "<" not in text:
         text = html.unescape(text)
     text = _C1.sub(_windows_character, _ESCAPES.sub("", text))
@@ -76,6 +78,11 @@ def clean(text: str) -> str:
     text = unicodedata.normalize("NFC", _CONTROLS.sub("", text))
     text = html.unescape(html.unescape(text))
     return " ".join(text.split()).lower()
+
+
+def _joined(text: str) -> str:
+    """Surrogate halves, as JSON may deliver them, are joined; a lone one becomes U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _windows_character(match: re.Match) -> str:
@@ -113,20 +120,10 @@ class Tokenizer:
           ConfigError: `texts` is one string or holds something else, or L is below 2.
           DataError: the vocabulary is missing or damaged.
         """
-        if isinstance(texts, str):
-            raise ConfigError("texts is one string, expected a list of strings: [text]")
         if context_length < 2:
             raise ConfigError(f"context_length is {context_length}, expected at least 2 (SOT, EOT)")
-        tokens = np.full((len(texts), context_length), PAD, np.int32)
-        mask = np.zeros((len(texts), context_length), bool)
-        truncated = []
-        for row, (text, ids, starts) in enumerate(self._tokens(texts)):
-            room = context_length - 2
-            kept = [SOT, *ids[:room], EOT]
-            tokens[row, : len(kept)] = kept
-            mask[row, : len(kept)] = True
-            truncated.append(text[starts[room] :] if len(ids) > room else None)
-        return tokens, mask, truncated
+        found = self._tokens(_checked(texts))
+        return _rows(found, len(texts), context_length, [SOT], [EOT])
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of one row of tokens: from SOT, if it begins with it, to the first EOT.
@@ -158,19 +155,19 @@ class Tokenizer:
         >>> Tokenizer().cut_warning("a red fox in the snow", 6)
         'prompt has 6 tokens, 4 fit: kept "… a red fox in", cut "the snow"'
         """
-        [(text, ids, starts)] = self._tokens([prompt])
-        room = context_length - 2
-        if len(ids) <= room:
-            return None
-        kept, cut = text[: starts[room]].rstrip(), text[starts[room] :]
-        shown = cut if len(cut) <= 60 else cut[:59] + "…"
-        return f'prompt has {len(ids)} tokens, {room} fit: kept "… {kept[-40:]}", cut "{shown}"'
+        [found] = self._tokens(_checked([prompt]))
+        return _cut(*found, context_length - 2)
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes `vocab.json` and `merges.txt`, as other libraries' CLIP tokenizers read them.
+
+        Raises:
+          DataError: the vocabulary cannot be used.
+        """
+        self._engine().model.save(os.fspath(folder))
 
     def _tokens(self, texts: Sequence[str]) -> Iterator[tuple[str, list[int], list[int]]]:
         """For each text: the cleaned text, its ids, and where in the text each id starts."""
-        for text in texts:
-            if not isinstance(text, str):
-                raise ConfigError(f"a text is {type(text).__name__} ({text!r:.40}), expected str")
         cleaned = [clean(text) for text in texts]
         engine = self._engine()
         plain = [text for text in cleaned if "<|" not in text]
@@ -197,6 +194,105 @@ class Tokenizer:
             if self.vocabulary not in _engines:
                 _engines[self.vocabulary] = _build(self.vocabulary)
             return _engines[self.vocabulary]
+
+
+class T5Tokenizer:
+    """T5's tokenizer: end of sequence 1, padding 0, no token before the text.
+
+    Captions are taken as they are (case and punctuation count); what the file says about
+    normalisation is done. Cheap to pickle, and safe to share between threads.
+
+    Args:
+      file: the content of a `tokenizer.json` (a bundle's T5 part keeps it as extra "tokenizer",
+        uint8 [n]); None reads bytes, as ByT5 does (arXiv 2105.13626): id = byte + 3.
+
+    Raises:
+      ConfigError: the file is too large to be one.
+    """
+
+    def __init__(self, file: bytes | np.ndarray | None = None):
+        self.file = None if file is None else bytes(file)
+        if self.file is not None and len(self.file) > MAX_TOKENIZER_BYTES:
+            raise ConfigError(
+                f"a tokenizer of {len(self.file)} bytes, expected at most {MAX_TOKENIZER_BYTES}"
+            )
+
+    def encode(
+        self, texts: Sequence[str], context_length: int
+    ) -> tuple[np.ndarray, np.ndarray, list[str | None]]:
+        """Tokens of `texts`: the text, end of sequence, then padding.
+
+        Args:
+          texts: n captions; an empty one is the end of sequence alone.
+          context_length: L, at least 1 (Imagen: 128). A longer text is cut to make room for its
+            end.
+
+        Returns:
+          tokens int32 [n, L]; mask bool [n, L], True up to the end inclusive; and for each text
+          None, or the text from the first token that did not fit.
+
+        Raises:
+          ConfigError: `texts` is one string or holds something else, or L is below 1.
+          DataError: the file is not T5's or is damaged.
+        """
+        if context_length < 1:
+            raise ConfigError(f"context_length is {context_length}, expected at least 1")
+        found = self._tokens(_checked(texts))
+        return _rows(found, len(texts), context_length, [], [T5_EOS])
+
+    def cut_warning(self, prompt: str, context_length: int) -> str | None:
+        """One line on where a prompt is cut, or None where it fits; see `Tokenizer`."""
+        [found] = self._tokens(_checked([prompt]))
+        return _cut(*found, context_length - 1)
+
+    def _tokens(self, texts: Sequence[str]) -> Iterator[tuple[str, list[int], list[int]]]:
+        texts = [_joined(text) for text in texts]
+        if self.file is None:
+            for text in texts:
+                pieces = [character.encode() for character in text]
+                ids = [byte + 3 for piece in pieces for byte in piece]
+                yield text, ids, [k for k, piece in enumerate(pieces) for _ in piece]
+            return
+        for text, encoding in zip(
+            texts, self._engine().encode_batch(texts, add_special_tokens=False)
+        ):
+            yield text, encoding.ids, [start for start, _ in encoding.offsets]
+
+    def _engine(self) -> Engine:
+        with _engines_lock:
+            if self.file not in _engines:
+                _engines[self.file] = _read(self.file)
+            return _engines[self.file]
+
+
+def _checked(texts: Sequence[str]) -> Sequence[str]:
+    if isinstance(texts, str):
+        raise ConfigError("texts is one string, expected a list of strings: [text]")
+    for text in texts:
+        if not isinstance(text, str):
+            raise ConfigError(f"a text is {type(text).__name__} ({text!r:.40}), expected str")
+    return texts
+
+
+def _rows(found, count: int, length: int, before: list[int], after: list[int]):
+    """(tokens, mask, truncated) of `encode` from what `_tokens` gives; padding is 0."""
+    tokens, mask = np.zeros((count, length), np.int32), np.zeros((count, length), bool)
+    truncated, room = [], length - len(before) - len(after)
+    for row, (text, ids, starts) in enumerate(found):
+        kept = [*before, *ids[:room], *after]
+        tokens[row, : len(kept)] = kept
+        mask[row, : len(kept)] = True
+        truncated.append(text[starts[room] :] if len(ids) > room else None)
+    return tokens, mask, truncated
+
+
+def _cut(text: str, ids: list[int], starts: list[int], room: int) -> str | None:
+    """Where a text of which `room` tokens fit is cut, in words."""
+    if len(ids) <= room:
+        return None
+    kept, cut = text[: starts[room]].rstrip(), text[starts[room] :]
+    shown = cut if len(cut) <= 60 else cut[:59] + "…"
+    return f'prompt has {len(ids)} tokens, {room} fit: kept "… {kept[-40:]}", cut "{shown}"'
 
 
 def _split_special(text: str) -> Iterator[tuple[int, str]]:
@@ -227,6 +323,24 @@ def _byte_characters() -> dict[int, str]:
     others = [byte for byte in range(256) if byte not in printable]
     table = {byte: chr(byte) for byte in printable}
     return table | {byte: chr(256 + number) for number, byte in enumerate(others)}
+
+
+def _read(file: bytes) -> Engine:
+    """The engine of a `tokenizer.json`; raises DataError where it cannot be T5's."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        engine = Engine.from_str(file.decode("utf-8"))
+    except Exception as error:
+        if type(error) not in (Exception, UnicodeDecodeError):  # tokenizers has no type of its own
+            raise
+        raise DataError(f"the T5 tokenizer is damaged: {error}") from error
+    if engine.token_to_id("</s>") != T5_EOS:
+        raise DataError(
+            f"the tokenizer gives '</s>' the id {engine.token_to_id('</s>')}, T5's is {T5_EOS}"
+        )
+    engine.no_truncation()
+    engine.no_padding()
+    return engine
 
 
 def _build(path: pathlib.Path) -> Engine:

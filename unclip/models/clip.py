@@ -244,8 +244,9 @@ class CLIP(nn.Module):
     Fields: `activation` is "quick_gelu" for OpenAI's weights and "gelu" for most of OpenCLIP's;
     `vision_mlp_width` None means 4 x vision_width. `logit_bias=True` adds the bias of the sigmoid
     loss (arXiv 2303.15343) and starts the scale at 10 and the bias at -10 as that paper does;
-    otherwise the scale starts at 1/0.07. Parameters: `vision/…`, `text/…`, `logit_scale` (the
-    logarithm) and `logit_bias`.
+    otherwise the scale starts at 1/0.07. `vision_layers=0` or `text_layers=0` is a CLIP without
+    that tower, as cascades are published with: it has no parameters, and its other fields are not
+    used. Parameters: `vision/…`, `text/…`, `logit_scale` (the logarithm) and `logit_bias`.
     """
 
     embed_dim: int
@@ -275,25 +276,27 @@ class CLIP(nn.Module):
             fold=self.fold,
             attention_impl=self.attention_impl,
         )
-        self.vision = VisionTower(
-            self.embed_dim,
-            self.image_size,
-            self.patch_size,
-            self.vision_width,
-            self.vision_layers,
-            self.vision_heads,
-            self.vision_mlp_width,
-            **common,
-        )
-        self.text = TextTower(
-            self.embed_dim,
-            self.context,
-            self.vocab_size,
-            self.text_width,
-            self.text_layers,
-            self.text_heads,
-            **common,
-        )
+        if self.vision_layers:
+            self.vision = VisionTower(
+                self.embed_dim,
+                self.image_size,
+                self.patch_size,
+                self.vision_width,
+                self.vision_layers,
+                self.vision_heads,
+                self.vision_mlp_width,
+                **common,
+            )
+        if self.text_layers:
+            self.text = TextTower(
+                self.embed_dim,
+                self.context,
+                self.vocab_size,
+                self.text_width,
+                self.text_layers,
+                self.text_heads,
+                **common,
+            )
         constant = nn.initializers.constant
         scale = np.log(10.0) if self.logit_bias else np.log(1 / 0.07)
         self.log_scale = self.param("logit_scale", constant(scale), (), jnp.float32)
@@ -307,8 +310,13 @@ class CLIP(nn.Module):
           images: float [B, image_size, image_size, 3], CLIP-normalised (see `resize_for_clip`).
 
         Raises:
-          ConfigError: another size.
+          ConfigError: another size, or a CLIP without image tower.
         """
+        if not self.vision_layers:
+            raise ConfigError(
+                "this CLIP has no image tower; convert with the image encoder's folder too "
+                "(unclip convert --from FORMAT FOLDER IMAGE_FOLDER)"
+            )
         return self.vision(images)
 
     def encode_text(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -322,8 +330,13 @@ class CLIP(nn.Module):
           last layer norm gives, at every position, in `dtype`.
 
         Raises:
-          ConfigError: more tokens than the context holds.
+          ConfigError: more tokens than the context holds, or a CLIP without text tower.
         """
+        if not self.text_layers:
+            raise ConfigError(
+                "this CLIP has no text tower; convert with the text encoder's folder too "
+                "(unclip convert --from FORMAT FOLDER TEXT_FOLDER)"
+            )
         return self.text(tokens)
 
     def logit_scale_and_bias(self) -> tuple[jax.Array, jax.Array]:
@@ -331,9 +344,17 @@ class CLIP(nn.Module):
 
         The bias is 0 unless `logit_bias` is set.
         """
-        return _capped_exp(self.log_scale), self.bias if self.logit_bias else jnp.zeros(())
+        scale = _capped_exp(self.log_scale.astype(jnp.float32))  # converted ones may be float16
+        return scale, self.bias.astype(jnp.float32) if self.logit_bias else jnp.zeros(())
 
     def __call__(self, images, tokens):
-        """(z_i [B, embed_dim], z_t [B, embed_dim], logit scale scalar), float32."""
+        """(z_i [B, embed_dim], z_t [B, embed_dim], logit scale scalar), float32.
+
+        Raises:
+          ConfigError: as `encode_image` and `encode_text`; `init` passes over an absent tower.
+        """
         scale, _ = self.logit_scale_and_bias()
-        return self.encode_image(images), self.encode_text(tokens)[0], scale
+        absent = self.is_initializing()
+        z_i = None if absent and not self.vision_layers else self.encode_image(images)
+        z_t = None if absent and not self.text_layers else self.encode_text(tokens)[0]
+        return z_i, z_t, scale
