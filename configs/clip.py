@@ -1,8 +1,9 @@
 """Train CLIP: `unclip train --config configs/clip.py:emoji --workdir runs/clip`.
 
 Presets: emoji (minutes on a CPU) and the published shapes ViT-B/32, ViT-B/16, ViT-L/14,
-ViT-L/14@336, ViT-H/14, ViT-bigG/14 and the paper's ViT-H/16 (also called `paper`).
-Arguments: loss=softmax|sigmoid, theme=food, runlocal.
+ViT-L/14@336, ViT-H/14, ViT-bigG/14 and the paper's ViT-H/16 (also called `paper`). `karlo` is
+ViT-L/14 fine-tuned: --config.init_from=BUNDLE, a converted one.
+Arguments: loss=softmax|sigmoid, theme=food, scratch (karlo from random weights), runlocal.
 """
 
 from ml_collections import ConfigDict
@@ -12,8 +13,10 @@ from unclip.models import clip
 
 
 def get_config(arg=None):
-    args = common.parse_arg(arg, "emoji", loss="softmax", theme="", runlocal=False)
-    name = "ViT-H/16" if args.preset == "paper" else args.preset
+    args = common.parse_arg(
+        arg, "emoji", loss="softmax", theme="", scratch=False, runlocal=False
+    )
+    name = {"paper": "ViT-H/16", "karlo": "ViT-L/14"}.get(args.preset, args.preset)
     config = common.base("clip", args)
     common.theme(config, args.theme)
     config.arch = common.arch(clip.CLIP, name, clip.PRESETS, "CLIP")
@@ -31,6 +34,8 @@ def get_config(arg=None):
         # that of the public CLIP models.
         common.scale(config, batch_size=32_768, total_steps=400_000)
         config.ema = 0.999
+    if args.preset == "karlo" and not args.scratch:
+        common.finetune(config, learning_rate=1e-6, batch_size=4096, total_steps=20_000)
     if args.runlocal:
         common.runlocal(config, common.arch(clip.CLIP, "emoji", clip.PRESETS, "CLIP"))
     return config

@@ -110,6 +110,8 @@ def base(stage: str, args: ConfigDict) -> ConfigDict:
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
     config.sharding = "data"  # data | fsdp | tensor, or a tuple of (pattern, spec)
     config.init_from = ""  # RUN or BUNDLE whose parameters start this run
+    config.init_part = ""  # of a bundle; "" = the stage's own, an upsampler's by its size
+    config.follow_init = False  # architecture and settings are those of init_from
 
     config.log_steps = 20
     config.save_steps = 1000
@@ -160,11 +162,32 @@ def scale(config: ConfigDict, *, batch_size: int, total_steps: int) -> None:
     config.sharding = "fsdp"
     config.arch.dtype = "bfloat16"
     config.arch.remat = "nothing_saveable"
+    # Half the compile time (docs/compile.md). Published weights are laid out unfolded.
+    config.arch.fold = config.preset.startswith("paper")
+
+
+def finetune(
+    config: ConfigDict, *, learning_rate: float, batch_size: int, total_steps: int
+) -> None:
+    """Goes on from converted weights: a low constant rate, a short average, frequent looks.
+
+    None of these values were published: they are a tenth of the stage's own learning rate or less,
+    and no weight decay, so that little is lost of what was learned from more data.
+    """
+    scale(config, batch_size=batch_size, total_steps=total_steps)
+    config.follow_init = True
+    config.save_steps = config.eval_steps = 1000
+    config.sample_steps = 5000
+    config.ema = 0.999
+    config.optim.schedule = "constant"
+    config.optim.learning_rate, config.optim.warmup_steps = learning_rate, 500
+    config.optim.weight_decay, config.optim.sam_rho = 0.0, 0.0
 
 
 def runlocal(config: ConfigDict, small_arch: ConfigDict) -> ConfigDict:
     """The same config with a small model and two steps, for a laptop."""
     config.arch = small_arch
+    config.follow_init, config.init_part = False, ""
     config.batch_size = 8
     config.total_steps = 2
     config.accumulate = 1

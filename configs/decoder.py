@@ -1,7 +1,8 @@
 """Train a decoder: `unclip train --config configs/decoder.py:emoji --config.clip=runs/clip ...`.
 
-Presets: emoji (16x16), karlo, paper (64x64, Table 3), glide (text only).
-Arguments: theme=food, runlocal.
+Presets: emoji (16x16), karlo (fine-tunes --config.init_from=BUNDLE), paper (64x64, Table 3), and
+two that read the caption alone: glide (a text transformer of its own), imagen (a frozen T5,
+--config.t5=BUNDLE). Arguments: theme=food, scratch (karlo from random weights), runlocal.
 """
 
 from ml_collections import ConfigDict
@@ -9,37 +10,51 @@ from ml_collections import ConfigDict
 from configs import common
 from unclip.models import decoder
 
-CLIP_OF = {"emoji": "emoji", "karlo": "ViT-L/14", "paper": "ViT-H/16", "glide": "ViT-L/14"}
+CLIP_OF = {"emoji": "emoji", "paper": "ViT-H/16"}
+GUIDANCE = {"karlo": 8.0, "paper": 1.25, "glide": 3.0, "imagen": 7.5, "emoji": 1.5}
+TEXT_DROP = {"glide": 0.2, "imagen": 0.1}
+# What makes a small decoder read captions as the large one does.
+SMALL = {
+    "glide": dict(
+        use_z_i=False, use_z_t=False, learned_null_text=False, text_layers=1, text_heads=4,
+        text_context=32,
+    ),
+    "imagen": dict(use_z_i=False, use_z_t=False, pool_text=True, text_context=32),
+}
 
 
 def get_config(arg=None):
-    args = common.parse_arg(arg, "emoji", theme="", runlocal=False)
+    args = common.parse_arg(arg, "emoji", theme="", scratch=False, runlocal=False)
     config = common.base("decoder", args)
     common.theme(config, args.theme)
     config.arch = common.arch(decoder.Decoder, args.preset, decoder.PRESETS, "decoder")
     config.clip = ""  # RUN or BUNDLE of the frozen CLIP; "random" for benchmarks
-    config.clip_preset = CLIP_OF[args.preset]
+    config.clip_preset = CLIP_OF.get(args.preset, "ViT-L/14")
+    config.t5 = ""  # BUNDLE of the frozen T5, or a decoder's RUN; "random" for benchmarks
+    config.t5_preset = "t5-v1_1-xxl"
     config.stored_embeddings = False  # embed every picture once before training
     common.optimiser(config, "decoder")
     config.task = ConfigDict(
         {
             "image_size": 64,
+            "text_encoder": "t5" if args.preset == "imagen" else "clip",
             "noise": "cosine",
             "parametrisation": "eps",
             "variance": "learned_range",
             "vlb_weight": 1.0,
             "min_snr": 0.0,  # 0 = off
             "z_scale": 0.0,  # 0 = z_i as CLIP gives it
-            "image_drop": 1.0 if args.preset == "glide" else 0.1,
-            "text_drop": 0.2 if args.preset == "glide" else 0.5,
+            "image_drop": 0.1,
+            "text_drop": TEXT_DROP.get(args.preset, 0.5),
         }
     )
     config.task.draw = {
-        "steps": 250 if args.preset == "paper" else 25,
-        "guidance": {"karlo": 8.0, "paper": 1.25, "glide": 3.0, "emoji": 1.5}[args.preset],
+        "steps": 250 if args.preset in ("paper", "imagen") else 25,
+        "guidance": GUIDANCE[args.preset],
         "sampler": "ddpm",
         "eta": 0.0,
-        "threshold": "static",  # clamp x_0 to [-1, 1]; "dynamic" is Imagen's
+        # "static" clamps x_0 to [-1, 1]; "dynamic" is Imagen's, percentile 99.5
+        "threshold": "dynamic" if args.preset == "imagen" else "static",
     }
     if args.preset == "emoji":
         config.task.image_size = 16
@@ -52,7 +67,14 @@ def get_config(arg=None):
     else:
         common.scale(config, batch_size=2048, total_steps=800_000)
         config.eval_examples = 4096
+        if args.preset == "imagen":
+            config.total_steps = 2_500_000
+        if args.preset == "karlo" and not args.scratch:
+            common.finetune(config, learning_rate=1e-5, batch_size=512, total_steps=20_000)
     if args.runlocal:
-        common.runlocal(config, common.arch(decoder.Decoder, "emoji", decoder.PRESETS, "decoder"))
+        small = common.arch(decoder.Decoder, "emoji", decoder.PRESETS, "decoder")
+        small.update(SMALL.get(args.preset, {}))
+        common.runlocal(config, small)
         config.clip_preset, config.task.image_size = "emoji", 16
+        config.t5_preset = "emoji"
     return config

@@ -1,6 +1,7 @@
 """Train a prior: `unclip train --config configs/prior.py:emoji --config.clip=runs/clip ...`.
 
-Presets: emoji, karlo (diffusion), paper. Arguments: kind=diffusion|ar, theme=food, runlocal.
+Presets: emoji, karlo (diffusion; fine-tunes --config.init_from=BUNDLE), paper. Arguments:
+kind=diffusion|ar, theme=food, scratch (karlo from random weights), runlocal.
 The values of `paper` are those of Table 3.
 """
 
@@ -18,7 +19,9 @@ CLIP_OF = {"emoji": "emoji", "karlo": "ViT-L/14", "paper": "ViT-H/16"}
 
 
 def get_config(arg=None):
-    args = common.parse_arg(arg, "emoji", kind="diffusion", theme="", runlocal=False)
+    args = common.parse_arg(
+        arg, "emoji", kind="diffusion", theme="", scratch=False, runlocal=False
+    )
     if args.kind not in KINDS:
         raise errors.unknown("prior kind", args.kind, KINDS)
     module, presets = KINDS[args.kind]
@@ -64,6 +67,10 @@ def get_config(arg=None):
         common.scale(config, batch_size=4096, total_steps=600_000)
         if args.kind == "ar":
             config.total_steps = 1_000_000
+    if args.preset == "karlo":
+        config.task.draw.candidates = 1
+        if not args.scratch:
+            common.finetune(config, learning_rate=1e-5, batch_size=1024, total_steps=20_000)
     if args.runlocal:
         common.runlocal(config, common.arch(module, "emoji", presets, "prior"))
         config.clip_preset = "emoji"

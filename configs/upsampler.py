@@ -1,21 +1,28 @@
 """Train an upsampler: `unclip train --config configs/upsampler.py:emoji-64 --workdir runs/up64`.
 
-Presets: emoji-64 (16 to 64, also called emoji), emoji-256 (64 to 256), karlo (64 to 256),
-paper-256 (64 to 256, also called paper), paper-1024 (256 to 1024).
-Arguments: theme=food, runlocal.
+Presets: emoji-64 (16 to 64, also called emoji), emoji-256 (64 to 256), karlo (64 to 256, fine-tunes
+--config.init_from=BUNDLE), paper-256 (64 to 256, also called paper), paper-1024 (256 to 1024).
+Arguments: theme=food, net=first|last (which of Karlo's two), scratch (karlo from random weights),
+runlocal.
 """
 
 from ml_collections import ConfigDict
 
 from configs import common
+from unclip import errors
 from unclip.models import upsampler
 
 ALIASES = {"emoji": "emoji-64", "paper": "paper-256"}
+NETS = {"first": "upsampler_0", "last": "upsampler_0_last"}
 SIZES = {"emoji-64": 64, "emoji-256": 256, "karlo": 256, "paper-256": 256, "paper-1024": 1024}
 
 
 def get_config(arg=None):
-    args = common.parse_arg(arg, "emoji", theme="", runlocal=False)
+    args = common.parse_arg(arg, "emoji", theme="", net="first", scratch=False, runlocal=False)
+    if args.net not in NETS:
+        raise errors.unknown("net", args.net, NETS)
+    if args.net == "last" and args.preset != "karlo":
+        raise errors.ConfigError(f"net=last is one of karlo's two nets, not of {args.preset!r}")
     name = ALIASES.get(args.preset, args.preset)
     config = common.base("upsampler", args)
     common.theme(config, args.theme)
@@ -33,6 +40,7 @@ def get_config(arg=None):
             "variance": "fixed_small",
             "vlb_weight": 1.0,
             "min_snr": 0.0,
+            "t_below": 1 if args.net == "last" else 0,  # timesteps trained on; 0 = all
         }
     )
     config.task.draw = {"steps": 15 if second else 27, "sampler": "ddim", "eta": 0.0}
@@ -50,6 +58,11 @@ def get_config(arg=None):
     else:
         common.scale(config, batch_size=512 if second else 1024, total_steps=1_000_000)
         config.eval_examples = 2048
+    if name == "karlo":
+        config.task.draw.steps, config.task.draw.sampler = 7, "ddpm"
+        config.init_part = NETS[args.net]
+        if not args.scratch:
+            common.finetune(config, learning_rate=1e-5, batch_size=256, total_steps=20_000)
     if args.runlocal:
         small = common.arch(upsampler.Upsampler, "emoji-64", upsampler.PRESETS, "upsampler")
         common.runlocal(config, small)

@@ -67,6 +67,7 @@ def shards(tmp_path_factory):
     }
 
 
+CASCADE = ("clip", "prior", "decoder", "upsampler_0", "upsampler_1")
 # Sizes of the micro cascade: 8 -> 16 -> 32 pixels, CLIP at 16.
 _UNET = {
     "channels": 16, "multipliers": (1,), "blocks": 1, "head_dim": 16, "groups": 8, "time_dim": 32,
@@ -186,7 +187,7 @@ def bundle_dir(run_of, tmp_path_factory):
     from unclip import bundle, runs
 
     parts = {}
-    for name in bundle.KINDS:
+    for name in CASCADE:
         part = runs.open_part(run_of(name), name)
         parts[name] = bundle.Part(name, part.arch, part.params, part.extra, part.settings)
     runs.check_fit(parts)

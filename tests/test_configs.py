@@ -11,10 +11,11 @@ from unclip.models import clip as clip_model
 
 PRESETS = {
     "clip": ["emoji", "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336", "ViT-H/14",
-             "ViT-bigG/14", "ViT-H/16", "paper", "emoji,loss=sigmoid"],
-    "prior": ["emoji", "karlo", "paper", "emoji,kind=ar", "paper,kind=ar"],
-    "decoder": ["emoji", "karlo", "paper", "glide"],
-    "upsampler": ["emoji", "emoji-64", "emoji-256", "karlo", "paper", "paper-256", "paper-1024"],
+             "ViT-bigG/14", "ViT-H/16", "paper", "emoji,loss=sigmoid", "karlo", "karlo,scratch"],
+    "prior": ["emoji", "karlo", "karlo,scratch", "paper", "emoji,kind=ar", "paper,kind=ar"],
+    "decoder": ["emoji", "karlo", "karlo,scratch", "paper", "glide", "imagen"],
+    "upsampler": ["emoji", "emoji-64", "emoji-256", "karlo", "karlo,scratch", "karlo,net=last",
+                  "paper", "paper-256", "paper-1024"],
 }
 EVERY = [(name, arg) for name, args in PRESETS.items() for arg in args]
 
@@ -25,10 +26,9 @@ def get(name, arg=None):
 
 def planned(config):
     """(task, abstract parameters) with nothing allocated."""
-    clip = stage.clip_part(config)
-    if clip is not None:
-        clip = bundle.Part("clip", clip.arch, None)
-    task = stage.make_task(config, clip)
+    bare = lambda part: part and bundle.Part(part.kind, part.arch, None)
+    clip, t5 = bare(stage.clip_part(config)), bare(stage.t5_part(config))
+    task = stage.make_task(config, clip, t5=t5)
     if config.stage == "prior":
         task.statistics = task.shape_statistics()
     params = jax.eval_shape(task.init, jax.random.key(0))
@@ -62,9 +62,15 @@ def test_every_preset_builds(name, arg, tiny_config):
 def test_every_config_has_a_local_form(name, arg, tiny_config):
     config = get(name, f"{arg},runlocal")
     assert config.total_steps == 2 and config.batch_size == 8 and config.accumulate == 1
-    kind = [word for word in arg.split(",") if "=" in word]
+    kind = [word for word in arg.split(",") if word.startswith(("kind", "loss"))]
     small = get(name, ",".join(["emoji", *kind, "runlocal"]))
-    assert config.arch == small.arch
+    if arg in ("glide", "imagen"):  # which stay without z_i, and their text encoder with them
+        assert not config.arch.use_z_i and not config.arch.use_z_t
+        assert bool(config.arch.text_layers) == (arg == "glide")
+        assert config.arch.pool_text == (config.task.text_encoder == "t5") == (arg == "imagen")
+    else:
+        assert config.arch == small.arch
+    assert not config.follow_init
     if arg.startswith("emoji,") or arg == "emoji":
         _, params = planned(config)
         assert sum(leaf.size for leaf in jax.tree.leaves(params)) < 10e6

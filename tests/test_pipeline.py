@@ -6,9 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from unclip import bundle, errors, tasks
-from unclip.pipeline import UnCLIP, to_uint8
+from unclip import bundle, errors, runs, tasks
+from unclip.models.t5 import T5Encoder
+from unclip.pipeline import STAGE_TAGS, UnCLIP, for_clip, to_uint8
 from unclip.tasks.clip import unit
+from unclip.tasks.t5 import FrozenT5
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 FAST = {"prior": {"guidance": 2.0}, "decoder": {"guidance": 3.0}}
@@ -109,10 +111,22 @@ def test_variations_share_the_embedding(model):
     assert drawn.images.shape == (2, 8, 8, 3)
     assert [r["seed"] for r in drawn.recipes] == [3, 4]
     assert drawn.recipes[0]["mode"] == "variations"
-    cropped = model.variations(picture[5:35], n=1, seed=4, stages=1)
-    np.testing.assert_array_equal(cropped.images[0], drawn.images[1])
+    seen = model.variations(for_clip(picture, 16), n=1, seed=4, stages=1)
+    np.testing.assert_array_equal(seen.images[0], drawn.images[1])
     other = model.variations(255 - picture, n=2, seed=3, stages=1)
     assert not np.array_equal(other.images, drawn.images)
+
+
+def test_clip_sees_the_centre_of_a_picture():
+    """The shorter side becomes 16; the longer is 21, of which 2 and 3 rows are cut."""
+    rows = np.repeat(np.arange(42, dtype=np.uint8)[:, None, None] * 6, 32, axis=1).repeat(3, axis=2)
+    seen = for_clip(rows, 16)
+    assert seen.shape == (16, 16, 3) and seen.dtype == np.uint8
+    centres = (np.arange(2, 18) + 0.5) * 2 - 0.5  # of the 21 rows, in rows of the picture
+    assert np.abs(seen[:, 0, 0] - 6 * centres).max() <= 1
+    np.testing.assert_array_equal(for_clip(rows.swapaxes(0, 1), 16), seen.swapaxes(0, 1))
+    square = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    np.testing.assert_array_equal(for_clip(square, 16), square)
 
 
 def test_scores_are_cosines(model):
@@ -196,6 +210,148 @@ def test_a_text_only_decoder_needs_no_prior(parts):
     drawn = glide.generate(["a red dot", "a blue bar"], seed=4)
     assert drawn.images.shape == (2, 8, 8, 3) and "prior" not in drawn.recipes[0]["steps"]
     assert not np.array_equal(*drawn.images)
+
+
+# =============================================================================== injected noise
+
+SHAPES = {"prior": (16,), "decoder": (8, 8, 3), "upsampler_0": (16, 16, 3)}
+STEPS = 2
+ONE = FAST | {"prior": {"guidance": 2.0, "candidates": 1}}
+
+
+def noise_for(rows, seed=0):
+    rng = np.random.default_rng(seed)
+    return {name: np.float32(rng.standard_normal((1 + STEPS, rows, *shape)))
+            for name, shape in SHAPES.items()}
+
+
+@pytest.fixture(scope="module")
+def noisy(parts):
+    """A cascade whose every stage draws noise, three pictures at once."""
+    changed = {}
+    for name in ("clip", "prior", "decoder", "upsampler_0"):
+        part = parts[name]
+        draw = dict(part.settings.get("draw", {})) | {"sampler": "ddpm", "steps": STEPS}
+        settings = part.settings if name == "clip" else part.settings | {"draw": draw}
+        changed[name] = bundle.Part(name, part.arch, part.params, part.extra, settings)
+    return UnCLIP(changed, batch_size=3)
+
+
+def test_given_noise_is_all_there_is(noisy):
+    """Seeds no longer matter, rows keep their own noise, and padding rows are harmless."""
+    noise = noise_for(4)
+    want = noisy.generate("a red dot", n=4, seed=0, noise=noise, **ONE)
+    assert want.recipes[0]["noise"] == "given: prior, decoder, upsampler_0"
+    for name, pictures in noisy.generate("a red dot", 4, 77, noise=noise, **ONE).stages.items():
+        np.testing.assert_array_equal(pictures, want.stages[name], err_msg=name)
+    for row in (0, 3):
+        alone = {name: values[:, row : row + 1] for name, values in noise.items()}
+        drawn = noisy.generate("a red dot", noise=alone, **ONE)
+        np.testing.assert_array_equal(drawn.images[0], want.images[row])
+    assert len({picture.tobytes() for picture in want.images}) == 4
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_entry_of_the_noise_counts_but_the_last(noisy, name):
+    def last(noise):
+        if name == "prior":
+            return noisy.draw_prior(["a red dot"], [0], candidates=1, noise=noise)
+        z_i = np.ones((1, 16), np.float32)
+        return noisy.decode(z_i, ["a red dot"], [0], noise=noise)[name]
+
+    noise = noise_for(1)
+    want = last(noise)
+    for entry in range(1 + STEPS):
+        changed = noise | {name: noise[name].copy()}
+        changed[name][entry] *= -1
+        same = np.allclose(last(changed), want, atol=1e-4)
+        assert same == (entry == STEPS), entry
+
+
+def test_a_stage_without_given_noise_draws_its_own(noisy):
+    noise = {"prior": noise_for(2)["prior"]}
+    z_i = noisy.draw_prior(["a red dot"] * 2, [3, 4], noise=noise, candidates=1)
+    drawn = noisy.decode(z_i, ["a red dot"] * 2, [3, 4], noise=noise)
+    np.testing.assert_array_equal(
+        drawn["upsampler_0"], noisy.decode(z_i, ["a red dot"] * 2, [3, 4])["upsampler_0"])
+
+
+def test_noise_for_variations(noisy):
+    picture = np.random.default_rng(0).integers(0, 256, (20, 16, 3), np.uint8)
+    noise = noise_for(2)
+    del noise["prior"]
+    one, two = (noisy.variations(picture, 2, seed, noise=noise).images for seed in (0, 5))
+    np.testing.assert_array_equal(one, two)
+    assert not np.array_equal(one, noisy.variations(picture, 2, 0).images)
+
+
+@pytest.mark.parametrize(
+    ("noise", "prior", "said"),
+    [
+        ({"decodr": None}, 1, "unknown stage of noise 'decodr': did you mean 'decoder'"),
+        ({"prior": np.zeros((3, 2, 16))}, 1,
+         r"noise of prior has shape \(3, 2, 16\); expected \(3, 1, 16\): x_T, then one a step"),
+        ({"decoder": np.zeros((2, 1, 8, 8, 3))}, 1,
+         r"noise of decoder .* expected \(3, 1, 8, 8, 3\)"),
+        ({"prior": np.zeros((3, 1, 16))}, 2, "noise for the prior with candidates=2"),
+    ],
+)
+def test_bad_noise(noisy, noise, prior, said):
+    with pytest.raises(errors.ConfigError, match=said):
+        noisy.generate("a red dot", noise=noise, prior={"candidates": prior})
+
+
+# ================================================================== parts that are no stages
+
+
+def test_two_networks_share_one_upsampler(noisy):
+    """`upsampler_0_last` makes the last step of `upsampler_0` and is no stage of its own."""
+    parts = noisy.parts
+    first = parts["upsampler_0"]
+    arch = dict(first.arch) | {"dropout": 0.1}  # it was trained on, in other ways than the first
+    last = bundle.Part("upsampler_0_last", arch, shaken(first.params, 9), {}, {})
+    both = UnCLIP(parts | {"upsampler_0_last": last}, batch_size=3)
+    assert both.upsamplers == ["upsampler_0"] and set(both._tasks) <= {"clip", *STAGE_TAGS}
+    drawn, plain = (m.generate("a red dot", noise=noise_for(1), **ONE) for m in (both, noisy))
+    assert list(drawn.stages) == ["decoder", "upsampler_0"] and drawn.recipes == plain.recipes
+    np.testing.assert_array_equal(drawn.stages["decoder"], plain.stages["decoder"])
+    assert not np.array_equal(drawn.images, plain.images)
+    runs.check_fit(both.parts)
+
+    other = dict(first.arch) | {"groups": 4}
+    odd = bundle.Part("upsampler_0_last", other, last.params, {}, {})
+    with pytest.raises(errors.ConfigError, match="upsampler_0_last has another architecture"):
+        UnCLIP(parts | {"upsampler_0_last": odd})
+
+
+def test_a_decoder_that_reads_t5_needs_no_clip(parts):
+    """Imagen's form: the caption through T5's own tokenizer (here bytes), and nothing else."""
+    t5_arch = {"vocab_size": 384, "width": 16, "mlp_width": 16, "head_dim": 8, "heads": 2,
+               "layers": 1}
+    t5 = FrozenT5(T5Encoder(**t5_arch))
+    arch = dict(parts["decoder"].arch) | {
+        "use_z_i": False, "use_z_t": False, "text_context": 12, "learned_null_text": False}
+    settings = dict(parts["decoder"].settings) | {"text_encoder": "t5"}
+    task = tasks.make("decoder", arch, settings, t5=t5_arch)
+    init = lambda function: shaken(jax.device_get(jax.jit(function)(jax.random.key(0))))
+    t5_part = bundle.Part("t5", t5_arch, init(t5.init), {}, {})
+    decoder = bundle.Part("decoder", arch, init(task.init), {}, settings)
+    model = UnCLIP({"t5": t5_part, "decoder": decoder}, batch_size=2)
+    drawn = model.generate(["a red dot", "a Red dot"], seed=4)  # T5 minds capitals
+    assert drawn.images.shape == (2, 8, 8, 3) and not np.array_equal(*drawn.images)
+    np.testing.assert_array_equal(
+        model.generate("a Red dot", seed=4).images[0], drawn.images[1])
+    with pytest.warns(UserWarning, match="11 fit"):  # T5's tokens end, they do not start
+        model.generate("a red dot far away", seed=4)
+    with pytest.raises(errors.ConfigError, match="the decoder needs the part 't5'"):
+        UnCLIP({"decoder": decoder})
+
+
+def test_parts_that_draw_nothing_are_left_alone(parts, noisy):
+    inception = bundle.Part("inception", {"class": "Inception"}, {"w": np.ones(3)}, {}, {})
+    model = UnCLIP(parts | {"inception": inception}, batch_size=3)
+    assert model.upsamplers == ["upsampler_0", "upsampler_1"]
+    assert model.generate("a red dot", stages=1, **FAST).images.shape == (1, 8, 8, 3)
 
 
 def test_to_uint8_rounds_once():

@@ -32,7 +32,7 @@ def test_export_writes_the_averages(run_of, bundle_dir, tmp_path):
     assert done.returncode == 0, done.stderr
     written = bundle.describe(tmp_path)
     assert written["hash"] == bundle.describe(bundle_dir)["hash"] and written["hash"] in done.stdout
-    assert set(written["parts"]) == set(bundle.KINDS)
+    assert set(written["parts"]) == set(bundle.describe(bundle_dir)["parts"])
     assert set(bundle.read_part(tmp_path, "prior").extra) == {"mean", "std"}
     assert written["meta"]["sources"]["clip"] == run_of("clip")
 

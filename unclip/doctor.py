@@ -15,6 +15,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from unclip import cli, errors, runs, stage, tasks
+from unclip.models import t5 as t5_model
 from unclip.runtime import checkpoint, distributed, flops, sharding
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "FILE.py:preset[,argument...]")
@@ -47,21 +48,15 @@ def examine(config, workdir: str) -> dict:
     }
     mesh = _tried(problems, lambda: sharding.make_mesh(stage.plain(config.mesh)))
     out["mesh"] = dict(mesh.shape) if mesh else None
-    if config.get("clip") == "" and config.stage in tasks.NEEDS_CLIP:
-        problems.append(f"the {config.stage} needs a trained CLIP: --config.clip=RUN or BUNDLE")
-    clip = _tried(problems, lambda: stage.clip_part(config))
-    if clip is None and config.stage in tasks.NEEDS_CLIP:
-        clip = stage.clip_part(ConfigDict(config.to_dict() | {"clip": ""}))  # the preset's shapes
-
+    _tried(problems, lambda: stage.follow_init(config))
     key = jax.random.key(0)
-    parameters, where = {}, {}
-    if clip is not None:
-        if clip.params is None:
-            clip.params = jax.eval_shape(tasks.ClipTask(tasks.arguments(clip.arch)).init, key)
-        else:
-            clip.params = jax.eval_shape(lambda tree: tree, clip.params)
-        parameters |= _counts("clip", clip.params)
-    task = stage.make_task(config, clip)
+    parameters, where, frozen_parts = {}, {}, {}
+    for name in stage.needs(config):
+        part = parameters_of(config, name, problems)
+        parameters |= _counts(name, part.params)
+        frozen_parts[name] = part
+    clip, t5 = frozen_parts.get("clip"), frozen_parts.get("t5")
+    task = stage.make_task(config, clip, t5=t5)
     if config.stage == "prior":
         task.statistics = task.shape_statistics()
     abstract = jax.eval_shape(task.init, key)
@@ -107,12 +102,37 @@ def examine(config, workdir: str) -> dict:
             f"{_bytes(limit)}: raise mesh.fsdp, or use more devices"
         )
     out |= {"sharding": where, "leaves": leaves, "memory_per_device": memory}
-    out["flops_per_step"] = stage.model_flops(config, clip)
+    out["flops_per_step"] = stage.model_flops(config, clip, t5)
     out["learning_rate"] = float(schedule(config.optim.warmup_steps))
     out["data"] = _data(config, problems)
     out["disk"] = _disk(config, workdir, state, problems)
     out["problems"] = problems
     return out
+
+
+def parameters_of(config, name: str, problems: list[str]):
+    """The frozen part `name` of a config with the shapes of its parameters.
+
+    Where it is not given or cannot be read, that is a problem and the preset's shapes stand in.
+    """
+    find = {"clip": stage.clip_part, "t5": stage.t5_part}[name]
+    if config[name] == "":
+        problems.append(
+            f"the {config.stage} needs a trained {name.upper()}: --config.{name}=RUN or BUNDLE"
+        )
+    part = _tried(problems, lambda: find(config))
+    if part is None:
+        part = find(ConfigDict(config.to_dict() | {name: ""}))
+    if part.params is not None:
+        part.params = jax.eval_shape(lambda tree: tree, part.params)
+        return part
+    arch = tasks.arguments(part.arch)
+    if name == "clip":
+        init = tasks.ClipTask(arch).init
+    else:
+        init = tasks.FrozenT5(t5_model.T5Encoder(**arch)).init
+    part.params = jax.eval_shape(init, jax.random.key(0))
+    return part
 
 
 def _tried(problems: list[str], function):

@@ -3,22 +3,34 @@
 `UnCLIP.load(dir)` opens a bundle; every way to make a picture is a method. Each stage is compiled
 once per picture count, step count and sampler; prompts, seeds, guidance and eta are traced, so
 changing them compiles nothing.
+
+The methods that draw take `noise`, which replaces the random draws and so lets a picture be
+compared with another program's: {stage: float32 [1 + steps, n, ...]}, stages "prior" ([..., D]),
+"decoder" and "upsampler_0" ... ([..., H, W, 3]). Entry 0 is x_T, entry 1 + k the standard normal
+noise of step k, the first visited being 0; the last entry, at the step to x_0, is not used. A stage
+that is not named draws its own.
 """
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from unclip import bundle, errors, tasks
-from unclip.input.text import Tokenizer
+from unclip.input.text import T5Tokenizer, Tokenizer
 from unclip.tasks.clip import FrozenClip, unit
 
 STAGE_TAGS = {"prior": 0, "decoder": 1, "upsampler_0": 2, "upsampler_1": 3}
+LAST = "_last"  # upsampler_0_last: a second network, for the last step of upsampler_0
+FREE = ("dtype", "dropout", "remat", "attention_impl")  # in which the two networks may differ
+
+
+Noise = Mapping[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,16 +64,27 @@ class UnCLIP:
 
     def __init__(self, parts: dict[str, bundle.Part], *, model_hash: str = "", batch_size: int = 8):
         self.parts, self.model_hash, self.batch_size = parts, model_hash, batch_size
-        clip = parts.get("clip")
-        self._tasks, self._params = {}, {}
-        for name, part in parts.items():
-            stage = name.partition("_")[0]
-            extra = {}
-            if stage in tasks.NEEDS_CLIP:
-                extra["clip"] = self._need("clip", f"the {stage}").arch
-            self._tasks[name] = tasks.make(stage, part.arch, part.settings, **extra)
-            self._params[name] = jax.tree.map(jnp.asarray, part.params)
-        self._frozen = {"clip": self._params["clip"]} if clip else {}
+        self._tasks, used = {}, {"clip"} & parts.keys()
+        for name in ("clip", *STAGE_TAGS):
+            if name not in parts:
+                continue
+            part, stage = parts[name], name.partition("_")[0]
+            needed = tasks.needs(stage, part.arch, part.settings)
+            archs = {other: self._need(other, f"the {stage}").arch for other in needed}
+            task = self._tasks[name] = tasks.make(stage, part.arch, part.settings, **archs)
+            used |= {name, *needed}
+            if "t5" in needed:
+                task.tokenizer = T5Tokenizer(parts["t5"].extra.get("tokenizer"))
+            if name + LAST in parts:
+                last = tasks.make(stage, parts[name + LAST].arch, part.settings).model
+                free = {field: getattr(task.model, field) for field in FREE}
+                if last.clone(**free) != task.model:
+                    raise errors.ConfigError(
+                        f"{name + LAST} has another architecture than {name}: they must be equal"
+                    )
+                used.add(name + LAST)
+        self._params = {name: jax.tree.map(jnp.asarray, parts[name].params) for name in used}
+        self._frozen = {name: self._params[name] for name in ("clip", "t5") if name in used}
         if "prior" in parts:
             statistics = {k: jnp.asarray(v) for k, v in parts["prior"].extra.items()}
             self._frozen["statistics"] = statistics
@@ -86,19 +109,20 @@ class UnCLIP:
     @property
     def upsamplers(self) -> list[str]:
         """Names of the upsampler parts, in the order they run."""
-        return sorted(name for name in self.parts if name.startswith("upsampler"))
+        return sorted(name for name in self._tasks if name.startswith("upsampler"))
 
     def stage_size(self, name: str) -> int:
         """Side in pixels of the pictures a stage makes: "decoder", "upsampler_0", ..."""
         return self._tasks[name].image_size
 
     def tokenize(
-        self, prompts: Sequence[str], context: int | None = None
+        self, prompts: Sequence[str], context: int | None = None, tokenizer=None
     ) -> tuple[np.ndarray, np.ndarray]:
         """(tokens int32 [n, L], mask bool [n, L]); warns where a prompt is cut.
 
         Args:
           context: L; None takes CLIP's.
+          tokenizer: of `input.text`; None takes CLIP's.
 
         Raises:
           ConfigError: an empty prompt.
@@ -107,7 +131,7 @@ class UnCLIP:
             if not prompt.strip():
                 raise errors.ConfigError(f"prompt {number + 1} of {len(prompts)} is empty")
         context = context or self._tasks["clip"].model.context
-        tokenizer = Tokenizer()
+        tokenizer = tokenizer or Tokenizer()
         for prompt in prompts:
             cut = tokenizer.cut_warning(prompt, context)
             if cut and (prompt, context) not in self._warned:
@@ -152,57 +176,71 @@ class UnCLIP:
         parts = [np.asarray(run(rows))[:left] for rows, left in self._batches(count)]
         return np.concatenate(parts)
 
-    def draw_prior(self, prompts: Sequence[str], seeds: Sequence[int], **settings) -> np.ndarray:
+    def draw_prior(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        noise: Noise | None = None,
+        **settings,
+    ) -> np.ndarray:
         """z_i float32 [n, D] drawn for captions, one a (prompt, seed) pair.
 
-        Settings: steps, guidance, sampler, eta, candidates (see `tasks.prior`).
+        Settings: steps, guidance, sampler, eta, candidates (see `tasks.prior`); `noise` as this
+        module says, with candidates = 1.
         """
         self._need("prior", "drawing from a caption")
         task = self._tasks["prior"]
         tokens, mask = self.tokenize(prompts, task.context)
         static, traced = _split("prior", task.draw, settings)
         keys = _keys(seeds, "prior")
+        seam = self._seam(noise, "prior", static, (len(tokens), task.clip.model.embed_dim))
         run = lambda rows: self._call(
             "prior", task.sample, static=static, params=self._params["prior"],
             frozen=self._frozen, tokens=tokens[rows], mask=mask[rows], sample_keys=keys[rows],
-            **traced,
+            **traced, **seam(rows),
         )
         return self._rows(len(tokens), run)
 
     def decode(
         self,
-        z_i: np.ndarray,
+        z_i: np.ndarray | None,
         prompts: Sequence[str] | None,
         seeds: Sequence[int],
         *,
         decoder: dict | None = None,
         upsamplers: Sequence[dict] = (),
         stages: int | None = None,
+        noise: Noise | None = None,
     ) -> dict[str, np.ndarray]:
         """Pictures of embeddings through the decoder and the upsamplers.
 
         Args:
-          z_i: float32 [n, D]; prompts: captions or None for none; seeds: one a picture.
+          z_i: float32 [n, D], or None for a decoder without it; prompts: captions or None for
+            none; seeds: one a picture.
           decoder: settings of the decoder's draw; upsamplers: one dict an upsampler.
           stages: how many of decoder and upsamplers run; None = all.
+          noise: see this module.
 
         Returns:
-          {"decoder": uint8 [n, h, w, 3], "upsampler_0": ..., ...}.
+          {"decoder": float32 [n, h, w, 3] in [-1, 1], "upsampler_0": ..., ...}.
         """
         self._need("decoder", "drawing a picture")
         task = self._tasks["decoder"]
         if prompts is None:
-            tokens, mask = (np.asarray(a) for a in task.clip.empty(len(z_i), task.context))
+            tokens, mask = (np.asarray(a) for a in task.empty(len(seeds)))
         else:
-            tokens, mask = self.tokenize(prompts, task.context)
+            tokens, mask = self.tokenize(prompts, task.context, task.tokenizer)
         static, traced = _split("decoder", task.draw, decoder or {})
         keys = _keys(seeds, "decoder")
+        seam = self._seam(noise, "decoder", static, (len(seeds), *2 * (task.image_size,), 3))
         run = lambda rows: self._call(
             "decoder", task.sample, static=static, params=self._params["decoder"],
-            frozen={"clip": self._frozen["clip"]}, z_i=z_i[rows], tokens=tokens[rows],
-            mask=mask[rows], sample_keys=keys[rows], **traced,
+            frozen={other: self._frozen[other] for other in task.needs},
+            z_i=None if z_i is None else z_i[rows], tokens=tokens[rows], mask=mask[rows],
+            sample_keys=keys[rows], **traced, **seam(rows),
         )
-        out = {"decoder": self._rows(len(z_i), run)}
+        out = {"decoder": self._rows(len(seeds), run)}
         if len(upsamplers) > len(self.upsamplers):
             raise errors.ConfigError(
                 f"settings for {len(upsamplers)} upsamplers; this model has {len(self.upsamplers)}"
@@ -213,19 +251,51 @@ class UnCLIP:
         low = out["decoder"]
         names = self.upsamplers[: None if stages is None else stages - 1]
         for name, settings in zip(names, chosen):
-            low = out[name] = self._upsample(name, low, seeds, settings)
-        return {name: to_uint8(pictures) for name, pictures in out.items()}
+            low = out[name] = self._upsample(name, low, seeds, settings, noise)
+        return out
 
-    def _upsample(self, name: str, low: np.ndarray, seeds: Sequence[int], settings: dict):
+    def _upsample(
+        self, name: str, low: np.ndarray, seeds: Sequence[int], settings: dict, noise: Noise | None
+    ) -> np.ndarray:
         """float32 [n, H, W, 3] in [-1, 1] of smaller pictures, by one upsampler."""
         task = self._tasks[name]
         static, traced = _split(name, task.draw, settings)
         keys = _keys(seeds, name)
+        height, width = (side * task.factor for side in low.shape[1:3])
+        seam = self._seam(noise, name, static, (len(low), height, width, 3))
         run = lambda rows: self._call(
             name, task.sample, static=static, params=self._params[name],
-            low=low[rows], sample_keys=keys[rows], **traced,
+            last_params=self._params.get(name + LAST), low=low[rows], sample_keys=keys[rows],
+            **traced, **seam(rows),
         )
         return self._rows(len(low), run)
+
+    def _seam(self, noise: Noise | None, name: str, static: tuple, shape: tuple[int, ...]):
+        """rows -> {"x_T", "noise"} of a stage's `sample`, or {} where the stage draws its own.
+
+        Args:
+          shape: of the stage's x_T, all n rows of it.
+        """
+        for given in noise or {}:
+            if given not in STAGE_TAGS:
+                raise errors.unknown("stage of noise", given, STAGE_TAGS)
+        if noise is None or name not in noise:
+            return lambda rows: {}
+        settings = dict(static)
+        if settings.get("candidates", 1) != 1:
+            raise errors.ConfigError(
+                f"noise for the prior with candidates={settings['candidates']}: expected "
+                "candidates=1, as each candidate draws its own"
+            )
+        if "steps" not in settings:
+            raise errors.ConfigError("noise for an autoregressive prior: it draws codes, no noise")
+        noise, expected = np.asarray(noise[name], np.float32), (1 + settings["steps"], *shape)
+        if noise.shape != expected:
+            raise errors.ConfigError(
+                f"noise of {name} has shape {noise.shape}; expected {expected}: x_T, then one a "
+                "step"
+            )
+        return lambda rows: {"x_T": noise[0, rows], "noise": noise[1:, rows]}
 
     def generate(
         self,
@@ -237,6 +307,7 @@ class UnCLIP:
         decoder: dict | None = None,
         upsamplers: Sequence[dict] = (),
         stages: int | None = None,
+        noise: Noise | None = None,
     ) -> Pictures:
         """Draws `n` pictures of every caption.
 
@@ -248,6 +319,7 @@ class UnCLIP:
           prior, decoder, upsamplers: settings that replace the model's own, by stage: steps,
             guidance, sampler, eta, and the prior's candidates.
           stages: how many of decoder and upsamplers run; None = all.
+          noise: in place of what the seeds would draw, one row a picture; see this module.
 
         Returns:
           `Pictures`, caption-major.
@@ -261,20 +333,20 @@ class UnCLIP:
         wanted = [p for p in prompts for _ in range(n)]
         seeds = _seeds(seed, n) * len(prompts)
         if self._need("decoder", "drawing a picture") and self._tasks["decoder"].model.use_z_i:
-            z_i = self.draw_prior(wanted, seeds, **(prior or {}))
-        else:  # a text-only decoder (GLIDE) reads the caption alone
-            z_i = np.zeros((len(wanted), self._tasks["clip"].model.embed_dim), np.float32)
+            z_i = self.draw_prior(wanted, seeds, noise=noise, **(prior or {}))
+        else:  # a text-only decoder (GLIDE, Imagen) reads the caption alone
+            z_i = None
         drawn = self.decode(
-            z_i, wanted, seeds, decoder=decoder, upsamplers=upsamplers, stages=stages
+            z_i, wanted, seeds, decoder=decoder, upsamplers=upsamplers, stages=stages, noise=noise
         )
         chosen = {"decoder": decoder or {}}
         if self._tasks["decoder"].model.use_z_i:
             chosen["prior"] = prior or {}
-        settings = self._settings(chosen | dict(zip(self.upsamplers, upsamplers)), stages)
+        settings = self._settings(chosen | dict(zip(self.upsamplers, upsamplers)), stages, noise)
         recipes = [
             {"mode": "text", "prompt": p, "seed": s, **settings} for p, s in zip(wanted, seeds)
         ]
-        return Pictures(list(drawn.values())[-1], recipes, drawn)
+        return _pictures(drawn, recipes)
 
     def variations(
         self,
@@ -285,40 +357,65 @@ class UnCLIP:
         decoder: dict | None = None,
         upsamplers: Sequence[dict] = (),
         stages: int | None = None,
+        noise: Noise | None = None,
     ) -> Pictures:
         """Draws `n` pictures that share the embedding z_i of a picture (paper, section 3.1).
 
         Args:
           image: uint8 [H, W, 3]; a picture that is not square is cropped to its centre.
-          Other arguments as in `generate`; the caption is empty.
+          Other arguments as in `generate`; the caption is empty, with guidance too.
         """
-        side = min(image.shape[:2])
-        top, left = ((length - side) // 2 for length in image.shape[:2])
-        z_i = self.embed_image(image[None, top : top + side, left : left + side])
+        self._need("clip", "variations of a picture")
+        z_i = self.embed_image(for_clip(image, self._tasks["clip"].model.image_size)[None])
         seeds = _seeds(seed, n)
         drawn = self.decode(
             np.repeat(z_i, n, axis=0), None, seeds,
-            decoder=decoder, upsamplers=upsamplers, stages=stages,
+            decoder=decoder, upsamplers=upsamplers, stages=stages, noise=noise,
         )
         chosen = {"decoder": decoder or {}} | dict(zip(self.upsamplers, upsamplers))
-        settings = self._settings(chosen, stages)
+        settings = self._settings(chosen, stages, noise)
         recipes = [{"mode": "variations", "prompt": "", "seed": s, **settings} for s in seeds]
-        return Pictures(list(drawn.values())[-1], recipes, drawn)
+        return _pictures(drawn, recipes)
 
     def score(self, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
         """Cosine of z_i and z_t, float32 [n], by this model's own CLIP."""
         z_i, z_t = jnp.asarray(self.embed_image(images)), jnp.asarray(self.embed_text(prompts))
         return np.asarray(jnp.sum(unit(z_i) * unit(z_t), axis=-1))
 
-    def _settings(self, chosen: dict[str, dict], stages: int | None) -> dict:
+    def _settings(
+        self, chosen: dict[str, dict], stages: int | None, noise: Noise | None
+    ) -> dict:
         """Every setting in force, for a recipe: {setting: {stage: value}}."""
         count = min(stages or 1 + len(self.upsamplers), 1 + len(self.upsamplers))
         names = [n for n in ("prior", "decoder") if n in chosen] + self.upsamplers[: count - 1]
         out = {"model_hash": self.model_hash, "stages": count}
+        if noise is not None:  # then the seeds alone do not draw the picture again
+            out["noise"] = "given: " + ", ".join(noise)
         for name in names:
             for setting, value in (self._tasks[name].draw | chosen.get(name, {})).items():
                 out.setdefault(setting, {})[name] = value
         return out
+
+
+def for_clip(image: np.ndarray, size: int) -> np.ndarray:
+    """The centre of a picture as CLIP's own preprocessing takes it, uint8 [size, size, 3].
+
+    Pillow's bicubic resize of the shorter side to `size`, then a centre crop, as OpenAI trained
+    its CLIPs and as Karlo embeds the picture to vary.
+
+    Args:
+      image: uint8 [H, W, 3].
+    """
+    shorter = min(image.shape[:2])
+    height, width = (side * size // shorter for side in image.shape[:2])
+    resized = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return np.array(resized.crop((left, top, left + size, top + size)))
+
+
+def _pictures(drawn: dict[str, np.ndarray], recipes: list[dict]) -> Pictures:
+    stages = {name: to_uint8(pictures) for name, pictures in drawn.items()}
+    return Pictures(list(stages.values())[-1], recipes, stages)
 
 
 def to_uint8(pictures: np.ndarray) -> np.ndarray:

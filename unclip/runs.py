@@ -13,6 +13,7 @@ import safetensors
 from safetensors.numpy import save_file
 
 from unclip import bundle, errors, files
+from unclip.models import t5
 from unclip.runtime import checkpoint, sharding
 
 STATISTICS = "statistics.safetensors"
@@ -120,13 +121,56 @@ def open_part(path: str | pathlib.Path, name: str, *, ema: bool = True) -> bundl
     """The part `name` of a RUN or a BUNDLE.
 
     Args:
-      path: folder; name: "clip", "prior", "decoder", "upsampler_0" or "upsampler_1".
+      path: folder; name: one of `bundle.KINDS`. No run trains a T5: of a decoder's run, "t5" is
+        the part that it was trained with.
     """
-    if not pathlib.Path(path).is_dir():
-        raise errors.DataError(f"{path}: no such folder; expected a training run or a bundle")
+    _folder(path)
+    if is_run(path) and name == "t5":
+        trained_with = run_config(path).get("t5")
+        if trained_with in (None, "", "random"):
+            raise errors.ConfigError(
+                f"{path} was not trained with a T5 that was kept; give the BUNDLE of one "
+                "(unclip convert --from t5)"
+            )
+        return open_part(trained_with, "t5")
     if is_run(path):
         return part_from_run(path, name.partition("_")[0], ema=ema)
     return bundle.read_part(path, name)
+
+
+def _folder(path: str | pathlib.Path) -> None:
+    if not pathlib.Path(path).is_dir():
+        raise errors.DataError(f"{path}: no such folder; expected a training run or a bundle")
+
+
+def describe_part(path: str | pathlib.Path, name: str) -> tuple[dict, dict]:
+    """(arch, settings) of the part `name` of a RUN or a BUNDLE, without its tensors.
+
+    Raises:
+      DataError: nothing to read there; ConfigError: it holds no such part.
+    """
+    _folder(path)
+    if is_run(path):
+        config = run_config(path)
+        if config["stage"] != name.partition("_")[0]:
+            raise errors.ConfigError(f"{path} is a run of stage {config['stage']!r}, not {name!r}")
+        return config["arch"], config["task"]
+    parts = bundle.describe(path)["parts"]
+    if name not in parts:
+        raise errors.ConfigError(
+            f"{path} has no part {name!r}: it holds {', '.join(sorted(parts)) or 'nothing'}"
+        )
+    return parts[name]["arch"], parts[name]["settings"]
+
+
+def statistics_of(path: str | pathlib.Path) -> dict[str, np.ndarray]:
+    """What the prior of a RUN or a BUNDLE knows of z_i; {} where it was kept without."""
+    _folder(path)
+    if is_run(path):
+        file = pathlib.Path(path) / STATISTICS
+        return read_statistics(file) if file.exists() else {}
+    extra = bundle.read(path, ["prior"], lazy=True).parts["prior"].extra
+    return {name: np.asarray(value) for name, value in extra.items()}
 
 
 def check_fit(parts: dict[str, bundle.Part]) -> None:
@@ -136,7 +180,8 @@ def check_fit(parts: dict[str, bundle.Part]) -> None:
       ConfigError: names the two sizes.
     """
     side = parts["decoder"].settings["image_size"] if "decoder" in parts else None
-    for name in sorted(n for n in parts if n.startswith("upsampler")):
+    # "upsampler_0_last" is the same stage's second network, not a stage.
+    for name in sorted(n for n in parts if n in ("upsampler_0", "upsampler_1")):
         settings = parts[name].settings
         low = settings["image_size"] // settings["factor"]
         if side is not None and low != side:
@@ -144,6 +189,11 @@ def check_fit(parts: dict[str, bundle.Part]) -> None:
                 f"{name} takes {low}x{low} pictures, but the stage before it makes {side}x{side}"
             )
         side = settings["image_size"]
+    if {"t5", "decoder"} <= parts.keys() and parts["decoder"].settings.get("text_encoder") == "t5":
+        read = parts["decoder"].params["text_proj"]["text_tokens"]["kernel"].shape[0]
+        given = parts["t5"].arch.get("width", t5.T5Encoder.width)
+        if read != given:
+            raise errors.ConfigError(f"the decoder reads {read} features a token, T5 gives {given}")
     if "clip" not in parts:
         return
     width = parts["clip"].arch["embed_dim"]

@@ -4,6 +4,7 @@
 follow Table 3 of the paper where the config names its preset.
 """
 
+import dataclasses
 import json
 
 import jax
@@ -12,18 +13,32 @@ import optax
 from ml_collections import ConfigDict
 
 from unclip import bundle, errors, runs, tasks
-from unclip.input import shards, source
+from unclip.input import shards, source, text
 from unclip.models import clip as clip_model
+from unclip.models import decoder, prior, prior_ar, upsampler
+from unclip.models import t5 as t5_model
 from unclip.runtime import optim
+
+# Fields of an architecture that a run may choose anew: they leave the parameters as they are.
+RUNTIME_FIELDS = {"attention_impl", "dtype", "dropout", "remat"}
+# Settings of a task that fine-tuning chooses anew: they are about training alone.
+TRAINING_SETTINGS = {"crop", "image_drop", "min_snr", "t_below", "text_drop", "vlb_weight"}
+
+
+def needs(config: ConfigDict) -> tuple[str, ...]:
+    """The frozen parts a config's stage reads: of "clip" and "t5"."""
+    return tasks.needs(config.stage, config.arch.to_dict(), plain(config.task))
 
 
 def clip_part(config: ConfigDict) -> bundle.Part | None:
     """The frozen CLIP of a prior or decoder config; parameters None for the preset's shapes.
 
+    None where the stage reads none, as a decoder without z_i that has a text encoder of its own.
+
     Raises:
       ConfigError: the path holds no CLIP; DataError: it cannot be read.
     """
-    if config.stage not in tasks.NEEDS_CLIP:
+    if "clip" not in needs(config):
         return None
     if config.clip in ("", "random"):
         arch = {"dtype": config.arch.dtype} | clip_model.PRESETS[config.clip_preset]
@@ -31,22 +46,99 @@ def clip_part(config: ConfigDict) -> bundle.Part | None:
     return runs.open_part(config.clip, "clip")
 
 
-def make_task(config: ConfigDict, clip: bundle.Part | None, statistics=None) -> tasks.Task:
+def t5_part(config: ConfigDict) -> bundle.Part | None:
+    """The frozen T5 of a decoder config that reads captions through one, likewise.
+
+    It computes in the config's dtype, whatever the part was saved with.
+    """
+    if "t5" not in needs(config):
+        return None
+    own = {"dtype": config.arch.dtype}
+    if config.t5 in ("", "random"):
+        if config.t5_preset not in t5_model.PRESETS:
+            raise errors.unknown("t5_preset", config.t5_preset, t5_model.PRESETS)
+        return bundle.Part("t5", own | t5_model.PRESETS[config.t5_preset], None)
+    part = runs.open_part(config.t5, "t5")
+    return dataclasses.replace(part, arch=part.arch | own)
+
+
+def init_part(config: ConfigDict) -> str:
+    """The name of the part of `init_from` that a run starts from."""
+    if config.init_part:
+        return config.init_part
+    if config.stage != "upsampler":
+        return config.stage
+    if not runs.is_run(config.init_from):  # of a bundle's upsamplers, the one of our size
+        parts = bundle.describe(config.init_from)["parts"]
+        for name in sorted(n for n in parts if n.startswith("upsampler")):
+            if parts[name]["settings"].get("image_size") == config.task.image_size:
+                return name
+    return "upsampler_0"
+
+
+def follow_init(config: ConfigDict) -> None:
+    """Gives a fine-tuning config the architecture and settings of its `init_from`, in place.
+
+    What leaves the parameters' meaning alone stays the config's: `RUNTIME_FIELDS` and folding of
+    the architecture, `TRAINING_SETTINGS` of the task.
+
+    Raises:
+      ConfigError: no `init_from`, or it holds no such part; DataError: it cannot be read.
+    """
+    if not config.follow_init:
+        return
+    if not config.init_from:
+        raise errors.ConfigError(
+            f"configs/{config.stage}.py:{config.preset} fine-tunes: --config.init_from=BUNDLE or "
+            f"RUN (unclip convert makes one), or train anew with {config.preset},scratch"
+        )
+    arch, settings = runs.describe_part(config.init_from, init_part(config))
+    module = {
+        "clip": clip_model.CLIP,
+        "prior": prior_ar.ARPrior if settings.get("kind") == "ar" else prior.DiffusionPrior,
+        "decoder": decoder.Decoder,
+        "upsampler": upsampler.Upsampler,
+    }[config.stage]
+    fields = {
+        field.name: field.default
+        for field in dataclasses.fields(module)
+        if field.name not in ("parent", "name") and field.default is not dataclasses.MISSING
+    }
+    own = {n: v for n, v in config.arch.items() if n in RUNTIME_FIELDS | {"fold"}}
+    whole = lambda value: tuple(value) if isinstance(value, list) else value
+    fields |= {name: whole(value) for name, value in arch.items() if name != "class"} | own
+    kept = {n: v for n, v in settings.items() if n not in TRAINING_SETTINGS}
+    with config.unlocked():
+        config.arch = ConfigDict(fields)
+        config.task = ConfigDict(plain(config.task) | kept)
+
+
+def make_task(
+    config: ConfigDict, clip: bundle.Part | None, statistics=None, t5: bundle.Part | None = None
+) -> tasks.Task:
     """The task a config describes.
 
     Args:
-      clip: from `clip_part`; statistics: of the prior, arrays or shapes.
+      clip: from `clip_part`; statistics: of the prior, arrays or shapes; t5: from `t5_part`.
     """
     parts = {}
     if clip is not None:
         parts = {"clip": clip.arch, "clip_params": clip.params}
+    if t5 is not None:
+        parts |= {"t5": t5.arch, "t5_params": t5.params}
     if config.stage == "prior":
         parts["statistics"] = statistics
     task = tasks.make(
         config.stage, config.arch.to_dict(), plain(config.task), **parts
     )
     if config.get("stored_embeddings"):
+        if config.stage == "decoder" and not task.use_z_i:
+            raise errors.ConfigError("stored_embeddings: this decoder is not given z_i")
         task.stored = True
+    if clip is not None:
+        task.clip.fold = bool(config.arch.get("fold"))
+    if t5 is not None:
+        task.tokenizer = text.T5Tokenizer(t5.extra.get("tokenizer"))
     return task
 
 
@@ -134,9 +226,11 @@ def transform(config: ConfigDict, task: tasks.Task, use: str):
         )
     spec = task.batch_spec(1)
     side = lambda name: spec[name].shape[1] if name in spec else None
+    tokenizer = getattr(task, "tokenizer", None)
     return source.ImageText(
         side("image"),
         spec["tokens"].shape[1],
+        tokenizer and tokenizer.encode,
         clip_size=side("clip_image"),
         crop=config.input.crop if use == "train" else "center",
         captions=config.input.captions if use == "train" else config.input.captions[:1],
@@ -158,7 +252,9 @@ def collections(config: ConfigDict):
     return train, held_out
 
 
-def model_flops(config: ConfigDict, clip: bundle.Part | None) -> float | None:
+def model_flops(
+    config: ConfigDict, clip: bundle.Part | None, t5: bundle.Part | None = None
+) -> float | None:
     """Floating-point operations one step needs, recomputation not counted.
 
     Counted on the unfolded model without rematerialisation, from its lowering alone: XLA counts
@@ -167,10 +263,10 @@ def model_flops(config: ConfigDict, clip: bundle.Part | None) -> float | None:
     with config.unlocked():
         config = config.copy_and_resolve_references()
         config.arch.fold, config.arch.remat = False, ""
-    shapes = clip and bundle.Part(
-        clip.kind, clip.arch, jax.eval_shape(lambda tree: tree, clip.params)
+    shapes = lambda part: part and bundle.Part(
+        part.kind, part.arch, jax.eval_shape(lambda tree: tree, part.params)
     )
-    task = make_task(config, shapes)
+    task = make_task(config, shapes(clip), t5=shapes(t5))
     if config.stage == "prior":
         task.statistics = task.shape_statistics()
     key = jax.random.key(0)

@@ -20,14 +20,13 @@ import numpy as np
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from unclip import bundle, cli, embeddings, errors, files, images, runs, stage, tasks
+from unclip import cli, embeddings, errors, files, images, runs, stage, tasks
 from unclip.evaluators.held_out import HeldOutLoss
 from unclip.evaluators.samples import Samples
 from unclip.input import source
+from unclip.models import t5 as t5_model
+from unclip.models.unet import fold_params, unfold_params
 from unclip.runtime import checkpoint, distributed, flops, metrics, progress, sharding
-
-# Fields of an architecture that a resumed run may change: they leave the parameters as they are.
-RUNTIME_FIELDS = {"attention_impl", "dtype", "dropout", "remat"}
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "FILE.py:preset[,argument...]")
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; the same folder resumes it")
@@ -47,6 +46,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     """
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
+    stage.follow_init(config)
     mesh = sharding.make_mesh(stage.plain(config.mesh))
     ways = mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulate
     if config.batch_size % ways:
@@ -57,12 +57,13 @@ def train(config: ConfigDict, workdir: str) -> None:
         )
     folder = pathlib.Path(workdir)
     data, held_out = stage.collections(config)
-    clip = stage.clip_part(config)
-    if clip is not None and clip.params is None and config.clip != "random":
-        raise errors.ConfigError(
-            f"the {config.stage} needs a trained CLIP: --config.clip=RUN or BUNDLE "
-            "(or =random, for benchmarks)"
-        )
+    clip, t5 = stage.clip_part(config), stage.t5_part(config)
+    for part in (clip, t5):
+        if part is not None and part.params is None and config[part.kind] != "random":
+            raise errors.ConfigError(
+                f"the {config.stage} needs a trained {part.kind.upper()}: "
+                f"--config.{part.kind}=RUN or BUNDLE (or =random, for benchmarks)"
+            )
 
     with checkpoint.Checkpointer(
         folder / "checkpoints", save_every_steps=config.save_steps, keep=config.keep
@@ -79,10 +80,15 @@ def train(config: ConfigDict, workdir: str) -> None:
                 clip.params = jax.device_get(random)
             clip_name = runs.tree_hash(clip.params)
             clip.params = put(clip.params)
+        if t5 is not None:
+            if t5.params is None:
+                random = tasks.FrozenT5(t5_model.T5Encoder(**tasks.arguments(t5.arch))).init
+                t5.params = jax.device_get(jax.jit(random)(jax.random.key(0)))
+            t5.params = put(t5.params)
         statistics = None
         if config.stage == "prior":
             statistics = fit_statistics(config, clip, clip_name, data, mesh, folder)
-        task = stage.make_task(config, clip, statistics and put(statistics))
+        task = stage.make_task(config, clip, statistics and put(statistics), t5)
         if config.get("stored_embeddings"):
             data, held_out = store_embeddings(
                 config, clip, clip_name, data, held_out, mesh, folder
@@ -138,7 +144,7 @@ def train(config: ConfigDict, workdir: str) -> None:
         with writer, batches, bar:
             run = Loop(config, folder, saver, writer, evaluators, batches, bar, mesh)
             run.data = data.fingerprint
-            run.flops = stage.model_flops(config, clip)
+            run.flops = stage.model_flops(config, clip, t5)
             state = run(step_fn, state, frozen, first)
         saver.wait()
 
@@ -286,7 +292,7 @@ def write_config(config: ConfigDict, folder: pathlib.Path) -> None:
 
 def _changed(old: dict, new: dict) -> str:
     """The fields in which two architectures have other parameters, in words; "" for none."""
-    names = sorted((old.keys() | new.keys()) - RUNTIME_FIELDS)
+    names = sorted((old.keys() | new.keys()) - stage.RUNTIME_FIELDS)
     differ = [name for name in names if old.get(name) != new.get(name)]
     return ", ".join(f"{name} was {old.get(name)}, now {new.get(name)}" for name in differ)
 
@@ -301,25 +307,23 @@ def initial_params(config: ConfigDict, abstract_params):
     """Parameters of `init_from`, checked leaf by leaf and in the model's dtypes, or None."""
     if not config.init_from:
         return None
-    name = config.stage
-    if name == "upsampler":
-        name = "upsampler_0"
-        if not runs.is_run(config.init_from):  # of a bundle's upsamplers, the one of our size
-            parts = bundle.describe(config.init_from)["parts"]
-            sizes = {n: record["settings"].get("image_size") for n, record in parts.items()}
-            name = next((n for n in sizes if sizes[n] == config.task.image_size and n > "u"), name)
-    part = runs.open_part(config.init_from, name)
+    part = runs.open_part(config.init_from, stage.init_part(config))
+    params = part.params
+    if bool(part.arch.get("fold", False)) != config.arch.fold:
+        params = fold_params(params) if config.arch.fold else unfold_params(params)
     table = checkpoint.difference(
-        sharding.tree_paths(part.params), sharding.tree_paths(abstract_params)
+        sharding.tree_paths(params), sharding.tree_paths(abstract_params)
     )
     if table:
-        raise errors.ConfigError(f"init_from {config.init_from} is another model:\n{table}")
-    # A bundle may hold bfloat16; training keeps float32.
-    return jax.tree.map(lambda leaf, new: leaf.astype(new.dtype), part.params, abstract_params)
+        raise errors.ConfigError(f"init_from {config.init_from} is another model:", table)
+    # A bundle may hold half precision; training keeps float32.
+    return jax.tree.map(lambda leaf, new: leaf.astype(new.dtype), params, abstract_params)
 
 
 def fit_statistics(config, clip, name, data, mesh, folder) -> dict[str, np.ndarray]:
     """What the prior needs to know of z_i, measured once and kept in the workdir.
+
+    A run that starts from another prior keeps that prior's, in whose space its parameters live.
 
     Args:
       name: `runs.tree_hash` of the frozen CLIP; statistics of another one are refused.
@@ -328,8 +332,18 @@ def fit_statistics(config, clip, name, data, mesh, folder) -> dict[str, np.ndarr
     if path.exists():
         return runs.read_statistics(path, name)
     task = stage.make_task(config, clip)
-    stream = embed_all(config, clip, data, mesh, config.statistics_examples)
-    statistics = task.fit((z_i[valid], z_t[valid]) for z_i, z_t, valid in stream)
+    statistics = runs.statistics_of(config.init_from) if config.init_from else {}
+    if statistics:
+        shapes = lambda tree: {name: tuple(leaf.shape) for name, leaf in tree.items()}
+        expected = shapes(task.shape_statistics())
+        if shapes(statistics) != expected:
+            raise errors.ConfigError(
+                f"init_from {config.init_from} has statistics {shapes(statistics)}, this prior "
+                f"needs {expected}"
+            )
+    else:
+        stream = embed_all(config, clip, data, mesh, config.statistics_examples)
+        statistics = task.fit((z_i[valid], z_t[valid]) for z_i, z_t, valid in stream)
     if distributed.is_main():
         runs.write_statistics(path, statistics, name)
     distributed.barrier("statistics", 600)

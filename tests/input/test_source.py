@@ -18,6 +18,7 @@ from unclip.input import image as im
 from unclip.input import source
 from unclip.input.shards import BadSample, Sample, index_shards
 from unclip.input.source import ImageText, Order, Upsampling, make_eval_source, make_source
+from unclip.input.text import T5Tokenizer
 
 N = 13
 
@@ -403,3 +404,17 @@ def test_transforms_and_collections_pickle(collection):
         a, b = (t(collection.read(2), source.generator(0, 7)) for t in (thing, again))
         assert all(np.array_equal(a[k], b[k]) for k in a)
     assert pickle.loads(pickle.dumps(collection)).fingerprint == collection.fingerprint
+
+
+def test_t5_captions_from_worker_processes(collection):
+    """A T5 tokenizer goes to the workers; the batches are a function of (seed, position) still."""
+    transform = ImageText(8, 12, T5Tokenizer().encode, captions=("txt", "json:alt"))
+    runs = []
+    for workers in (0, 2):
+        with make_source(collection, transform, batch_size=4, seed=5, workers=workers) as batches:
+            runs.append([next(batches) for _ in range(2)])
+    assert equal(*runs)
+    row, real = runs[0][0]["tokens"][0], runs[0][0]["text_mask"][0]
+    text = bytes((row[real][:-1] - 3).tolist())
+    i = Order(N, 5)(0)
+    assert text in (b"text %d" % i, b"alt %02d" % i) and row[real][-1] == 1

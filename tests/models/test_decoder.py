@@ -291,3 +291,62 @@ def test_bfloat16_is_close(build):
     y_16 = build(dtype=jnp.bfloat16)[2](params, args | drop)
     assert y_16.dtype == jnp.float32
     assert 1e-5 < jnp.linalg.norm(y_16 - y_32) / jnp.linalg.norm(y_32) < 0.05
+
+
+# --- text through a frozen T5 (Imagen) ------------------------------------------------------------
+
+
+def test_imagen_sizes_to_the_digit():
+    """The paper's 2B: the U-Net of unCLIP's decoder and a projection of T5-XXL's 4,096 features."""
+    params = abstract("imagen", 64, 1024, 128, 4096)
+    assert count(params["unet"]) == 2_238_164_486
+    width, time = 2048, 2048
+    dense = lambda n, m: n * m + m
+    want = dict(
+        null_token=4096,
+        text_tokens=dense(4096, width),
+        text_norm=2 * width,
+        pool=3 * dense(width, width),
+        pool_time=dense(width, time),
+    )
+    assert {k: count(v) for k, v in params["text_proj"].items()} == want
+
+
+POOLED = dict(use_z_i=False, use_z_t=False, pool_text=True)
+
+
+def test_the_pooled_vector_attends_to_the_real_tokens():
+    """Query from the mean of the tokens after the layer norm, keys and values from each."""
+    _, p, run = conditioner(**POOLED, context_dim=128)
+    emb, context, mask = (np.asarray(a, np.float64) for a in run(None, None))
+    project = lambda name, x: x @ p["pool"][name]["kernel"] + p["pool"][name]["bias"]
+    for row in range(2):
+        x = context[row][mask[row] > 0]
+        q, k, v = project("q", x.mean(0)), project("k", x), project("v", x)
+        pooled = []
+        for head in (slice(0, 64), slice(64, 128)):
+            scores = k[:, head] @ q[head] / 8
+            weights = np.exp(scores - scores.max())
+            pooled.append(weights @ v[:, head] / weights.sum())
+        want = np.concatenate(pooled) @ p["pool_time"]["kernel"] + p["pool_time"]["bias"]
+        np.testing.assert_allclose(emb[row], want, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_dropped_caption_leaves_nothing_in_the_pooled_vector(learned):
+    """Both captions dropped: the same vector for either, and not that of the captions."""
+    _, p, run = conditioner(**POOLED, learned_null_text=learned)
+    emb, _, mask = run(None, jnp.array([True, True]))
+    np.testing.assert_allclose(emb[0], emb[1], atol=1e-5)
+    assert mask.sum() == (2 if learned else 0)
+    kept, _, _ = run(None, None)
+    assert np.abs(kept - emb).max(1).min() > 1e-3
+    if not learned:
+        np.testing.assert_allclose(emb[0], p["pool_time"]["bias"], atol=1e-6)
+
+
+def test_pooling_needs_the_tokens_of_a_frozen_encoder():
+    for fields in (OWN_TEXT, dict(use_text_tokens=False)):
+        init = Decoder(**TINY | fields | dict(pool_text=True)).init
+        with pytest.raises(ConfigError, match="pool_text pools a frozen encoder's tokens"):
+            jax.eval_shape(partial(init, **conditions()), jax.random.key(0))

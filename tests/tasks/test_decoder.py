@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unclip import errors
+from unclip import errors, tasks
 from unclip.diffusion import gaussian, guidance, samplers
 from unclip.tasks import keys
 from unclip.tasks.clip import to_float
@@ -175,3 +175,98 @@ def test_upsampling_starts_from_the_small_picture(made, batch_of):
     # Fully convolutional: a task trained on crops draws pictures of any size.
     other = jax.eval_shape(task.sample, params, jnp.zeros((2, 6, 5, 3)), sample_keys)
     assert other.shape == (2, 12, 10, 3)
+
+
+# ============================================================ decoders without CLIP
+
+BARE = dict(channels=8, multipliers=(1,), blocks=1, head_dim=8, groups=4, time_dim=16,
+            attention=(True,), context_dim=8, use_z_i=False, use_z_t=False)
+OWN_TEXT = BARE | dict(text_layers=1, text_heads=2, text_context=6, vocab=40)
+T5 = dict(vocab_size=30, width=12, layers=1, heads=2, head_dim=4, mlp_width=8)
+READS_T5 = BARE | dict(text_context=7)
+
+
+def test_a_decoder_with_its_own_text_encoder_needs_no_clip():
+    """GLIDE: captions in CLIP's tokens, nothing frozen, no picture for CLIP in the batch."""
+    assert tasks.needs("decoder", OWN_TEXT, {}) == ()
+    task = tasks.make("decoder", OWN_TEXT, {"image_size": 4})
+    assert task.frozen() is None and task.context == 6
+    assert set(task.batch_spec(2)) == {"image", "tokens", "text_mask", "sample", "valid"}
+    tokens, mask = task.empty(2)
+    assert tokens.tolist() == [[38, 39, 0, 0, 0, 0]] * 2 and mask.sum(1).tolist() == [2, 2]
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    assert set(params["text_proj"]) == {"text", "caption_time"}
+    keys_of = jax.random.split(jax.random.key(0), 2)
+    drawn = jax.eval_shape(task.sample, params, None, None, tokens, mask, keys_of)
+    assert drawn.shape == (2, 4, 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "needs"),
+    [({}, ("clip",)), ({"use_z_t": False}, ("clip",)),
+     ({"use_z_i": False, "use_text_tokens": False}, ("clip",)),
+     ({"use_z_i": False, "use_z_t": False, "use_text_tokens": False}, ())],
+)
+def test_what_is_read_through_clip(change, needs):
+    arch = {name: value for name, value in BARE.items() if not name.startswith("use")} | change
+    assert tasks.needs("decoder", arch, {"text_encoder": ""}) == needs
+    if needs:
+        with pytest.raises(errors.ConfigError, match="through a clip part"):
+            tasks.make("decoder", arch, {})
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_captions_through_t5(learned, batch_of):
+    """Dropped ones are the end of sequence alone, or the learned null where there is one."""
+    settings = {"image_size": 4, "text_encoder": "t5", "text_drop": 0.5}
+    arch = READS_T5 | dict(learned_null_text=learned, pool_text=True)
+    assert tasks.needs("decoder", arch, settings) == ("t5",)
+    with pytest.raises(errors.ConfigError, match="through a t5 part"):
+        tasks.make("decoder", arch, settings)
+    t5_params = jax.eval_shape(tasks.make("decoder", arch, settings, t5=T5).t5.init,
+                               jax.random.key(0))
+    rng = np.random.default_rng(0)
+    t5_params = jax.tree.map(lambda v: np.float32(rng.normal(size=v.shape)), t5_params)
+    task = tasks.make("decoder", arch, settings, t5=T5, t5_params=t5_params)
+    assert task.context == 7
+    batch = batch_of(task, 16)
+    batch["tokens"] = np.where(batch["text_mask"], batch["tokens"] % 28 + 2, 0)
+    frozen = task.frozen()
+    _, _, seen = spied(task, None, frozen, batch, train=True)
+    assert seen["z_i"] is None and seen["z_t"] is None
+    whole = lambda tokens, mask: np.asarray(task.t5.text(t5_params, tokens, mask))
+    kept = seen["tokens"][:, 0] != 1
+    assert 2 < kept.sum() < 14
+    np.testing.assert_array_equal(seen["tokens"][kept], batch["tokens"][kept])
+    np.testing.assert_array_equal(seen["tokens"][~kept], [[1, 0, 0, 0, 0, 0, 0]] * (~kept).sum())
+    np.testing.assert_array_equal(seen["text_mask"][~kept].sum(1), 1)
+    np.testing.assert_allclose(
+        seen["text_hidden"], whole(seen["tokens"], seen["text_mask"]), atol=1e-5)
+    if learned:
+        np.testing.assert_array_equal(seen["drop_text"], ~kept)
+    else:
+        assert seen["drop_text"] is None
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    assert params["text_proj"]["text_tokens"]["kernel"].shape == (12, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "said"),
+    [
+        ({"use_z_t": True}, {"text_encoder": "t5"}, "gives hidden states and no z_t"),
+        ({"text_layers": 1}, {"text_encoder": "t5"}, "expected arch.text_layers=0"),
+        ({}, {"text_encoder": "t6"}, "unknown text encoder 't6': did you mean 't5'"),
+        ({"use_z": True}, {}, "decoder: .*'use_z'"),
+    ],
+)
+def test_contradictions_are_named(change, settings, said):
+    with pytest.raises(errors.ConfigError, match=said):
+        tasks.needs("decoder", READS_T5 | change, settings)
+
+
+def test_timesteps_of_a_net_for_the_last_step(made, batch_of):
+    """t_below=1 trains on t = 0 alone, as Karlo's second network is used."""
+    for below, furthest in ((1, 0), (10, 9)):
+        task, params, frozen = made("upsampler", t_below=below)
+        _, _, seen = spied(task, params, frozen, batch_of(task, 64), train=True, channels=3)
+        assert seen["t"].min() == 0 and seen["t"].max() == furthest

@@ -128,10 +128,11 @@ def drawing(made, batch_of):
     task, params, frozen = made("prior", draw={"steps": 3})
     batch = batch_of(task, 4)
     sample_keys = keys.sample_keys(jax.random.key(9), batch["sample"])
-    draw = lambda noise=None, **options: np.asarray(jax.jit(
-        lambda p, noise: task.sample(
-            p, frozen, batch["tokens"], batch["text_mask"], sample_keys, noise=noise, **options)
-    )(params, noise))
+    draw = lambda x_T=None, noise=None, **options: np.asarray(jax.jit(
+        lambda p, x_T, noise: task.sample(
+            p, frozen, batch["tokens"], batch["text_mask"], sample_keys, x_T=x_T, noise=noise,
+            **options)
+    )(params, x_T, noise))
     return task, frozen, batch, draw
 
 
@@ -139,12 +140,13 @@ def test_the_candidate_nearer_to_the_caption_is_kept(drawing):
     task, frozen, batch, draw = drawing
     noise = np.float32(np.random.default_rng(1).standard_normal((4, 3 * 4, 8)))
     alone = np.stack([
-        draw(noise=noise[:, 4 * c : 4 * c + 4], candidates=1, guidance=2.0) for c in range(3)])
+        draw(noise[0, part], noise[1:, part], candidates=1, guidance=2.0)
+        for part in (slice(0, 4), slice(4, 8), slice(8, 12))])
     z_t, _ = task.clip.text(frozen["clip"], batch["tokens"])
     score = cosine(alone, np.asarray(z_t)[None])
     best = score.argmax(0)
     assert len(set(best.tolist())) > 1  # or this test could not tell a choice from none
-    got = draw(noise=noise, candidates=3, guidance=2.0)
+    got = draw(noise[0], noise[1:], candidates=3, guidance=2.0)
     np.testing.assert_allclose(got, alone[best, np.arange(4)], rtol=1e-4, atol=1e-5)
 
 
@@ -222,7 +224,7 @@ def test_a_learned_null_is_trained_and_drawn_from():
     task.clip_params = tasks.ClipTask(tasks.arguments(clip)).init(jax.random.key(1))
     ones = np.ones(16, np.float32)
     task.statistics = {"mean": 0 * ones, "std": ones}
-    params = task.init(jax.random.key(0))
+    params = jax.jit(task.init)(jax.random.key(0))
     batch = {
         "image": np.zeros((2, 16, 16, 3), np.uint8),
         "tokens": np.array([[62, 5, 63] + 13 * [0], [62, 6, 63] + 13 * [0]], np.int32),
@@ -232,13 +234,12 @@ def test_a_learned_null_is_trained_and_drawn_from():
     }
     loss = lambda p: task.loss(p, task.frozen(), batch, jax.random.key(0), train=True)[0]
     # The output layer starts at random, so the gradient reaches the null embeddings at once.
-    grads = jax.grad(loss)(params)
+    grads = jax.jit(jax.grad(loss))(params)
     assert np.abs(grads["text"]["null"]).max() > 0 and np.abs(grads["z_t"]["null"]).max() > 0
-    draw = lambda scale: task.sample(
-        params, task.frozen(), batch["tokens"], batch["text_mask"],
-        jax.random.split(jax.random.key(2), 2), steps=2, guidance=scale, candidates=1,
-    )
-    np.testing.assert_allclose(draw(0.0)[0], task.sample(
-        params, task.frozen(), batch["tokens"][::-1], batch["text_mask"],
+    draw = jax.jit(lambda tokens: task.sample(
+        params, task.frozen(), tokens, batch["text_mask"],
         jax.random.split(jax.random.key(2), 2), steps=2, guidance=0.0, candidates=1,
-    )[0], rtol=1e-5, atol=1e-5)  # without guidance from the caption, captions do not matter
+    ))
+    # Without guidance from the caption, captions do not matter.
+    np.testing.assert_allclose(
+        draw(batch["tokens"])[0], draw(batch["tokens"][::-1])[0], rtol=1e-5, atol=1e-5)

@@ -73,6 +73,7 @@ def _ddim_coefficients(s: Schedule) -> Coefficients:
         "x0": np.sqrt(s.alpha_bar_prev),
         "noise": np.sqrt(1 - s.alpha_bar_prev),
         "fraction": np.append(0.0, fraction[1:]),
+        "rest": np.append(1.0, 1 - fraction[1:]),  # 4e-8 at the noisiest step: no float32 1 - f
     }
 
 
@@ -81,7 +82,7 @@ def _ddim_step(s: _Step) -> jax.Array:
     if s.noise is None:
         return s.c["x0"] * s.prediction.x0 + s.c["noise"] * s.prediction.eps
     random = s.eta * jnp.sqrt(s.c["fraction"])
-    kept = jnp.sqrt(jnp.maximum(1 - random**2, 0))
+    kept = jnp.sqrt(1 - s.eta**2 + s.eta**2 * s.c["rest"])
     direction = kept * s.prediction.eps + random * s.noise
     return s.c["x0"] * s.prediction.x0 + s.c["noise"] * direction
 

@@ -2,10 +2,10 @@
 
 Paper section 2.1: a GLIDE U-Net (`unet.UNet`) whose conditions enter twice. z_i is projected and
 added to the timestep embedding, and projected into four extra tokens of context; the caption
-supplies the other tokens, either CLIP's own hidden states (Karlo) or the output of a text
-transformer trained with the decoder (GLIDE, the paper). Image embedding and caption are dropped
-independently (10 % and 50 % of the time in the paper), for classifier-free guidance; which samples
-are dropped is decided outside and given as masks.
+supplies the other tokens: CLIP's own hidden states (Karlo), those of a frozen T5 (Imagen,
+arXiv 2205.11487) or the output of a text transformer trained with the decoder (GLIDE, the paper).
+Image embedding and caption are dropped independently (10 % and 50 % of the time in the paper), for
+classifier-free guidance; which samples are dropped is decided outside and given as masks.
 
 Parameters: `unet/…`, and `text_proj/…` for everything that turns conditions into the U-Net's
 inputs; Karlo's are 885,439,686 and 7,878,400.
@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from unclip.errors import ConfigError
-from unclip.models.transformer import LayerNorm, Transformer
+from unclip.models.transformer import LayerNorm, Transformer, attention
 from unclip.models.unet import UNet, unet_fields
 
 IMAGE_TOKENS = 4
@@ -68,12 +68,39 @@ class TextEncoder(nn.Module):
         return LayerNorm(dtype=self.dtype, name="norm")(x)
 
 
+class Pool(nn.Module):
+    """One vector of a caption by attention: the mean of its tokens asks, the tokens answer.
+
+    Imagen adds such a vector to the timestep embedding (section 2.4); how it is pooled is open
+    there, and by attention is the better one of those its appendix compares.
+    """
+
+    width: int
+    dtype: Any
+    attention_impl: str
+
+    @nn.compact
+    def __call__(self, hidden, mask):
+        """hidden [B, L, W] and mask bool [B, L] -> [B, W]; any finite values where no token is."""
+        count = jnp.maximum(mask.sum(1, keepdims=True), 1)
+        real = jnp.where(mask[..., None], hidden, 0)
+        mean = real.astype(jnp.float32).sum(1) / count
+        heads = self.width // 64 if self.width % 64 == 0 else 1
+        dense = lambda name: nn.Dense(self.width, dtype=self.dtype, name=name)
+        split = lambda x: x.reshape(*x.shape[:-1], heads, self.width // heads)
+        q = split(dense("q")(mean.astype(self.dtype)))[:, None]
+        k, v = split(dense("k")(hidden)), split(dense("v")(hidden))
+        pooled = attention(q, k, v, mask[:, None, None, :], impl=self.attention_impl)
+        return pooled.reshape(-1, self.width)
+
+
 class Conditioner(nn.Module):
     """Conditions -> (emb [B, time_dim], context [B, T, context_dim], context_mask [B, T]).
 
     Context is [four image tokens, text tokens]. A dropped image is the learned `null_image` in both
-    places. A dropped caption read from CLIP loses its tokens (mask) and z_t (zero), or becomes one
-    learned token and a learned z_t; a dropped caption read by the text transformer is all padding.
+    places. A dropped caption read from CLIP or T5 loses its tokens (mask), z_t and pooled vector
+    (zero), or becomes one learned token (which is then pooled) and a learned z_t; a dropped caption
+    read by the text transformer is all padding.
     """
 
     time_dim: int
@@ -84,6 +111,8 @@ class Conditioner(nn.Module):
     learned_null_text: bool
     text: dict[str, Any] | None
     dtype: Any
+    pool_text: bool = False
+    attention_impl: str = "xla"
 
     @nn.compact
     def __call__(self, z_i, z_t, text_hidden, tokens, text_mask, drop_image, drop_text):
@@ -117,8 +146,15 @@ class Conditioner(nn.Module):
                 if drop_text is not None:
                     mask = mask.at[:, 0].set(mask[:, 0] | drop_text)
             hidden = self._dense(self.context_dim, "text_tokens")(hidden)
-            context.append(LayerNorm(dtype=self.dtype, name="text_norm")(hidden))
+            hidden = LayerNorm(dtype=self.dtype, name="text_norm")(hidden)
+            context.append(hidden)
             masks.append(mask)
+            if self.pool_text:
+                pool = Pool(self.context_dim, self.dtype, self.attention_impl, name="pool")
+                pooled = pool(hidden, mask)
+                if not self.learned_null_text:
+                    pooled = self._drop(pooled, drop_text, 0.0)
+                embs.append(self._dense(self.time_dim, "pool_time")(pooled))
         emb = sum(embs) if embs else None
         if not context:
             return emb, None, None
@@ -144,15 +180,19 @@ class Decoder(UNet):
       use_z_i: condition on the CLIP image embedding (off: GLIDE, or the text-only ablations).
       use_z_t: add the projected CLIP text embedding to the time embedding.
       use_text_tokens: let attention see the caption's tokens.
-      learned_null_text: a dropped CLIP caption is learned rather than absent.
-      text_layers: depth of the decoder's own text transformer; 0 reads CLIP's hidden states.
-      text_heads, text_context, vocab: its heads, longest caption and number of tokens.
+      pool_text: add a vector pooled from CLIP's or T5's hidden states to the time embedding.
+      learned_null_text: a dropped CLIP or T5 caption is learned rather than absent.
+      text_layers: depth of the decoder's own text transformer; 0 reads a frozen encoder's hidden
+        states, whose width is free.
+      text_context: longest caption of its own transformer, or of T5.
+      text_heads, vocab: the own transformer's heads and number of tokens.
     """
 
     context_dim: int = 1536
     use_z_i: bool = True
     use_z_t: bool = True
     use_text_tokens: bool = True
+    pool_text: bool = False
     learned_null_text: bool = False
     text_layers: int = 0
     text_heads: int = 32
@@ -184,7 +224,7 @@ class Decoder(UNet):
           t: int32 [B], original timesteps 0..999.
           z_i: float [B, D], CLIP image embedding.
           z_t: float [B, D], CLIP text embedding.
-          text_hidden: float [B, L, W], CLIP's hidden states.
+          text_hidden: float [B, L, W], hidden states of a frozen CLIP or T5.
           tokens: int32 [B, L].
           text_mask: bool [B, L], True = real token.
           drop_image: None or bool [B], True = without z_i.
@@ -198,6 +238,11 @@ class Decoder(UNet):
           ConfigError: a condition is missing, or shapes do not fit the fields.
         """
         own_text = self.text_layers > 0
+        if self.pool_text and (own_text or not self.use_text_tokens):
+            raise ConfigError(
+                "pool_text pools a frozen encoder's tokens: expected text_layers=0 and "
+                "use_text_tokens=True"
+            )
         needs = {
             "z_i": (self.use_z_i, z_i),
             "z_t": (self.use_z_t, z_t),
@@ -228,6 +273,8 @@ class Decoder(UNet):
             learned_null_text=self.learned_null_text,
             text=text,
             dtype=self.dtype,
+            pool_text=self.pool_text,
+            attention_impl=self.attention_impl,
             name="text_proj",
         )(z_i, z_t, text_hidden, tokens, text_mask, drop_image, drop_text)
         return UNet(**unet_fields(self), name="unet")(x_t, t, emb, context, mask, train=train)
@@ -257,6 +304,19 @@ PRESETS = {
     ),
     "paper": _PAPER,
     "glide": _PAPER | dict(use_z_i=False, dropout=0.0),
+    # Imagen's 64 × 64 base (2B) as far as its paper tells it, on this U-Net: captions through T5.
+    "imagen": dict(
+        channels=512,
+        multipliers=(1, 2, 3, 4),
+        blocks=3,
+        attention=(False, True, True, True),
+        context_dim=2048,
+        use_z_i=False,
+        use_z_t=False,
+        pool_text=True,
+        learned_null_text=True,
+        text_context=128,
+    ),
     # 16 × 16 on a CPU, with attention at 4.
     "emoji": dict(
         channels=32,

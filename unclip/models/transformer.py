@@ -11,6 +11,7 @@ Parameters are float32 and sit at `block_i/{ln_1,attn/{q,k,v,out},ln_2,mlp/{fc,p
 convert any tree between the two. Statistics and softmax are float32 whatever `dtype` is.
 """
 
+import math
 import re
 from collections.abc import Callable
 from functools import partial
@@ -20,11 +21,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.linen.dtypes import promote_dtype
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import NamedSharding, PartitionSpec
 
 from unclip.errors import ConfigError, unknown
 
 ATTENTION_IMPLS = ("xla", "cudnn")
+BATCH_AXES = ("data", "fsdp")  # mesh axes over which rows are split, see `runtime.sharding`
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),
@@ -107,6 +111,51 @@ def attention(
     return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=impl)
 
 
+def _mesh(x: jax.Array):
+    """The mesh that a traced array is spread over; its shape is empty where there is none."""
+    return jax.typeof(x).sharding.mesh
+
+
+def keep_rows(x: jax.Array) -> jax.Array:
+    """x, told to stay split by rows (its first dimension) over the mesh axes `BATCH_AXES`.
+
+    Where parameters are split too (FSDP), XLA is free to split activations by channels after the
+    parameters instead, and then moves them back and forth. On one device, or if the rows do not
+    divide, x is left alone.
+    """
+    mesh = _mesh(x)
+    axes = tuple(name for name in BATCH_AXES if name in mesh.shape)
+    ways = math.prod(mesh.shape[name] for name in axes)
+    if ways == 1 or x.shape[0] % ways:
+        return x
+    other = PartitionSpec.UNCONSTRAINED if mesh.shape.get("tensor", 1) > 1 else None
+    spec = PartitionSpec(axes, *[other] * (x.ndim - 1))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def _gather(kernel):
+    return jax.lax.with_sharding_constraint(kernel, NamedSharding(_mesh(kernel), PartitionSpec()))
+
+
+# The gradient is left to XLA: told to be whole too, it would be summed everywhere and then cut.
+_whole = jax.custom_vjp(_gather)
+_whole.defvjp(lambda kernel: (_gather(kernel), None), lambda _, gradient: (gradient,))
+
+
+def gather_dtype(x, *weights, dtype=None, **options):
+    """Flax's promotion of a layer's operands, and the weights gathered once they are in `dtype`.
+
+    FSDP keeps kernels in slices. Left to itself XLA gathers some and slices the activations for
+    others; here every kernel becomes whole just before its layer, in half the bytes where `dtype`
+    is bfloat16. Nothing changes on one device, or where a tensor axis splits kernels for good.
+    """
+    x, *weights = promote_dtype(x, *weights, dtype=dtype, **options)
+    shape = _mesh(weights[0]).shape
+    if shape.get("fsdp", 1) > 1 and shape.get("tensor", 1) == 1:
+        weights = [w if w is None else _whole(w) for w in weights]
+    return (x, *weights)
+
+
 def causal_mask(length: int) -> jax.Array:
     """bool [1, 1, length, length]: position i may attend to positions 0..i."""
     return jnp.tril(jnp.ones((length, length), bool))[None, None]
@@ -172,7 +221,10 @@ class Attention(nn.Module):
         Returns:
           ([B, T, width], the updated cache or None).
         """
-        dense = partial(nn.Dense, self.width, dtype=self.dtype, param_dtype=jnp.float32)
+        dense = partial(
+            nn.Dense, self.width, dtype=self.dtype, param_dtype=jnp.float32,
+            promote_dtype=gather_dtype,
+        )
         std = nn.initializers.normal(self.width**-0.5)
         shape = (*x.shape[:-1], self.heads, self.width // self.heads)
         q, k, v = (dense(name=n, kernel_init=std)(x).reshape(shape) for n in "qkv")
@@ -200,7 +252,9 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[…, W] -> […, W] in `dtype`."""
         width = x.shape[-1]
-        dense = partial(nn.Dense, dtype=self.dtype, param_dtype=jnp.float32)
+        dense = partial(
+            nn.Dense, dtype=self.dtype, param_dtype=jnp.float32, promote_dtype=gather_dtype
+        )
         std = nn.initializers.normal((2 * width) ** -0.5)
         h = activation_fn(self.activation)(dense(self.mlp_width, kernel_init=std, name="fc")(x))
         out = nn.initializers.normal(width**-0.5 if self.out_std is None else self.out_std)
@@ -227,9 +281,9 @@ class Block(nn.Module):
             self.width, self.heads, self.out_std, self.dtype, self.attention_impl, name="attn"
         )
         y, cache = attend(norm(name="ln_1")(x), mask, cache, index)
-        x = x + y
+        x = keep_rows(x + y)
         mlp = MLP(self.mlp_width, self.activation, self.out_std, self.dtype, name="mlp")
-        return x + mlp(norm(name="ln_2")(x)), cache
+        return keep_rows(x + mlp(norm(name="ln_2")(x))), cache
 
 
 class Transformer(nn.Module):

@@ -32,6 +32,8 @@ from jax.ad_checkpoint import checkpoint_name
 from unclip.errors import ConfigError, unknown
 from unclip.models.transformer import (
     attention,
+    gather_dtype,
+    keep_rows,
     remat_policy,
     stack_blocks,
     timestep_embedding,
@@ -105,7 +107,16 @@ class Norm(nn.Module):
 
 def _conv(style, features, kernel, name, zero=False):
     init = nn.initializers.zeros if zero else nn.initializers.lecun_normal()
-    return nn.Conv(features, (kernel, kernel), kernel_init=init, dtype=style.dtype, name=name)
+    return nn.Conv(
+        features, (kernel, kernel), kernel_init=init, dtype=style.dtype,
+        promote_dtype=gather_dtype, name=name,
+    )
+
+
+def _dense(style, features, name, **options):
+    return nn.Dense(
+        features, dtype=style.dtype, promote_dtype=gather_dtype, name=name, **options
+    )
 
 
 def downsample(x):
@@ -135,9 +146,9 @@ class ResBlock(nn.Module):
         if self.resample is not None:
             resample = downsample if self.resample == "down" else upsample_nearest
             x, h = resample(x), resample(h)
-        h = _conv(style, self.features, 3, "conv_1")(h)
+        h = keep_rows(_conv(style, self.features, 3, "conv_1")(h))
         width = self.features * (2 if style.scale_shift else 1)
-        time = nn.Dense(width, dtype=style.dtype, name="time")(emb)
+        time = _dense(style, width, "time")(emb)
         if style.scale_shift:
             h = Norm(style, name="norm_2")(h, film=jnp.split(time, 2, axis=-1))
         else:
@@ -146,7 +157,7 @@ class ResBlock(nn.Module):
         h = _conv(style, self.features, 3, "conv_2", zero=True)(h)
         if x.shape[-1] != self.features:
             x = _conv(style, self.features, 1, "skip")(x)
-        return x + h
+        return keep_rows(x + h)
 
 
 class AttentionBlock(nn.Module):
@@ -166,7 +177,7 @@ class AttentionBlock(nn.Module):
         positions = height * width
 
         def heads(name, tokens):
-            y = nn.Dense(channels, dtype=style.dtype, name=name)(tokens)
+            y = _dense(style, channels, name)(tokens)
             return y.reshape(batch, tokens.shape[1], channels // style.head_dim, style.head_dim)
 
         tokens = Norm(style, name="norm")(x).reshape(batch, positions, channels)
@@ -181,7 +192,8 @@ class AttentionBlock(nn.Module):
         y = attention(q, k, v, mask, impl=style.attention_impl).reshape(x.shape)
         y = checkpoint_name(y, "attention")
         zeros = nn.initializers.zeros
-        return x + nn.Dense(channels, kernel_init=zeros, dtype=style.dtype, name="out")(y)
+        y = _dense(style, channels, "out", kernel_init=zeros)(y)
+        return keep_rows(x + y)
 
 
 def _blocks(style, scanned=False):

@@ -8,13 +8,19 @@ import inspect
 import jax.numpy as jnp
 
 from unclip import errors
+from unclip.models.decoder import Decoder
+from unclip.tasks import decoder
 from unclip.tasks.base import Task
 from unclip.tasks.clip import ClipTask
 from unclip.tasks.decoder import DecoderTask
 from unclip.tasks.prior import ARPriorTask, DiffusionPriorTask
+from unclip.tasks.t5 import FrozenT5
 from unclip.tasks.upsampler import UpsamplerTask
 
-__all__ = ["ARPriorTask", "ClipTask", "DecoderTask", "DiffusionPriorTask", "Task", "UpsamplerTask"]
+__all__ = [
+    "ARPriorTask", "ClipTask", "DecoderTask", "DiffusionPriorTask", "FrozenT5", "Task",
+    "UpsamplerTask",
+]
 
 STAGES = ("clip", "prior", "decoder", "upsampler")
 NEEDS_CLIP = ("prior", "decoder")
@@ -36,6 +42,24 @@ def arguments(arch: dict) -> dict:
     return out
 
 
+def needs(stage: str, arch: dict, settings: dict) -> tuple[str, ...]:
+    """The frozen parts a stage is trained and drawn with: of "clip" and "t5", those it reads.
+
+    Args:
+      stage: one of STAGES; arch, settings: as in `make`.
+
+    Raises:
+      ConfigError: a field the model does not have, or conditions that contradict one another.
+    """
+    if stage != "decoder":
+        return ("clip",) if stage == "prior" else ()
+    try:
+        model = Decoder(**arguments(arch))
+    except TypeError as e:
+        raise errors.ConfigError(f"{stage}: {e}") from e
+    return decoder.needs(model, settings.get("text_encoder") or "clip")
+
+
 def make(stage: str, arch: dict, settings: dict, **parts) -> Task:
     """The task of a stage.
 
@@ -44,7 +68,8 @@ def make(stage: str, arch: dict, settings: dict, **parts) -> Task:
       arch: the model's fields, JSON-able as in a config or a bundle.
       settings: the task's own arguments (`config.task`); "kind" chooses the prior; zeros and
         empty strings of optional settings mean "off".
-      **parts: clip (architecture), clip_params, statistics, where the stage has them.
+      **parts: clip (architecture), clip_params, t5, t5_params, statistics, where the stage has
+        them; see `needs`.
 
     Raises:
       ConfigError: unknown stage, or a setting or field the stage does not have.
@@ -68,8 +93,9 @@ def make(stage: str, arch: dict, settings: dict, **parts) -> Task:
             raise errors.unknown(f"{stage} setting", name, set(known) - {"arch", *parts})
     if "draw" in settings:
         settings["draw"] = {k: v for k, v in dict(settings["draw"]).items() if v != ""}
-    if parts.get("clip") is not None:
-        parts["clip"] = arguments(parts["clip"])
+    for name in ("clip", "t5"):
+        if parts.get(name) is not None:
+            parts[name] = arguments(parts[name])
     try:
         return task(arguments(arch), **settings, **parts)
     except TypeError as e:

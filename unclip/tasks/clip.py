@@ -10,6 +10,7 @@ import optax
 
 from unclip import errors
 from unclip.models import clip as clip_model
+from unclip.models.transformer import stack_blocks
 from unclip.tasks import base
 
 LOSSES = ("softmax", "sigmoid")
@@ -164,17 +165,28 @@ def sigmoid_loss(logits: jax.Array, valid: jax.Array) -> jax.Array:
 
 
 class FrozenClip:
-    """A trained CLIP as the later stages use it: no gradient, float32 results."""
+    """A trained CLIP as the later stages use it: no gradient, float32 results.
+
+    fold: run the blocks under a scan whatever the layout of the parameters, which are stacked on
+      the way in: a program with one block a tower in place of all compiles much sooner.
+    """
 
     def __init__(self, model: clip_model.CLIP):
         self.model = model
+        self.fold = False
+
+    def _apply(self, params, inputs, method):
+        model = self.model
+        if self.fold and not model.fold:
+            model, params = model.clone(fold=True), stack_blocks(params)
+        return model.apply({"params": params}, inputs, method=method)
 
     def image(self, params, images: jax.Array) -> jax.Array:
         """z_i [B, D], not normalised, of uint8 or [-1, 1] float pictures of any size."""
         if images.dtype == jnp.uint8:
             images = to_float(images)
         images = clip_model.resize_for_clip(images, self.model.image_size)
-        z_i = self.model.apply({"params": params}, images, method="encode_image")
+        z_i = self._apply(params, images, "encode_image")
         return jax.lax.stop_gradient(z_i.astype(jnp.float32))
 
     def text(self, params, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -188,7 +200,7 @@ class FrozenClip:
         if tokens.shape[1] > context:
             last = jnp.where(tokens[:, context - 1 :] != 0, end, 0).max(axis=1)
             tokens = tokens[:, :context].at[:, -1].set(last)
-        z_t, hidden = self.model.apply({"params": params}, tokens, method="encode_text")
+        z_t, hidden = self._apply(params, tokens, "encode_text")
         return jax.lax.stop_gradient((z_t.astype(jnp.float32), hidden.astype(jnp.float32)))
 
     def empty(self, batch_size: int, context: int | None = None) -> tuple[jax.Array, jax.Array]:

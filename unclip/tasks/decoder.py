@@ -2,7 +2,8 @@
 
 A text- and embedding-conditional diffusion model of small pictures. The picture's own CLIP
 embedding is dropped 10 % of the time and the caption 50 %, separately, so that the same network
-gives every conditional and unconditional prediction that classifier-free guidance needs.
+gives every conditional and unconditional prediction that classifier-free guidance needs. Captions
+may be read through a frozen T5 instead of CLIP, as in Imagen (arXiv 2205.11487).
 """
 
 import jax
@@ -12,11 +13,33 @@ from unclip import errors
 from unclip.diffusion import gaussian, guidance, losses, samplers, schedule
 from unclip.models import clip as clip_model
 from unclip.models import decoder as decoder_model
+from unclip.models import t5 as t5_model
 from unclip.tasks import base, keys
 from unclip.tasks.clip import FrozenClip, to_float, unit
+from unclip.tasks.t5 import FrozenT5
 
 T, NOISE, DROP_IMAGE, DROP_TEXT = range(4)  # tags of a sample's random draws
 THRESHOLDS = {"static": guidance.static_threshold, "dynamic": guidance.dynamic_threshold}
+TEXT_ENCODERS = ("clip", "t5")
+
+
+def needs(model: decoder_model.Decoder, text_encoder: str) -> tuple[str, ...]:
+    """Which frozen parts a decoder reads its conditions through: "clip", "t5", both or none.
+
+    Raises:
+      ConfigError: an unknown text encoder, or one that cannot give what the model reads.
+    """
+    if text_encoder not in TEXT_ENCODERS:
+        raise errors.unknown("text encoder", text_encoder, TEXT_ENCODERS)
+    t5 = text_encoder == "t5"
+    if t5 and (model.text_layers or model.use_z_t or not model.use_text_tokens):
+        raise errors.ConfigError(
+            "text_encoder 't5' gives hidden states and no z_t: expected arch.text_layers=0, "
+            "arch.use_z_t=False, arch.use_text_tokens=True"
+        )
+    read = model.use_text_tokens and not model.text_layers and not t5
+    clip = model.use_z_i or model.use_z_t or read
+    return ("clip",) * clip + ("t5",) * t5
 
 
 class DecoderTask:
@@ -24,8 +47,11 @@ class DecoderTask:
 
     Args:
       arch: keyword arguments of `models.decoder.Decoder`.
-      clip: keyword arguments of the frozen `models.clip.CLIP`.
+      clip: keyword arguments of the frozen `models.clip.CLIP`; None where `needs` names none.
       clip_params: its parameters; None when only shapes are wanted.
+      t5, t5_params: likewise of the frozen `models.t5.T5Encoder`.
+      text_encoder: what captions are read through, "clip" (also for a decoder with a text
+        transformer of its own, whose tokens are CLIP's) or "t5".
       image_size: side of the pictures, pixels.
       noise: name of the noise schedule.
       parametrisation: what the network predicts, "eps" (paper), "x0" or "v".
@@ -45,8 +71,11 @@ class DecoderTask:
         self,
         arch: dict,
         *,
-        clip: dict,
+        clip: dict | None = None,
         clip_params=None,
+        t5: dict | None = None,
+        t5_params=None,
+        text_encoder: str = "clip",
         image_size: int = 64,
         noise: str = "cosine",
         parametrisation: str = "eps",
@@ -59,10 +88,18 @@ class DecoderTask:
         draw: dict | None = None,
     ):
         self.model = decoder_model.Decoder(**arch)
-        self.clip = FrozenClip(clip_model.CLIP(**clip))
-        self.clip_params = clip_params
+        self.needs = needs(self.model, text_encoder)
+        for name, given in (("clip", clip), ("t5", t5)):
+            if name in self.needs and given is None:
+                raise errors.ConfigError(f"this decoder reads its conditions through a {name} part")
+        self.clip = FrozenClip(clip_model.CLIP(**clip)) if "clip" in self.needs else None
+        self.t5 = FrozenT5(t5_model.T5Encoder(**t5)) if "t5" in self.needs else None
+        self.parts = {"clip": clip_params, "t5": t5_params}
+        self.use_z_i = self.model.use_z_i
+        self.vocabulary = self.clip.model.vocab_size if self.clip else self.model.vocab
         own_text = self.model.text_layers > 0
-        self.context = self.model.text_context if own_text else self.clip.model.context
+        own_context = own_text or self.t5 is not None
+        self.context = self.model.text_context if own_context else self.clip.model.context
         self.image_size = image_size
         self.schedule = schedule.make(noise)
         self.parametrisation, self.variance = parametrisation, variance
@@ -72,46 +109,66 @@ class DecoderTask:
         self.own_null = self.model.learned_null_text or own_text
         self.image_drop, self.text_drop = image_drop, text_drop
         self.stored = False
+        self.tokenizer = None  # an object with `encode`; None: CLIP's
         self.draw = {"steps": 25, "guidance": 8.0, "sampler": "ddpm", "eta": 0.0}
         self.draw |= {"threshold": "static"} | dict(draw or {})
 
     def batch_spec(self, batch_size: int):
-        clip = self.clip.model
-        wanted = {"z_i": clip.embed_dim} if self.stored else {"clip_image": clip.image_size}
+        wanted = {}
+        if self.use_z_i:
+            clip = self.clip.model
+            wanted = {"z_i": clip.embed_dim} if self.stored else {"clip_image": clip.image_size}
         return base.spec(batch_size, image=self.image_size, tokens=self.context, **wanted)
 
     def init(self, key):
-        clip, size = self.clip.model, self.image_size
+        size = self.image_size
         tokens = jnp.zeros((1, self.context), jnp.int32)
-        z = jnp.zeros((1, clip.embed_dim))
+        z = jnp.zeros((1, self.clip.model.embed_dim)) if self.clip else None
+        widths = [f.model.text_width for f in (self.clip,) if f]
+        widths = [self.t5.model.width] if self.t5 else widths
         return self.model.init(
             key,
             jnp.zeros((1, size, size, 3)),
             jnp.zeros((1,), jnp.int32),
             z_i=z,
             z_t=z,
-            text_hidden=jnp.zeros((*tokens.shape, clip.text_width)),
+            text_hidden=jnp.zeros((*tokens.shape, *widths)) if widths else None,
             tokens=tokens,
             text_mask=tokens == 0,
         )["params"]
 
     def frozen(self):
-        return {"clip": self.clip_params}
+        return {name: self.parts[name] for name in self.needs} or None
 
     def image(self, frozen, batch):
-        """z_i [B, D] of the batch, stored or from its pictures."""
+        """z_i [B, D] of the batch, stored or from its pictures; None where it is not read."""
+        if not self.use_z_i:
+            return None
         return batch["z_i"] if self.stored else self.clip.image(frozen["clip"], batch["clip_image"])
 
     def scaled(self, z_i):
         """z_i [B, D] as the network is given it."""
-        return self.z_scale * unit(z_i) if self.z_scale else z_i
+        return self.z_scale * unit(z_i) if self.z_scale and z_i is not None else z_i
+
+    def empty(self, batch_size: int, context: int | None = None):
+        """The empty caption: (tokens int32 [B, L], mask bool [B, L]), L = `context` of the task."""
+        context = context or self.context
+        if self.t5:
+            return self.t5.empty(batch_size, context)
+        ends = jnp.array([self.vocabulary - 2, self.vocabulary - 1], jnp.int32)
+        tokens = jnp.zeros((batch_size, context), jnp.int32).at[:, :2].set(ends)
+        return tokens, jnp.arange(context)[None, :].repeat(batch_size, 0) < 2
 
     def text(self, frozen, tokens, mask, drop):
         """Caption conditions, rows of `drop` (bool [B]) replaced by the empty caption."""
-        empty, empty_mask = self.clip.empty(1, tokens.shape[1])
+        empty, empty_mask = self.empty(1, tokens.shape[1])
         tokens = jnp.where(drop[:, None], empty, tokens)
         mask = jnp.where(drop[:, None], empty_mask, mask)
-        z_t, hidden = self.clip.text(frozen["clip"], tokens)
+        z_t, hidden = None, None
+        if self.t5:
+            hidden = self.t5.text(frozen["t5"], tokens, mask)
+        elif self.clip:
+            z_t, hidden = self.clip.text(frozen["clip"], tokens)
         return {"z_t": z_t, "text_hidden": hidden, "tokens": tokens, "text_mask": mask}
 
     def loss(self, params, frozen, batch, key, *, train):
@@ -142,7 +199,10 @@ class DecoderTask:
         """Draws pictures float32 [B, S, S, 3] in [-1, 1].
 
         Args:
-          z_i: [B, D]; tokens, mask: [B, L]; sample_keys: typed keys [B], one a picture.
+          frozen: {name: parameters} of at least the parts in `self.needs`.
+          z_i: [B, D], or None for a decoder without it; tokens int32 and mask bool [B, L] of the
+            captions, L = `self.context`, CLIP's or T5's by `self.needs`; sample_keys: typed keys
+            [B], one a picture.
           x_T: optional starting noise [B, S, S, 3].
           noise: seam for parity tests, [steps, B, S, S, 3] standard normal.
           draw: steps, sampler, threshold (static); guidance, eta (may be traced).

@@ -171,12 +171,15 @@ class DiffusionPriorTask(_Conditioned):
         cosine = jnp.sum(unit(self.decode(frozen, predicted)) * unit(self.decode(frozen, x_0)), -1)
         return loss, {"loss": loss, "cosine": base.mean(cosine, batch["valid"])}
 
-    def sample(self, params, frozen, tokens, mask, sample_keys, *, noise=None, **draw):
+    def sample(
+        self, params, frozen, tokens, mask, sample_keys, *, x_T=None, noise=None, **draw
+    ):
         """Draws z_i for captions: `candidates` each, the better dot product with z_t is kept.
 
         Args:
           tokens, mask: [B, L]; sample_keys: typed keys [B], one a picture.
-          noise: seam for parity tests, [steps + 1, candidates * B, D] standard normal: x_T first.
+          x_T: optional starting noise [candidates * B, D].
+          noise: seam for parity tests, [steps, candidates * B, D] standard normal.
           draw: steps, sampler, candidates (static); guidance, eta (may be traced).
 
         Returns:
@@ -204,10 +207,8 @@ class DiffusionPriorTask(_Conditioned):
             variance="fixed_small",
             clip=self.clamp,
         )
-        if noise is None:
+        if x_T is None:
             x_T = samplers.draw_noise(every, (self.model.embed_dim,))
-        else:
-            x_T, noise = noise[0], noise[1:]
         z = samplers.sample(
             denoise, respaced, x_T, every, sampler=draw["sampler"], eta=draw["eta"], noise=noise
         )
@@ -299,9 +300,11 @@ class ARPriorTask(_Conditioned):
         hit = jnp.mean(jnp.argmax(logits, -1) == codes, axis=1)
         return loss, {"loss": loss, "accuracy": base.mean(hit, batch["valid"])}
 
-    def sample(self, params, frozen, tokens, mask, sample_keys, *, noise=None, **draw):
+    def sample(
+        self, params, frozen, tokens, mask, sample_keys, *, x_T=None, noise=None, **draw
+    ):
         """Draws z_i float32 [B, D] for captions [B, L]; see `DiffusionPriorTask.sample`."""
-        if noise is not None:
+        if x_T is not None or noise is not None:
             raise errors.ConfigError("the autoregressive prior draws codes; it takes no noise")
         draw = self.draw | draw
         batch, pca = tokens.shape[0], self._pca(frozen)

@@ -2,10 +2,13 @@
 
 Each sees the low-resolution picture and nothing else. Training degrades that picture (Gaussian
 blur for the first, BSR for the second) and works on random crops; drawing runs at full size.
+Karlo has two networks for one upsampler: the second, fine-tuned, makes the last step of a draw.
 """
 
+import jax
 import jax.numpy as jnp
 
+from unclip import errors
 from unclip.diffusion import gaussian, samplers, schedule
 from unclip.models import upsampler as upsampler_model
 from unclip.tasks import base, keys
@@ -21,6 +24,8 @@ class UpsamplerTask:
       image_size: side of the full picture it draws, pixels.
       factor: how many times larger it makes a side.
       crop: side of the training crops, pixels.
+      t_below: training draws timesteps below this one; 0 = all. 1 is for a network that makes the
+        last step alone (Karlo's second).
       draw: defaults of `sample`: steps, sampler, eta.
       Other arguments as in `DecoderTask`.
     """
@@ -39,6 +44,7 @@ class UpsamplerTask:
         variance: str = "fixed_small",
         vlb_weight: float = 1.0,
         min_snr: float | None = None,
+        t_below: int = 0,
         draw: dict | None = None,
     ):
         self.model = upsampler_model.Upsampler(**arch)
@@ -46,6 +52,11 @@ class UpsamplerTask:
         self.schedule = schedule.make(noise)
         self.parametrisation, self.variance = parametrisation, variance
         self.vlb_weight, self.min_snr = vlb_weight, min_snr
+        if not 0 <= t_below <= len(self.schedule):
+            raise errors.ConfigError(
+                f"t_below is {t_below}: expected 0 (all timesteps) to {len(self.schedule)}"
+            )
+        self.t_below = t_below or len(self.schedule)
         self.draw = {"steps": 27, "sampler": "ddim", "eta": 0.0} | (draw or {})
 
     def batch_spec(self, batch_size: int):
@@ -64,25 +75,36 @@ class UpsamplerTask:
         del frozen
         sample_keys = keys.sample_keys(key, batch["sample"])
         x_0, low = to_float(batch["image"]), to_float(batch["low"])
-        t = keys.integers(sample_keys, len(self.schedule), T)
+        t = keys.integers(sample_keys, self.t_below, T)
         eps = keys.normal(sample_keys, x_0.shape[1:], NOISE)
         x_t = gaussian.q_sample(self.schedule, x_0, t, eps)
         rngs = {"dropout": keys.batch_key(key, batch["sample"])} if train else None
         raw = self.model.apply({"params": params}, x_t, t, low, train=train, rngs=rngs)
         return diffusion_loss(self, raw.astype(jnp.float32), x_0, t, eps, batch["valid"])
 
-    def sample(self, params, low, sample_keys, *, x_T=None, noise=None, **draw):
+    def sample(
+        self, params, low, sample_keys, *, last_params=None, x_T=None, noise=None, **draw
+    ):
         """Draws pictures float32 [B, factor * h, factor * w, 3] in [-1, 1].
 
         Args:
           low: float32 [B, h, w, 3] in [-1, 1]; sample_keys: typed keys [B], one a picture.
+          last_params: parameters of a second network of the same architecture, which makes the
+            last step in place of the first (Karlo); None = one network for all.
           x_T, noise: as in `DecoderTask.sample`.
           draw: steps, sampler (static); eta (may be traced).
         """
         draw = self.draw | draw
         height, width = (side * self.factor for side in low.shape[1:3])
-        model_fn = lambda x, t: self.model.apply({"params": params}, x, t, low)
         respaced = self.schedule.respace(draw["steps"])
+
+        def model_fn(x, t):
+            network = lambda chosen: self.model.apply({"params": chosen}, x, t, low)
+            if last_params is None:
+                return network(params)
+            first, last = (lambda: network(params)), (lambda: network(last_params))
+            return jax.lax.cond(respaced.is_first(t[0]), last, first)
+
         denoise = gaussian.make_denoise(
             model_fn,
             respaced,

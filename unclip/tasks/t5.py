@@ -1,0 +1,30 @@
+"""A frozen T5 as a decoder reads captions through it (Imagen, arXiv 2205.11487, section 2.1)."""
+
+import jax
+import jax.numpy as jnp
+
+from unclip.models import t5 as t5_model
+
+EOS = 1  # ends every caption; padding is 0
+
+
+class FrozenT5:
+    """A trained T5 encoder: no gradient, float32 results."""
+
+    def __init__(self, model: t5_model.T5Encoder):
+        self.model = model
+
+    def init(self, key: jax.Array) -> dict:
+        """Random parameters float32, for benchmarks and for shapes."""
+        tokens = jnp.ones((1, 2), jnp.int32)
+        return self.model.init(key, tokens, tokens == 1)["params"]
+
+    def text(self, params, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+        """Hidden states [B, L, W] after the final norm, of tokens int32 and mask bool [B, L]."""
+        hidden = self.model.apply({"params": params}, jnp.asarray(tokens), jnp.asarray(mask))
+        return jax.lax.stop_gradient(hidden.astype(jnp.float32))
+
+    def empty(self, batch_size: int, context: int) -> tuple[jax.Array, jax.Array]:
+        """The empty caption: (tokens int32 [B, L], mask bool [B, L]), its end alone."""
+        tokens = jnp.zeros((batch_size, context), jnp.int32).at[:, 0].set(EOS)
+        return tokens, tokens == EOS
