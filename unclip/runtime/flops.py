@@ -37,6 +37,36 @@ _CHIPS: tuple[tuple[str, float, int], ...] = (
 )
 
 
+# (substring of device_kind, clock in Hz, bytes/s of all links to neighbouring chips together), for
+# reading the TPU compiler's estimates. The clock is the one at which its matrix units make _CHIPS'
+# peak; links are the maker's figures.
+_TIMING: tuple[tuple[str, float, float], ...] = (
+    ("tpu v4 lite", 1.05e9, 0.0),
+    ("tpu v4", 1.05e9, 300e9),
+    ("tpu v5 lite", 1.5e9, 200e9),
+    ("tpu v5e", 1.5e9, 200e9),
+    ("tpu v5", 1.75e9, 600e9),
+    ("tpu v6", 1.75e9, 448e9),
+)
+
+
+def _timing(device: Any) -> tuple[str, float, float] | None:
+    kind = device if isinstance(device, str) else device.device_kind
+    return next((chip for chip in _TIMING if chip[0] in kind.lower()), None)
+
+
+def chip_clock(device: Any) -> float | None:
+    """Cycles a second of a TPU (or device_kind string); None for what is in no table."""
+    found = _timing(device)
+    return found[1] if found else None
+
+
+def chip_links(device: Any) -> float | None:
+    """Bytes a second between a TPU chip and its neighbours, all links together; None: not known."""
+    found = _timing(device)
+    return (found[2] or None) if found else None
+
+
 def _chip(device: Any) -> tuple[str, float, int] | None:
     kind = device if isinstance(device, str) else device.device_kind
     return next((chip for chip in _CHIPS if chip[0] in kind.lower()), None)
