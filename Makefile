@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PEERS := .cache/peers
 
 .PHONY: demo test lint parity setup clean
 
@@ -25,13 +26,20 @@ lint: setup
 	$(BIN)/ruff check .
 
 # Checks against other people's code, which it installs, and the table of what they measured.
-# PyTorch first, by its exact version: that one has a build for the CPU alone. Three packages come
-# without what they depend on, since they ask for torchvision, which has no such build.
+# PyTorch first, by its exact version: that one has a build for the CPU alone. open_clip comes
+# without what it depends on, since it asks for torchvision, which has no such build. Two peers
+# stand aside in .cache: one would put a package `tests` beside ours, the other is the last
+# diffusers that opens a whole Karlo folder.
 parity: setup
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet --editable '.[dev,parity]'
-	$(BIN)/python -m pip install --quiet --no-deps open_clip_torch==3.3.0 timm==1.0.31 torch-fidelity==0.4.0
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/parity
+	$(BIN)/python -m pip install --quiet --no-deps open_clip_torch==3.3.0
+	test -d $(PEERS)/torch-fidelity-0.4.0 || $(BIN)/python -m pip install --quiet --no-deps \
+	  --target $(PEERS)/torch-fidelity-0.4.0 torch-fidelity==0.4.0
+	test -d $(PEERS)/diffusers-0.37.1 || $(BIN)/python -m pip install --quiet --no-deps \
+	  --target $(PEERS)/diffusers-0.37.1 \
+	  diffusers==0.37.1 httpx==0.28.1 httpcore==1.0.9 h11==0.16.0 anyio==4.9.0
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 tests/parity
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info .cache .pytest_cache .ruff_cache

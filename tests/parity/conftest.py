@@ -5,7 +5,7 @@ import importlib.util
 
 import pytest
 
-PEERS = ("torch", "diffusers", "transformers", "open_clip_torch", "torch-fidelity")
+PEERS = ("torch", "diffusers", "transformers", "open_clip_torch")
 
 if importlib.util.find_spec("torch"):
     import torch
