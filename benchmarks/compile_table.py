@@ -4,7 +4,8 @@
 
 Each cell is one run of `unclip compile` in a process of its own, so that its memory is returned,
 and one JSON file in --out; a cell whose file exists is not compiled again. --stages and --chips
-choose cells; --parallel runs several at once. The table of all cells there are is printed last.
+choose cells; --parallel runs several at once; --quick leaves out code generation and with it the
+estimated seconds. The table of all cells there are is printed last.
 """
 
 import argparse
@@ -35,7 +36,7 @@ OPTIONS = (
 )
 
 
-def compile_cell(out: pathlib.Path, stage: str, chip: str, limit: float) -> str:
+def compile_cell(out: pathlib.Path, stage: str, chip: str, limit: float, quick: bool) -> str:
     """Runs one cell unless its file is there; returns a line about it."""
     path = out / f"{stage.replace(' ', '-').replace('/', '-')}_{chip}.json"
     if path.exists():
@@ -44,7 +45,7 @@ def compile_cell(out: pathlib.Path, stage: str, chip: str, limit: float) -> str:
     command = [sys.executable, "-m", "unclip.compile", "--json", f"--config={config}"]
     command += [f"--topology={SLICES[chip]}", "--config.arch.fold=True"]
     command += [f"--config.accumulate={slices.get(chip, slices[''])}"]
-    command += [f"--option={option}" for option in OPTIONS]
+    command += [f"--option={option}" for option in OPTIONS] + ["--quick"] * quick
     try:
         done = subprocess.run(
             command, cwd=ROOT, capture_output=True, text=True, timeout=limit, check=False
@@ -100,12 +101,15 @@ def main() -> None:
     parser.add_argument("--chips", nargs="+", default=list(SLICES), choices=list(SLICES))
     parser.add_argument("--parallel", type=int, default=1)
     parser.add_argument("--limit_seconds", type=float, default=3600)
+    parser.add_argument("--quick", action="store_true", help="no code generation, no estimate")
     parser.add_argument("--table", action="store_true", help="compile nothing")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     cells = [(stage, chip) for chip in arguments.chips for stage in arguments.stages]
     with concurrent.futures.ThreadPoolExecutor(arguments.parallel) as pool:
-        run = lambda cell: compile_cell(arguments.out, *cell, arguments.limit_seconds)
+        run = lambda cell: compile_cell(
+            arguments.out, *cell, arguments.limit_seconds, arguments.quick
+        )
         for line in pool.map(run, [] if arguments.table else cells):
             print(line, file=sys.stderr, flush=True)
     print(table(arguments.out))

@@ -153,6 +153,25 @@ def test_unknown_chips_have_no_clock():
     assert flops.chip_clock("cpu") is None and flops.chip_links("cpu") is None
 
 
+BUFFERS = """BufferAssignment:
+allocation 0: size 4096, page 0, thread-local:
+ value: <1 copy{0} @0> (size=4096,offset=0): f32[1024]{0}
+allocation 1: size 1000, page 0, parameter 0, shape |f32[250]| at ShapeIndex {}, maybe-live-out:
+allocation 2: size 20, page 0, parameter 7, shape |f32[5]| at ShapeIndex {}:
+allocation 3: size 512, page 0, constant:
+allocation 4: size 300, page 0, maybe-live-out:
+allocation 5: size 4, page 0, output shape is |(f32[250], f32[75])|, maybe-live-out:
+allocation 6: size 70000, color 1, page 0, preallocated-temp:
+allocation 7: size 50000, page 0, preallocated-temp:
+"""
+
+
+def test_memory_by_kind_from_the_table_of_buffers():
+    """An argument's place that holds a result is an argument; on-chip memory is not HBM."""
+    memory = hlo.assigned_bytes(BUFFERS)
+    assert memory == {"arguments": 1020, "outputs": 304, "temporaries": 50000}
+
+
 # ============================================================ the verb
 
 SMALL = {  # one level, one residual block down and two up, kernels just large enough to shard
@@ -308,8 +327,9 @@ def test_the_tpu_compiler(tmp_path):
              "arch.vocab_size": 64, "arch.embed_dim": 32, "batch_size": 8, "mesh.data": 1,
              "mesh.fsdp": -1}
     small = [f"--config.{name}={value}" for name, value in small.items()]
-    done = run("-m", "unclip.compile", "--config=configs/clip.py:emoji", "--topology=v5e:2x2",
-               "--json", "--config.sharding=fsdp", f"--hlo={tmp_path / 'step.txt'}", *small)
+    command = ["-m", "unclip.compile", "--config=configs/clip.py:emoji", "--topology=v5e:2x2",
+               "--json", "--config.sharding=fsdp", *small]
+    done = run(*command, f"--hlo={tmp_path / 'step.txt'}")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["devices"] == {"count": 4, "kind": "TPU v5 lite", "memory_bytes": 16 * 2**30}
@@ -317,6 +337,14 @@ def test_the_tpu_compiler(tmp_path):
     assert 0 < report["utilisation"] < 1
     assert report["collectives"]["all-reduce"]["count"] > 0
     assert (tmp_path / "step.txt").read_text().startswith("HloModule")
+    done = run(*command, "--quick")
+    assert done.returncode == 0, done.stderr
+    quick = json.loads(done.stdout)
+    assert quick["estimated_seconds"] is None and "code" not in quick["memory_per_chip"]
+    assert quick["flops"] == report["flops"] and quick["collectives"] == report["collectives"]
+    for kind, size in quick["memory_per_chip"].items():
+        if kind != "total":
+            assert size == pytest.approx(report["memory_per_chip"][kind], rel=0.02, abs=8192), kind
 
 
 def test_libtpu_is_asked_for_by_name():

@@ -7,9 +7,11 @@ With --topology the TPU compiler of the `libtpu` package compiles for a slice th
 not attached; with --devices XLA's CPU compiler does for simulated devices. Only shapes are used:
 no parameter is ever allocated. Printed are parameters, memory a chip, floating-point operations,
 the compiler's estimate of the seconds and what utilisation they imply, collectives, compile time.
+--quick leaves out code generation, most of the time, and with it the estimate of the seconds.
 docs/compile.md says what each figure counts. The stages are those of arXiv 2204.06125.
 """
 
+import concurrent.futures
 import importlib.util
 import json
 import math
@@ -29,6 +31,7 @@ from ml_collections import ConfigDict, config_flags
 from unclip import cli, errors, files, stage, tasks
 from unclip.models.t5 import T5Encoder
 from unclip.runtime import flops, hlo, sharding
+from unclip.runtime.flops import readable_bytes as _bytes
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "FILE.py:preset[,argument...]")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "TPU slice: v4:2x2x4, v5e:4x4, v5p:4x4x4, …")
@@ -38,6 +41,7 @@ _JSON = flags.DEFINE_bool("json", False, "print one JSON object")
 _STRICT = flags.DEFINE_bool("strict", False, "exit with 78 when there are problems")
 _HBM = flags.DEFINE_float("hbm_gib", None, "memory of a chip, GiB, in place of the chip's own")
 _OPTION = flags.DEFINE_multi_string("option", [], "NAME=VALUE given to the compiler; repeatable")
+_QUICK = flags.DEFINE_bool("quick", False, "stop before code generation: no estimated seconds")
 _HLO = flags.DEFINE_string("hlo", None, "file to write the compiled program's text to")
 
 # generation -> (libtpu's name, its chip configuration, dimensions). A device is a chip: the two
@@ -234,6 +238,7 @@ def examine(
     hbm: int | None = None,
     options: dict[str, str | bool] | None = None,
     hlo_file: str | None = None,
+    quick: bool = False,
 ) -> dict:
     """Compiles and reports.
 
@@ -242,6 +247,8 @@ def examine(
       hbm: bytes of a chip, where not its own.
       options: given to the compiler as they are.
       hlo_file: where to write the program's text.
+      quick: return when memory is assigned, before code is generated; TPU only. The compiler
+        cannot be stopped: it goes on in a thread until the process ends.
 
     Returns:
       A JSON-able dict: "stage", "preset", "step", "devices", "mesh", "rows", "parameters",
@@ -267,23 +274,23 @@ def examine(
     out |= facts
     out["compile_seconds"] = {"trace": round(time.perf_counter() - start, 2)}
     start, cpu = time.perf_counter(), _cpu_seconds()
-    compiled, needed, program = None, None, ""
-    with tempfile.TemporaryDirectory() as folder:
+    needed, program, memory = None, "", None
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         # `compiled.as_text()` of libtpu fails where a collective is fused in several steps.
         dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         dump = dump if chip.platform == "tpu" else {}
+        compiling = lambda: lowered.compile(compiler_options=(options or {}) | dump or None)
         try:
-            compiled = lowered.compile(compiler_options=(options or {}) | dump or None)
+            if quick and dump:
+                program, memory = _until_assigned(compiling, pathlib.Path(folder))
+            else:
+                program, memory = _whole(compiling(), pathlib.Path(folder))
         except jax.errors.JaxRuntimeError as e:
             needed = _out_of_memory(str(e))
         out["compile_seconds"] |= {
             "wall": round(time.perf_counter() - start, 2), "cpu": round(_cpu_seconds() - cpu, 2)
         }
-        if compiled is not None:
-            dumped = sorted(pathlib.Path(folder).glob("*after_codegen.txt"))
-            program = dumped[-1].read_text() if dumped else compiled.as_text()
-    del lowered
-    if hlo_file and compiled is not None:
+    if hlo_file and program:
         with files.replacing(pathlib.Path(hlo_file)) as path:
             path.write_text(program)
     out |= {"memory_per_chip": {}, "fits": None, "estimated_seconds": None, "utilisation": None}
@@ -292,13 +299,42 @@ def examine(
     if step == "train":
         model = stage.model_flops(config, parts.get("clip"), parts.get("t5"))
     out["flops"] = {"model": model, "compiled": None}
-    if compiled is None:
+    if memory is None:
         out["memory_per_chip"] = {"temporaries": needed}
         out["fits"] = False
     else:
-        _measure(out, compiled, program, chip)
+        _measure(out, memory, program, chip)
     out["problems"] = _problems(out, config)
     return out
+
+
+def _whole(compiled, folder: pathlib.Path) -> tuple[str, dict[str, int]]:
+    """A compiled program's text and the bytes a chip needs for it, by kind."""
+    dumped = sorted(folder.glob("*after_codegen.txt"))
+    sizes = compiled.memory_analysis()
+    return dumped[-1].read_text() if dumped else compiled.as_text(), {
+        "arguments": sizes.argument_size_in_bytes,
+        "outputs": sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
+        "temporaries": sizes.temp_size_in_bytes,
+        "code": sizes.generated_code_size_in_bytes,
+    }
+
+
+def _until_assigned(compiling, folder: pathlib.Path) -> tuple[str, dict[str, int]]:
+    """As `_whole`, from what the compiler writes before it generates code."""
+    work = concurrent.futures.ThreadPoolExecutor(1).submit(compiling)
+    stem, ending = "after_optimizations", "_after_buffer_assignment.txt"
+    while not work.done() and not list(folder.glob(f"*{stem}{ending}")):
+        time.sleep(0.2)
+    if work.done():
+        work.result()  # raises what compiling raised
+    path = max(folder.glob(f"*{stem}{ending}"), key=lambda found: found.stat().st_size)
+    text, before = path.read_text(), -1
+    while len(text) != before and not work.done():  # until it is written whole
+        time.sleep(1.0)
+        text, before = path.read_text(), len(text)
+    assigned = path.with_name(path.name.replace(ending, "-buffer-assignment.txt"))
+    return text, hlo.assigned_bytes(assigned.read_text())
 
 
 def _cpu_seconds() -> float:
@@ -315,15 +351,8 @@ def _out_of_memory(message: str) -> int | None:
     return found and int(float(size) * 1024 ** (1 + "KMGT".index(unit)))
 
 
-def _measure(out: dict, compiled, program: str, chip) -> None:
+def _measure(out: dict, memory: dict[str, int], program: str, chip) -> None:
     """Adds to a report what the compiled program and its text tell."""
-    sizes = compiled.memory_analysis()
-    memory = {
-        "arguments": sizes.argument_size_in_bytes,
-        "outputs": sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
-        "temporaries": sizes.temp_size_in_bytes,
-        "code": sizes.generated_code_size_in_bytes,
-    }
     out["memory_per_chip"] = memory | {"total": sum(memory.values())}
     limit = out["devices"]["memory_bytes"]
     out["fits"] = memory and sum(memory.values()) <= limit if limit else None
@@ -379,14 +408,6 @@ def _problems(out: dict, config: ConfigDict) -> list[str]:
     else:
         advice = "one row is worked on at a time already: a larger slice or a smaller model"
     return [f"{said}; temporaries are most of it: {advice}"]
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.3g} {unit}"
-        count /= 1024
-    return f"{count:.3g} TiB"
 
 
 def text(found: dict) -> str:
@@ -448,10 +469,14 @@ def main(argv):
         hbm=_HBM.value and int(_HBM.value * 2**30),
         options=options,
         hlo_file=_HLO.value,
+        quick=_QUICK.value,
     )
     print(json.dumps({"topology": _TOPOLOGY.value} | found, indent=1) if _JSON.value
-          else text(found))
-    return errors.ConfigError.exit_code if _STRICT.value and found["problems"] else 0
+          else text(found), flush=True)
+    code = errors.ConfigError.exit_code if _STRICT.value and found["problems"] else 0
+    if _QUICK.value:  # the compiler still works in its thread, and would be waited for
+        os._exit(code)
+    return code
 
 
 if __name__ == "__main__":

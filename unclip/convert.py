@@ -13,7 +13,8 @@ import pathlib
 from absl import flags
 
 from unclip import bundle, cli, errors, runs
-from unclip.interop import formats, layout
+from unclip.interop import formats
+from unclip.runtime.sharding import tree_paths
 
 _FROM = flags.DEFINE_string("from", None, f"format of the source: {', '.join(formats.FROM)}")
 _TO = flags.DEFINE_string("to", None, f"format to write: {', '.join(formats.TO)}")
@@ -44,7 +45,7 @@ def main(argv):
         digest = bundle.write(out, parts, meta, dtype=_DTYPE.value)
         print(f"{out}: model {digest}")
         for name, part in parts.items():
-            count = sum(math.prod(leaf.shape) for _, leaf in layout.flatten(part.params))
+            count = sum(math.prod(leaf.shape) for leaf in tree_paths(part.params).values())
             print(f"  {name:<17} {count:>14,} parameters")
         return
     if len(paths) > 1:

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict, config_flags
 from unclip import cli, errors, runs, stage, tasks
 from unclip.models import t5 as t5_model
 from unclip.runtime import checkpoint, distributed, flops, sharding
+from unclip.runtime.flops import readable_bytes as _bytes
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "FILE.py:preset[,argument...]")
 _WORKDIR = flags.DEFINE_string("workdir", "runs", "where the run would write")
@@ -182,14 +183,6 @@ def _disk(config, workdir: str, state, problems: list[str]) -> dict:
     if other and checkpoint.steps(pathlib.Path(workdir) / "checkpoints"):
         problems.append(f"{workdir} holds a run of another model")
     return {"folder": str(folder), "free_bytes": free, "needed_bytes": needed}
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.3g} {unit}"
-        count /= 1024
-    return f"{count:.3g} TiB"
 
 
 def text(found: dict, *, leaves: bool = False) -> str:

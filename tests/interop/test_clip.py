@@ -11,6 +11,7 @@ from unclip.errors import ConfigError, DataError
 from unclip.interop import clip, formats, layout, openai_clip
 from unclip.models.clip import IMAGE_MEAN, IMAGE_STD, PRESETS
 from unclip.models.transformer import stack_blocks, unstack_blocks
+from unclip.runtime.sharding import tree_paths
 from unclip.tensors import Lazy
 
 DIM, PATCH, GRID, CONTEXT, WORDS = 24, 4, 2, 5, 60
@@ -136,7 +137,7 @@ def hf_folder(folder, state, config):
 
 
 def loaded(part):
-    return {path: leaf.read() for path, leaf in layout.flatten(part.params)}
+    return {path: leaf.read() for path, leaf in tree_paths(part.params).items()}
 
 
 def test_transformers_layout(weights, tmp_path):
@@ -148,7 +149,7 @@ def test_transformers_layout(weights, tmp_path):
     assert part.settings == {"loss": "softmax"} and part.arch["vision_mlp_width"] == 192
     assert part.arch["activation"] == "quick_gelu" and part.arch["image_size"] == 8
     ours = loaded(part)
-    assert all(isinstance(leaf, Lazy) for _, leaf in layout.flatten(part.params))
+    assert all(isinstance(leaf, Lazy) for _, leaf in tree_paths(part.params).items())
     assert {leaf.dtype for leaf in ours.values()} == {np.dtype(np.float16)}
     half = {name: value.astype(np.float16) for name, value in weights.items()}
     assert sum(leaf.size for leaf in ours.values()) == sum(v.size for v in half.values())

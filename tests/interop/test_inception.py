@@ -9,7 +9,8 @@ import pytest
 from tensorboardX.proto import graph_pb2, types_pb2
 
 from unclip import bundle, errors, tensors
-from unclip.interop import inception, layout
+from unclip.interop import inception
+from unclip.runtime.sharding import tree_paths
 
 # Written out apart from the rules under test: torch's unit = the graph's, block by block.
 A = """branch1x1=conv branch5x5_1=tower/conv branch5x5_2=tower/conv_1 branch3x3dbl_1=tower_1/conv
@@ -56,7 +57,7 @@ def state():
 
     pictures = jax.ShapeDtypeStruct((1, 299, 299, 3), np.uint8)
     tree = jax.eval_shape(Inception().init, jax.random.key(0), pictures)["params"]
-    shapes = {path: leaf.shape for path, leaf in layout.flatten(tree)}
+    shapes = {path: leaf.shape for path, leaf in tree_paths(tree).items()}
     out = {"fc.weight": _values("fc", (1008, 2048)), "fc.bias": _values("fc.bias", 1008)}
     for unit in _units():
         height, width, narrow, wide = shapes[f"{unit.replace('.', '/')}/kernel"]
@@ -117,7 +118,7 @@ def test_both_files_give_equal_parameters(tmp_path, state):
     tensors.write(tmp_path / "weights.safetensors", state)
     (tmp_path / "graph.pb").write_bytes(_graph(state).SerializeToString())
     one, other = _read(tmp_path / "weights.safetensors"), _read(tmp_path / "graph.pb")
-    flat, same = dict(layout.flatten(one.params)), dict(layout.flatten(other.params))
+    flat, same = tree_paths(one.params), tree_paths(other.params)
     assert flat.keys() == same.keys() and len(flat) == 94 * 5 + 2
     for path in flat:
         np.testing.assert_array_equal(flat[path].read(), same[path].read(), err_msg=path)

@@ -10,6 +10,7 @@ from unclip.errors import ConfigError, DataError
 from unclip.interop import clip, formats, karlo_config, karlo_networks, layout
 from unclip.models.clip import IMAGE_MEAN, IMAGE_STD
 from unclip.pipeline import UnCLIP
+from unclip.runtime.sharding import nest, tree_paths
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -33,10 +34,10 @@ SCHEDULE = dict(
 def filled(rules, shapes, seed):
     """Tensors under their names, shaped as our architecture asks."""
     rng = np.random.default_rng(seed)
-    leaves = dict(layout.flatten(shapes))
+    leaves = tree_paths(shapes)
     make = lambda shape: (0.1 * rng.normal(size=shape)).astype(np.float32)
     wanted = [rule for rule in rules if rule.ours in leaves]
-    return layout.give(wanted, layout.nest({r.ours: make(leaves[r.ours].shape) for r in wanted}))
+    return layout.give(wanted, nest({r.ours: make(leaves[r.ours].shape) for r in wanted}))
 
 
 @pytest.fixture

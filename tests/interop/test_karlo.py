@@ -13,6 +13,7 @@ import pytest
 from unclip import bundle, errors, tasks, tensors
 from unclip.interop import karlo, karlo_config, karlo_networks, karlo_original, layout, weights
 from unclip.models.unet import fold_params
+from unclip.runtime.sharding import tree_paths
 from unclip.tensors import Lazy
 
 # Karlo's depth at a fortieth of its widths, and a U-Net as small as they come.
@@ -79,7 +80,7 @@ def found(folder):
 
 
 def flat(tree):
-    return {path: np.asarray(leaf) for path, leaf in layout.flatten(tree)}
+    return {path: np.asarray(leaf) for path, leaf in tree_paths(tree).items()}
 
 
 def equal(one, other):

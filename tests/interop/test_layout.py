@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from unclip.interop import layout
+from unclip.runtime.sharding import nest
 from unclip.tensors import Lazy
 
 
@@ -20,7 +21,7 @@ def _abstract(**shapes):
     tree = {
         path.replace("__", "/"): jax.ShapeDtypeStruct(s, np.float32) for path, s in shapes.items()
     }
-    return layout.nest(tree)
+    return nest(tree)
 
 
 @pytest.mark.parametrize(

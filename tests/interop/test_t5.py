@@ -13,6 +13,7 @@ from unclip.input.text import T5Tokenizer
 from unclip.interop import layout
 from unclip.interop import t5 as interop
 from unclip.models import t5
+from unclip.runtime.sharding import tree_paths
 
 CONFIG = {
     "model_type": "t5", "vocab_size": 120, "d_model": 8, "d_kv": 4, "d_ff": 12, "num_heads": 3,
@@ -75,8 +76,8 @@ def test_bit_for_bit(folder):
     path, params = folder
     part = interop.read([path], {})["t5"]
     assert part.kind == "t5" and part.arch["head_dim"] == 4 and part.arch["gated"]
-    read = dict(layout.flatten(part.params))
-    for name, want in layout.flatten(params):
+    read = tree_paths(part.params)
+    for name, want in tree_paths(params).items():
         assert isinstance(read[name], tensors.Lazy)
         np.testing.assert_array_equal(read[name].read(), want)
     assert bytes(part.extra["tokenizer"]).startswith(b"{")
@@ -95,7 +96,7 @@ def test_a_whole_t5_gives_its_encoder(folder):
 
     rewrite(path, whole)
     part = interop.read([path], {})["t5"]
-    assert dict(layout.flatten(part.params)).keys() == dict(layout.flatten(params)).keys()
+    assert tree_paths(part.params).keys() == tree_paths(params).keys()
     rewrite(path, lambda source: source["encoder.embed_tokens.weight"].fill(1))
     with pytest.raises(errors.ConfigError, match="differ: expected one shared embedding"):
         interop.read([path], {})

@@ -27,6 +27,7 @@ from unclip.interop import karlo, karlo_config, karlo_formats, karlo_networks, l
 from unclip.models.decoder import Conditioner, Decoder
 from unclip.models.prior import DiffusionPrior
 from unclip.models.upsampler import Upsampler
+from unclip.runtime.sharding import tree_paths
 from unclip.tensors import Lazy
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -432,7 +433,7 @@ def test_karlos_own_files(
     measured = difference(ours, upsampler_references[last])
     parity(name + "super-resolution, last", "diffusers", measured, 1e-4)
     for kind, part in original_parts.items():
-        ours, folders = (dict(layout.flatten(p.params)) for p in (part, parts[kind]))
+        ours, folders = (tree_paths(p.params) for p in (part, parts[kind]))
         assert ours.keys() == folders.keys()
         assert all(np.array_equal(value, folders[path]) for path, value in ours.items())
         module = {"prior": DiffusionPrior, "decoder": Decoder}.get(kind, Upsampler)

@@ -22,6 +22,7 @@ from unclip.bundle import Part
 from unclip.evaluators.inception import BLOCKS, SIZE, Inception
 from unclip.interop import layout, weights
 from unclip.interop.layout import CONV, COPY, Rule
+from unclip.runtime.sharding import tree_paths
 from unclip.tensors import Lazy
 
 MAX_GRAPH_BYTES = 256 << 20
@@ -121,7 +122,7 @@ def _numbered(name: str, number: int) -> str:
 
 def _units(abstract: dict[str, Any]) -> list[str]:
     """Paths of the units: convolution, batch norm, ReLU."""
-    leaves = (path for path, _ in layout.flatten(abstract))
+    leaves = tree_paths(abstract)
     return [path.removesuffix("/var") for path in leaves if path.endswith("/var")]
 
 

@@ -8,12 +8,13 @@ lazy: nothing is read here.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from unclip import errors
+from unclip.runtime.sharding import nest, tree_paths
 from unclip.tensors import Lazy
 
 Shape = tuple[int, ...]
@@ -160,7 +161,7 @@ def take(
     Raises:
       Mismatch: tensors that are missing, extra or of another shape, as a table.
     """
-    wanted = dict(flatten(abstract))
+    wanted = tree_paths(abstract)
     constants = dict(constants or {})
     by_path = {rule.ours: rule for rule in rules if rule.ours in wanted}
     missing, shapes, out = [], [], {}
@@ -208,7 +209,7 @@ def give(rules: Iterable[Rule], params: Mapping[str, Any]) -> dict[str, Lazy]:
     """
     by_path = {rule.ours: rule for rule in rules}
     out = {}
-    for path, leaf in flatten(params):
+    for path, leaf in tree_paths(params).items():
         if path not in by_path:
             raise Mismatch(f"{path} {list(leaf.shape)} has no place in the other format")
         rule = by_path[path]
@@ -216,27 +217,6 @@ def give(rules: Iterable[Rule], params: Mapping[str, Any]) -> dict[str, Lazy]:
         shape = np.shape(rule.transform.write(_hollow(tensor.shape)))
         out[rule.theirs] = tensor.map(rule.transform.write, shape)
     return out
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(path, leaf) of a nested dict, names joined by "/"."""
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{name}/")
-        else:
-            yield prefix + name, value
-
-
-def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `flatten`."""
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, leaf = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = value
-    return tree
 
 
 def prefixed(source: Mapping[str, Lazy], prefix: str) -> dict[str, Lazy]:

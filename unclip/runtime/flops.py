@@ -145,3 +145,12 @@ def utilisation(flops: float | None, seconds: float, devices: Sequence, *,
     if flops is None or not peaks or any(p is None for p in peaks) or seconds <= 0:
         return None
     return flops / seconds / sum(peaks)
+
+
+def readable_bytes(count: float) -> str:
+    """1536 -> "1.5 KiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.3g} TiB"

@@ -269,3 +269,19 @@ def summarise(text: str) -> Summary:
             sizes[kind] += times * max(given, sum(result))
     found = {kind: Collective(counts[kind], sizes[kind]) for kind in KINDS if counts[kind]}
     return Summary(found, flops, cycles, unknown)
+
+
+def assigned_bytes(text: str) -> dict[str, int]:
+    """Bytes of a chip's HBM by kind, from the compiler's table of buffers ("allocation N: …").
+
+    Memories within the chip ("color N") and what an argument's place is used for again are not
+    counted.
+    """
+    memory = {"arguments": 0, "outputs": 0, "temporaries": 0}
+    for size, facts in re.findall(r"^allocation \d+: size (\d+), (.*)", text, re.MULTILINE):
+        kinds = {"parameter ": "arguments", "preallocated-temp": "temporaries"}
+        kinds |= {"maybe-live-out": "outputs", "output shape": "outputs"}
+        kind = next((kind for word, kind in kinds.items() if word in facts), None)
+        if kind and not facts.startswith("color "):
+            memory[kind] += int(size)
+    return memory
