@@ -26,12 +26,13 @@ def parity(request):
 
 
 def pytest_terminal_summary(terminalreporter):
+    reports = [report for kind in terminalreporter.stats.values() for report in kind]
+    reports = [r for r in reports if getattr(r, "when", None) == "call"]
     rows = [
         value
-        for reports in terminalreporter.stats.values()
-        for report in reports
-        for name, value in getattr(report, "user_properties", ())
-        if name == "parity" and report.when == "call"
+        for report in sorted(reports, key=lambda report: report.nodeid)  # workers mix them
+        for name, value in report.user_properties
+        if name == "parity"
     ]
     if not rows:
         return
