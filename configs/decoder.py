@@ -43,6 +43,7 @@ def get_config(arg=None):
             "variance": "learned_range",
             "vlb_weight": 1.0,
             "min_snr": 0.0,  # 0 = off
+            "embedding": "image",  # "text": trained on z_t in place of z_i, drawn without a prior
             "z_scale": 0.0,  # 0 = z_i as CLIP gives it
             "image_drop": 0.1,
             "text_drop": TEXT_DROP.get(args.preset, 0.5),

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from unclip import bundle, errors, runs, tasks
+from unclip.input.image import for_clip
 from unclip.models.t5 import T5Encoder
-from unclip.pipeline import STAGE_TAGS, UnCLIP, for_clip, to_uint8
+from unclip.pipeline import STAGE_TAGS, UnCLIP, to_uint8
+from unclip.runtime import sharding
 from unclip.tasks.clip import unit
 from unclip.tasks.t5 import FrozenT5
 
@@ -198,6 +200,63 @@ def test_a_long_prompt_says_once_where_it_was_cut(model):
         warnings.simplefilter("error")
         again = model.embed_text([prompt])
     np.testing.assert_array_equal(again, model.embed_text([" ".join(["red"] * 13 + ["dot"])]))
+
+
+def test_where_the_embedding_comes_from(model):
+    """Section 5.1: z_t in place of z_i, or the caption alone; the decoder is the same."""
+    prompts, fast = ["a red dot", "a blue bar"], {"decoder": FAST["decoder"], "stages": 1}
+    z_t, seeds = model.embed_text(prompts), [5, 5]
+    text = model.generate(prompts, seed=5, embed="text", **fast)
+    assert text.recipes[0]["embed"] == "text" and "prior" not in text.recipes[0]["steps"]
+    drawn = model.decode(z_t, prompts, seeds, decoder=fast["decoder"], stages=1)["decoder"]
+    np.testing.assert_array_equal(text.images, to_uint8(drawn))
+    none = model.generate(prompts, seed=5, embed="none", **fast)
+    assert not np.array_equal(none.images, text.images)
+    other = model.decode(
+        10 - z_t, prompts, seeds, drop_image=True, decoder=fast["decoder"], stages=1
+    )["decoder"]
+    np.testing.assert_array_equal(none.images, to_uint8(other))
+    silent = model.generate(prompts, seed=5, embed="text", caption=False, **fast)
+    assert silent.recipes[0]["caption"] is False
+    drawn = model.decode(z_t, None, seeds, decoder=fast["decoder"], stages=1)["decoder"]
+    np.testing.assert_array_equal(silent.images, to_uint8(drawn))
+    assert not np.array_equal(silent.images, text.images)
+
+
+def test_a_decoder_of_text_embeddings_needs_no_prior(parts):
+    own = parts["decoder"]
+    part = bundle.Part(
+        "decoder", own.arch, own.params, own.extra, own.settings | {"embedding": "text"}
+    )
+    model = UnCLIP({"clip": parts["clip"], "decoder": part}, batch_size=4)
+    drawn = model.generate("a red dot", 1, **{"decoder": FAST["decoder"]})
+    assert drawn.recipes[0]["embed"] == "text"
+    with pytest.raises(errors.ConfigError, match=r"'text' or 'none'"):
+        model.generate("a red dot", 1, embed="prior")
+    with pytest.raises(errors.ConfigError, match="variations need a decoder of z_i"):
+        model.variations(drawn.images[0], 1)
+
+
+def test_a_seed_for_every_prompt(model):
+    prompts, fast = ["a red dot", "a blue bar"], {**FAST, "stages": 1}
+    both = model.generate(prompts, 2, [3, 8], **fast)
+    assert [r["seed"] for r in both.recipes] == [3, 4, 8, 9]
+    alone = model.generate(prompts[1], 1, 9, **fast)
+    np.testing.assert_array_equal(both.images[3], alone.images[0])
+    with pytest.raises(errors.ConfigError, match="3 seeds for 2 prompts"):
+        model.generate(prompts, 2, [1, 2, 3])
+
+
+def test_a_mesh_draws_the_same_pictures(parts, six):
+    """Rows over data and fsdp, parameters sharded: rounding apart, what one device draws."""
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2}, jax.devices()[:4])
+    model = UnCLIP(parts, batch_size=8, mesh=mesh)
+    drawn = model.generate("a red dot", n=6, seed=10, **FAST)
+    for name, pictures in drawn.stages.items():
+        apart = np.abs(pictures.astype(int) - six.stages[name])
+        assert apart.max() <= 1, name
+    with pytest.raises(errors.ConfigError, match="batch_size 6 is not a multiple of 4 devices"):
+        UnCLIP(parts, batch_size=6, mesh=mesh)
 
 
 def test_a_text_only_decoder_needs_no_prior(parts):

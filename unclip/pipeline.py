@@ -19,14 +19,16 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
 from unclip import bundle, errors, tasks
+from unclip.input.image import for_clip
 from unclip.input.text import T5Tokenizer, Tokenizer
+from unclip.runtime import sharding
 from unclip.tasks.clip import FrozenClip, unit
 
 STAGE_TAGS = {"prior": 0, "decoder": 1, "upsampler_0": 2, "upsampler_1": 3}
 LAST = "_last"  # upsampler_0_last: a second network, for the last step of upsampler_0
+EMBEDS = ("prior", "text", "none")  # where the decoder's z_i comes from
 FREE = ("dtype", "dropout", "remat", "attention_impl")  # in which the two networks may differ
 
 
@@ -60,10 +62,27 @@ class UnCLIP:
       model_hash: identifies the weights in recipes.
       batch_size: pictures drawn at once; the last batch is padded, so that results do not depend
         on how many were asked for.
+      mesh: devices to draw on, of this process alone (`runtime.sharding.make_mesh` with
+        `jax.local_devices()`); rows of a batch go over its data and fsdp axes, and parameters are
+        sharded where fsdp is more than 1. None: JAX's default device.
+
+    Raises:
+      ConfigError: parts that do not fit one another, or a batch the mesh cannot split.
     """
 
-    def __init__(self, parts: dict[str, bundle.Part], *, model_hash: str = "", batch_size: int = 8):
+    def __init__(
+        self,
+        parts: dict[str, bundle.Part],
+        *,
+        model_hash: str = "",
+        batch_size: int = 8,
+        mesh: jax.sharding.Mesh | None = None,
+    ):
         self.parts, self.model_hash, self.batch_size = parts, model_hash, batch_size
+        self.mesh = mesh
+        ways = mesh.shape["data"] * mesh.shape["fsdp"] if mesh is not None else 1
+        if batch_size % ways:
+            raise errors.ConfigError(f"batch_size {batch_size} is not a multiple of {ways} devices")
         self._tasks, used = {}, {"clip"} & parts.keys()
         for name in ("clip", *STAGE_TAGS):
             if name not in parts:
@@ -83,11 +102,10 @@ class UnCLIP:
                         f"{name + LAST} has another architecture than {name}: they must be equal"
                     )
                 used.add(name + LAST)
-        self._params = {name: jax.tree.map(jnp.asarray, parts[name].params) for name in used}
+        self._params = {name: self._place(parts[name].params) for name in used}
         self._frozen = {name: self._params[name] for name in ("clip", "t5") if name in used}
         if "prior" in parts:
-            statistics = {k: jnp.asarray(v) for k, v in parts["prior"].extra.items()}
-            self._frozen["statistics"] = statistics
+            self._frozen["statistics"] = self._place(parts["prior"].extra)
         self._compiled, self._warned = {}, set()
 
     @classmethod
@@ -99,6 +117,23 @@ class UnCLIP:
         """
         opened = bundle.read(directory)
         return cls(opened.parts, model_hash=opened.hash, **kwargs)
+
+    def _place(self, tree):
+        """Parameters on the device or the mesh."""
+        if self.mesh is None:
+            return jax.tree.map(jnp.asarray, tree)
+        rules = sharding.PRESETS["fsdp" if self.mesh.shape["fsdp"] > 1 else "data"]
+        where = sharding.shardings(tree, self.mesh, rules)
+        return jax.tree.map(jax.device_put, tree, where)
+
+    def _put(self, name: str, value):
+        """Rows of a batch over the mesh; parameters, placed before, and scalars as they are."""
+        if self.mesh is None or name in ("params", "last_params", "frozen") or jnp.ndim(value) == 0:
+            return value
+        spec = sharding.batch_sharding(self.mesh).spec
+        if name == "noise":  # one a step, then rows
+            spec = jax.sharding.PartitionSpec(None, *spec)
+        return jax.device_put(value, jax.sharding.NamedSharding(self.mesh, spec))
 
     def _need(self, name: str, what: str) -> bundle.Part:
         if name not in self.parts:
@@ -145,6 +180,7 @@ class UnCLIP:
         key = (name, static)
         if key not in self._compiled:
             self._compiled[key] = jax.jit(partial(function, **dict(static)))
+        traced = {k: jax.tree.map(partial(self._put, k), v) for k, v in traced.items()}
         return self._compiled[key](**traced)
 
     def _batches(self, rows: int):
@@ -208,6 +244,7 @@ class UnCLIP:
         prompts: Sequence[str] | None,
         seeds: Sequence[int],
         *,
+        drop_image: bool = False,
         decoder: dict | None = None,
         upsamplers: Sequence[dict] = (),
         stages: int | None = None,
@@ -218,6 +255,7 @@ class UnCLIP:
         Args:
           z_i: float32 [n, D], or None for a decoder without it; prompts: captions or None for
             none; seeds: one a picture.
+          drop_image: whether the decoder draws as it was trained to without z_i.
           decoder: settings of the decoder's draw; upsamplers: one dict an upsampler.
           stages: how many of decoder and upsamplers run; None = all.
           noise: see this module.
@@ -238,7 +276,8 @@ class UnCLIP:
             "decoder", task.sample, static=static, params=self._params["decoder"],
             frozen={other: self._frozen[other] for other in task.needs},
             z_i=None if z_i is None else z_i[rows], tokens=tokens[rows], mask=mask[rows],
-            sample_keys=keys[rows], **traced, **seam(rows),
+            sample_keys=keys[rows], drop_image=np.full(len(rows), drop_image), **traced,
+            **seam(rows),
         )
         out = {"decoder": self._rows(len(seeds), run)}
         if len(upsamplers) > len(self.upsamplers):
@@ -301,12 +340,14 @@ class UnCLIP:
         self,
         prompt: str | Sequence[str],
         n: int = 1,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         *,
         prior: dict | None = None,
         decoder: dict | None = None,
         upsamplers: Sequence[dict] = (),
         stages: int | None = None,
+        embed: str | None = None,
+        caption: bool = True,
         noise: Noise | None = None,
     ) -> Pictures:
         """Draws `n` pictures of every caption.
@@ -315,10 +356,15 @@ class UnCLIP:
 
         Args:
           prompt: one caption or several.
-          n: pictures a caption; seed: of the first one, 0 <= seed < 2**32.
+          n: pictures a caption; seed: of the first one, 0 <= seed < 2**32; or one for every
+            caption, so that an evaluation's pictures do not share their noise.
           prior, decoder, upsamplers: settings that replace the model's own, by stage: steps,
             guidance, sampler, eta, and the prior's candidates.
           stages: how many of decoder and upsamplers run; None = all.
+          embed: where the decoder's z_i comes from (section 5.1 of the paper): "prior" draws it,
+            "text" gives z_t in its place, "none" drops it. None: "text" for a decoder that was
+            trained so, "prior" for any other; a decoder without z_i ignores it.
+          caption: whether the decoder reads the caption too.
           noise: in place of what the seeds would draw, one row a picture; see this module.
 
         Returns:
@@ -331,18 +377,37 @@ class UnCLIP:
         if n < 1 or not prompts:
             raise errors.ConfigError(f"given {len(prompts)} prompts and n={n}: at least 1 of each")
         wanted = [p for p in prompts for _ in range(n)]
-        seeds = _seeds(seed, n) * len(prompts)
-        if self._need("decoder", "drawing a picture") and self._tasks["decoder"].model.use_z_i:
-            z_i = self.draw_prior(wanted, seeds, noise=noise, **(prior or {}))
-        else:  # a text-only decoder (GLIDE, Imagen) reads the caption alone
-            z_i = None
-        drawn = self.decode(
-            z_i, wanted, seeds, decoder=decoder, upsamplers=upsamplers, stages=stages, noise=noise
-        )
+        first = [seed] * len(prompts) if np.ndim(seed) == 0 else list(map(int, seed))
+        if len(first) != len(prompts):
+            raise errors.ConfigError(f"{len(first)} seeds for {len(prompts)} prompts")
+        seeds = [s for one in first for s in _seeds(one, n)]
+        self._need("decoder", "drawing a picture")
+        task, z_i = self._tasks["decoder"], None
+        embed = embed or ("text" if task.embedding == "text" else "prior")
+        if embed not in EMBEDS:
+            raise errors.unknown("embed", embed, EMBEDS)
+        if embed == "prior" and task.embedding == "text":
+            raise errors.ConfigError(
+                "embed 'prior': this decoder was trained on z_t in place of z_i; "
+                "expected 'text' or 'none'"
+            )
         chosen = {"decoder": decoder or {}}
-        if self._tasks["decoder"].model.use_z_i:
+        if not task.model.use_z_i:  # a text-only decoder (GLIDE, Imagen) reads the caption alone
+            embed = None
+        elif embed == "prior":
+            z_i = self.draw_prior(wanted, seeds, noise=noise, **(prior or {}))
             chosen["prior"] = prior or {}
+        else:
+            z_i = self.embed_text(wanted)
+        drawn = self.decode(
+            z_i, wanted if caption else None, seeds, drop_image=embed == "none", decoder=decoder,
+            upsamplers=upsamplers, stages=stages, noise=noise,
+        )
         settings = self._settings(chosen | dict(zip(self.upsamplers, upsamplers)), stages, noise)
+        if embed not in (None, "prior"):
+            settings["embed"] = embed
+        if not caption:
+            settings["caption"] = False
         recipes = [
             {"mode": "text", "prompt": p, "seed": s, **settings} for p, s in zip(wanted, seeds)
         ]
@@ -366,6 +431,10 @@ class UnCLIP:
           Other arguments as in `generate`; the caption is empty, with guidance too.
         """
         self._need("clip", "variations of a picture")
+        if self._need("decoder", "variations").settings.get("embedding") == "text":
+            raise errors.ConfigError(
+                "variations need a decoder of z_i; this one was trained on z_t (embedding='text')"
+            )
         z_i = self.embed_image(for_clip(image, self._tasks["clip"].model.image_size)[None])
         seeds = _seeds(seed, n)
         drawn = self.decode(
@@ -395,22 +464,6 @@ class UnCLIP:
             for setting, value in (self._tasks[name].draw | chosen.get(name, {})).items():
                 out.setdefault(setting, {})[name] = value
         return out
-
-
-def for_clip(image: np.ndarray, size: int) -> np.ndarray:
-    """The centre of a picture as CLIP's own preprocessing takes it, uint8 [size, size, 3].
-
-    Pillow's bicubic resize of the shorter side to `size`, then a centre crop, as OpenAI trained
-    its CLIPs and as Karlo embeds the picture to vary.
-
-    Args:
-      image: uint8 [H, W, 3].
-    """
-    shorter = min(image.shape[:2])
-    height, width = (side * size // shorter for side in image.shape[:2])
-    resized = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
-    return np.array(resized.crop((left, top, left + size, top + size)))
 
 
 def _pictures(drawn: dict[str, np.ndarray], recipes: list[dict]) -> Pictures:

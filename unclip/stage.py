@@ -132,7 +132,7 @@ def make_task(
         config.stage, config.arch.to_dict(), plain(config.task), **parts
     )
     if config.get("stored_embeddings"):
-        if config.stage == "decoder" and not task.use_z_i:
+        if config.stage == "decoder" and not (task.use_z_i and task.embedding == "image"):
             raise errors.ConfigError("stored_embeddings: this decoder is not given z_i")
         task.stored = True
     if clip is not None:

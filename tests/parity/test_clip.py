@@ -328,8 +328,8 @@ def test_processor_of_a_written_folder(tmp_path):
     """CLIPProcessor prepares captions and pictures as a bundle's pipeline does."""
     from PIL import Image
 
+    from unclip.input.image import for_clip
     from unclip.input.text import Tokenizer
-    from unclip.pipeline import for_clip
 
     arch = reduced("ViT-B/32") | {"vocab_size": 49408, "text_layers": 1, "vision_layers": 1}
     hf_model(arch).save_pretrained(tmp_path / "theirs")

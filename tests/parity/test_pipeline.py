@@ -23,9 +23,10 @@ from torch.nn import functional
 
 from unclip import bundle
 from unclip.diffusion import schedule
+from unclip.input.image import for_clip
 from unclip.input.text import VOCABULARY, Tokenizer
 from unclip.interop import formats
-from unclip.pipeline import UnCLIP, for_clip, to_uint8
+from unclip.pipeline import UnCLIP, to_uint8
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

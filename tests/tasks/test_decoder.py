@@ -44,7 +44,7 @@ OPTIONS = ("train", "rngs", "rest")
 def drawing(made, batch_of):
     task, params, frozen = made("decoder", draw={"steps": 2, "sampler": "ddim"})
     batch = batch_of(task, 3)
-    z_i = task.image(frozen, batch)
+    z_i = task.embed(frozen, batch)
     sample_keys = keys.sample_keys(jax.random.key(9), batch["sample"])
     run = jax.jit(lambda scale: task.sample(
         params, frozen, z_i, batch["tokens"], batch["text_mask"], sample_keys, guidance=scale))
@@ -155,6 +155,17 @@ def test_unknown_threshold(drawing):
     with pytest.raises(errors.ConfigError, match="'statik': did you mean 'static'"):
         task.sample(params, frozen, z_i, batch["tokens"], batch["text_mask"], sample_keys,
                     threshold="statik")
+
+
+def test_a_decoder_of_text_embeddings_sees_no_picture(made, batch_of):
+    task, params, frozen = made("decoder", embedding="text")
+    assert "clip_image" not in task.batch_spec(2) and "z_i" not in task.batch_spec(2)
+    batch = batch_of(task, 3)
+    _, _, seen = spied(task, params, frozen, batch, train=True)
+    z_t = task.clip.text(frozen["clip"], batch["tokens"])[0]
+    np.testing.assert_allclose(seen["z_i"], z_t, rtol=1e-5)
+    with pytest.raises(errors.ConfigError, match="unknown embedding 'picture'"):
+        made("decoder", embedding="picture")
 
 
 def test_z_scale_normalises(made):

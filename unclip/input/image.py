@@ -148,6 +148,30 @@ def resize_box(image: np.ndarray, size: int, box: Box,
     return np.array(picture)
 
 
+def for_clip(image: np.ndarray, size: int, *, half: str = "down") -> np.ndarray:
+    """The centre of a picture as CLIP's own preprocessing takes it, uint8 [size, size, 3].
+
+    Pillow's bicubic resize of the shorter side to `size`, then a centre crop, as OpenAI trained
+    its CLIPs and as Karlo embeds the picture to vary.
+
+    Args:
+      image: uint8 [H, W, 3].
+      half: where the crop starts if its middle falls on half a pixel. "down", as transformers
+        does; "even", the nearest even pixel, as torchvision and so OpenAI's own code does.
+
+    Raises:
+      ConfigError: an unknown `half`.
+    """
+    if half not in ("down", "even"):
+        raise ConfigError(f"unknown half {half!r}: valid: down, even")
+    shorter = min(image.shape[:2])
+    height, width = (side * size // shorter for side in image.shape[:2])
+    resized = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
+    start = (lambda rest: rest // 2) if half == "down" else (lambda rest: round(rest / 2))
+    left, top = start(width - size), start(height - size)
+    return np.array(resized.crop((left, top, left + size, top + size)))
+
+
 def downsample(image: np.ndarray, factor: int) -> np.ndarray:
     """Area downsampling: uint8 [H, W, 3] -> [H/factor, W/factor, 3], rounded factor x factor means.
 

@@ -19,6 +19,7 @@ from unclip.tasks.clip import FrozenClip, to_float, unit
 from unclip.tasks.t5 import FrozenT5
 
 T, NOISE, DROP_IMAGE, DROP_TEXT = range(4)  # tags of a sample's random draws
+EMBEDDINGS = ("image", "text")
 THRESHOLDS = {"static": guidance.static_threshold, "dynamic": guidance.dynamic_threshold}
 TEXT_ENCODERS = ("clip", "t5")
 
@@ -59,6 +60,8 @@ class DecoderTask:
       vlb_weight: weight of one term of L_vlb, in bits a dimension. 1 is Improved DDPM's 0.001 on
         the sum over 1,000 steps, of which a training sample sees one.
       min_snr: gamma of min-SNR weighting (arXiv 2303.09556), or None.
+      embedding: "image" gives the network z_i of the picture (paper); "text" z_t of the caption in
+        its place, the decoder without a prior that section 5.1 compares with.
       z_scale: 0 gives the network z_i as CLIP does, a number gives z_scale * z_i / |z_i|; must be
         that of a prior with `embedding="scale"`.
       image_drop, text_drop: fractions of training samples without z_i, without caption.
@@ -82,6 +85,7 @@ class DecoderTask:
         variance: str = "learned_range",
         vlb_weight: float = 1.0,
         min_snr: float | None = None,
+        embedding: str = "image",
         z_scale: float = 0.0,
         image_drop: float = 0.1,
         text_drop: float = 0.5,
@@ -100,6 +104,9 @@ class DecoderTask:
         own_text = self.model.text_layers > 0
         own_context = own_text or self.t5 is not None
         self.context = self.model.text_context if own_context else self.clip.model.context
+        if embedding not in EMBEDDINGS:
+            raise errors.unknown("embedding", embedding, EMBEDDINGS)
+        self.embedding = embedding
         self.image_size = image_size
         self.schedule = schedule.make(noise)
         self.parametrisation, self.variance = parametrisation, variance
@@ -115,7 +122,7 @@ class DecoderTask:
 
     def batch_spec(self, batch_size: int):
         wanted = {}
-        if self.use_z_i:
+        if self.use_z_i and self.embedding == "image":
             clip = self.clip.model
             wanted = {"z_i": clip.embed_dim} if self.stored else {"clip_image": clip.image_size}
         return base.spec(batch_size, image=self.image_size, tokens=self.context, **wanted)
@@ -140,10 +147,15 @@ class DecoderTask:
     def frozen(self):
         return {name: self.parts[name] for name in self.needs} or None
 
-    def image(self, frozen, batch):
-        """z_i [B, D] of the batch, stored or from its pictures; None where it is not read."""
+    def embed(self, frozen, batch):
+        """z_i [B, D] of the batch, stored or from its pictures; None where it is not read.
+
+        With `embedding="text"`, z_t of its captions.
+        """
         if not self.use_z_i:
             return None
+        if self.embedding == "text":
+            return self.clip.text(frozen["clip"], batch["tokens"])[0]
         return batch["z_i"] if self.stored else self.clip.image(frozen["clip"], batch["clip_image"])
 
     def scaled(self, z_i):
@@ -184,7 +196,7 @@ class DecoderTask:
             {"params": params},
             x_t,
             t,
-            z_i=self.scaled(self.image(frozen, batch)),
+            z_i=self.scaled(self.embed(frozen, batch)),
             **self.text(frozen, batch["tokens"], batch["text_mask"], drop_text),
             drop_image=drop_image,
             drop_text=drop_text if self.own_null else None,
@@ -194,7 +206,8 @@ class DecoderTask:
         return diffusion_loss(self, raw.astype(jnp.float32), x_0, t, eps, batch["valid"])
 
     def sample(
-        self, params, frozen, z_i, tokens, mask, sample_keys, *, x_T=None, noise=None, **draw
+        self, params, frozen, z_i, tokens, mask, sample_keys, *, drop_image=None, x_T=None,
+        noise=None, **draw,
     ):
         """Draws pictures float32 [B, S, S, 3] in [-1, 1].
 
@@ -203,6 +216,7 @@ class DecoderTask:
           z_i: [B, D], or None for a decoder without it; tokens int32 and mask bool [B, L] of the
             captions, L = `self.context`, CLIP's or T5's by `self.needs`; sample_keys: typed keys
             [B], one a picture.
+          drop_image: None or bool [B], True = without z_i, as guidance's unconditional half.
           x_T: optional starting noise [B, S, S, 3].
           noise: seam for parity tests, [steps, B, S, S, 3] standard normal.
           draw: steps, sampler, threshold (static); guidance, eta (may be traced).
@@ -216,10 +230,11 @@ class DecoderTask:
 
         both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), conditional, null)
         z_i = guidance.twice(self.scaled(z_i))
+        without = False if drop_image is None else guidance.twice(drop_image)
 
         def model_fn(x_t, t, drop):
             return self.model.apply(
-                {"params": params}, x_t, t, z_i=z_i, **both, drop_image=drop,
+                {"params": params}, x_t, t, z_i=z_i, **both, drop_image=drop | without,
                 drop_text=drop if self.own_null else None,
             )
 
@@ -246,7 +261,7 @@ class DecoderTask:
 
         def sample(params, frozen, batch, key):
             sample_keys = keys.sample_keys(key, batch["sample"])
-            z_i = self.image(frozen, batch)
+            z_i = self.embed(frozen, batch)
             drawn = self.sample(
                 params, frozen, z_i, batch["tokens"], batch["text_mask"], sample_keys
             )
