@@ -3,12 +3,12 @@
 A bundle is a folder with `model.json` and one `<part>.safetensors` for each network of unCLIP
 (arXiv 2204.06125, section 2): `clip`, the `prior` P(z_i | y), the `decoder` P(x | z_i, y) and its
 two diffusion upsamplers (section 2.1). Beside these it can hold a `t5` text encoder, a second
-network for the last step of the first upsampler (Karlo's `upsampler_0_last`) and the `inception`
-network of FID. Any part may be absent. A part file carries its own architecture and settings in
-its header, so its sha256 covers everything that decides a picture; `model.json` repeats them for
-people to read and records the sha256. Tensors are read by safetensors alone: nothing here
-unpickles, and no path is taken from the files. Parts are written tensor by tensor, and can be
-read so.
+network for the last step of the first upsampler (Karlo's `upsampler_0_last`), the `inception`
+network of FID and the `dinov2` network of FD-DINOv2. Any part may be absent. A part file carries
+its own architecture and settings in its header, so its sha256 covers everything that decides a
+picture; `model.json` repeats them for people to read and records the sha256. Tensors are read by
+safetensors alone: nothing here unpickles, and no path is taken from the files. Parts are written
+tensor by tensor, and can be read so.
 """
 
 import dataclasses
@@ -34,6 +34,7 @@ KINDS = (
     "upsampler_0_last",
     "upsampler_1",
     "inception",
+    "dinov2",
 )
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 MAX_JSON_BYTES = 16 << 20

@@ -18,6 +18,7 @@ FROM = {
     "open-clip": "openai_clip:read_open_clip",
     "hf-clip": "clip:read_hf",
     "inception": "inception:read",
+    "dinov2": "dinov2:read",
     "t5": "t5:read",
 }
 TO = {"diffusers": "karlo:write", "hf-clip": "clip:write_hf"}
