@@ -1,50 +1,28 @@
-"""FID's Inception against torch-fidelity's graph, from one random state dict and uint8 pictures.
-
-torch-fidelity's package asks for torchvision when it is imported whole; its Inception does not.
-"""
+"""FID's Inception against torch-fidelity's graph, from one random state dict and uint8 pictures."""
 
 import importlib
-import pathlib
-import sys
-import types
 
 import jax
 import numpy as np
 import pytest
 import torch
 
+from tests.parity import peers
 from unclip import bundle
-from unclip.evaluators.inception import Inception, resize_tf1
+from unclip.evaluators.bilinear import resize_tf1
+from unclip.evaluators.inception import Inception
 from unclip.interop import inception
 
 torch.set_num_threads(1)  # several would wait for one another on a shared machine
 
 PEER = "torch-fidelity"
-PEERS = pathlib.Path(__file__).parents[2] / ".cache" / "peers"
 SIZES = ((299, 299), (32, 32), (64, 48), (300, 512))
 
 
 @pytest.fixture(scope="module")
 def peer():
-    folder = PEERS / "torch-fidelity-0.4.0" / "torch_fidelity"
-    if not folder.is_dir():
-        pytest.skip(f"torch-fidelity is not in {folder.parent}: `make parity` puts it there")
-    if "torch_fidelity" not in sys.modules:
-        # Submodules are found through this stand-in, and the package's own imports left out.
-        package = types.ModuleType("torch_fidelity")
-        package.__path__ = [str(folder)]
-        sys.modules["torch_fidelity"] = package
+    peers.torch_fidelity()
     return importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
-
-
-def _pictures(size, seed, count=1):
-    """uint8 [count, H, W, 3] of smooth colours with noise, over the whole range."""
-    rng = np.random.default_rng(seed)
-    y, x = np.meshgrid(*(np.linspace(0, 3, n) for n in size), indexing="ij")
-    waves = [np.sin(a * x + b * y + c) for a, b, c in rng.uniform(-3, 3, (count * 3, 3))]
-    smooth = np.stack(waves, -1).reshape(*size, count, 3).transpose(2, 0, 1, 3)
-    values = 127.5 + 110 * smooth + rng.normal(0, 25, smooth.shape)
-    return np.clip(np.round(values), 0, 255).astype(np.uint8)
 
 
 def _nchw(pictures):
@@ -52,42 +30,13 @@ def _nchw(pictures):
 
 
 @pytest.fixture(scope="module")
-def theirs(peer, tmp_path_factory):
-    """(their network, the file it was read from): every tensor random, activations alive."""
-    folder = tmp_path_factory.mktemp("inception")
-    torch.save({}, folder / "none.pth")
-
-    class Untrained(peer.FeatureExtractorInceptionV3):
-        def load_state_dict(self, state):
-            pass
-
-    torch.manual_seed(0)
-    names = ["2048"]
-    model = Untrained("inception", names, feature_extractor_weights_path=folder / "none.pth")
-    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    with torch.no_grad():
-        for norm in norms:
-            norm.weight.normal_(1, 0.1)
-            norm.bias.normal_(0, 0.2)
-            norm.momentum = 1.0
-        for conv in (m for m in model.modules() if isinstance(m, torch.nn.Conv2d)):
-            conv.weight.normal_(0, (2 / conv.weight[0].numel()) ** 0.5)
-        model.fc.weight.normal_(0, 0.05)
-        model.fc.bias.normal_(0, 1)
-        # The statistics are those of some pictures, a little wrong.
-        model.train()
-        model(_nchw(_pictures((299, 299), 9, 2)))
-        for norm in norms:
-            norm.running_mean += 0.1 * torch.randn_like(norm.running_mean)
-            norm.running_var *= 0.8 + 0.4 * torch.rand_like(norm.running_var)
-    path = folder / "pt_inception.pth"
-    # FID's file is as old as this layout.
-    torch.save(model.state_dict(), path, _use_new_zipfile_serialization=False)
+def theirs(peer, inception_file):
+    """(their network, the file it was read from)."""
     names = ["2048", "logits_unbiased", "logits"]
     model = peer.FeatureExtractorInceptionV3(
-        "inception", names, feature_extractor_weights_path=path
+        "inception", names, feature_extractor_weights_path=inception_file
     )
-    return model, path
+    return model, inception_file
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +46,7 @@ def features(theirs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bundle")
     bundle.write(folder, inception.read([path], {}))
     params = bundle.read(folder).parts["inception"].params
-    pictures = [_pictures(size, seed) for seed, size in enumerate(SIZES)]
+    pictures = [peers.noisy_waves(size, seed) for seed, size in enumerate(SIZES)]
     spatial = []
     hook = lambda module, args, output: spatial.append(output[:, :7].permute(0, 2, 3, 1).numpy())
     handle = model.Mixed_6d.branch1x1.register_forward_hook(hook)
@@ -141,7 +90,7 @@ def test_features_of_other_sizes(parity, features):
 def test_resize(parity, peer):
     worst = 0
     for seed, size in enumerate((*SIZES, (1, 5), (37, 701))):
-        pictures = _pictures(size, seed, 2)
+        pictures = peers.noisy_waves(size, seed, 2)
         theirs = peer.interpolate_bilinear_2d_like_tensorflow1x(
             _nchw(pictures).float(), size=(299, 299), align_corners=False
         )

@@ -45,11 +45,8 @@ class BadSample(DataError):
     """One sample cannot be used; `reason` is a short code that counters are kept by."""
 
     def __init__(self, reason: str, message: str = ""):
-        super().__init__(reason, message)
+        super().__init__(": ".join(filter(None, (reason, message))))
         self.reason = reason
-
-    def __str__(self):
-        return ": ".join(filter(None, self.args))
 
 
 class Sample(NamedTuple):
@@ -266,7 +263,7 @@ class _Descriptor:
         self.number = os.open(path, os.O_RDONLY)
 
     def __del__(self):
-        if hasattr(self, "number"):
+        if hasattr(self, "number") and os is not None:  # None while Python ends
             os.close(self.number)
 
 
