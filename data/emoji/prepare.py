@@ -27,12 +27,12 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import scenes
 import webdataset
 from PIL import Image
 from tqdm import tqdm
 
 from unclip.errors import ConfigError, DataError, UnclipError
+from unclip.protocols import scenes
 
 HERE = pathlib.Path(__file__).resolve().parent
 PICTURES = (

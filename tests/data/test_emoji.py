@@ -6,7 +6,6 @@ import io
 import json
 import pathlib
 import re
-import sys
 import tarfile
 
 import numpy as np
@@ -20,14 +19,11 @@ FOLDER = pathlib.Path(__file__).resolve().parents[2] / "data" / "emoji"
 
 @pytest.fixture(scope="module")
 def prepare():
-    """data/emoji/prepare.py, found the way it is when it runs as a program."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        spec = importlib.util.spec_from_file_location("emoji_prepare", FOLDER / "prepare.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        yield module
-        sys.modules.pop("scenes", None)
+    """data/emoji/prepare.py, which is a program outside the package."""
+    spec = importlib.util.spec_from_file_location("emoji_prepare", FOLDER / "prepare.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ function of (seed, index). Combinations on the two WITHHELD lists never occur in
 section 7, names as the weak side of unCLIP: binding attributes to objects, and relations.
 """
 
+import functools
 import io
 import json
 import pathlib
@@ -160,8 +161,9 @@ def _spread(region: np.ndarray, passable: np.ndarray) -> np.ndarray:
     return reached[run].reshape(region.shape) & passable
 
 
+@functools.lru_cache(maxsize=2)
 def load_cutouts(folder: pathlib.Path) -> dict[str, Cutout]:
-    """Name -> Cutout for all SCENE_OBJECTS, read from `train-*.tar` in `folder`.
+    """Name -> Cutout for all SCENE_OBJECTS, read once from `train-*.tar` in `folder`.
 
     Raises:
       DataError: an object is not among the training pictures.
@@ -251,6 +253,7 @@ class Composer:
                 {"name": n, "code_points": self.cutouts[n].code_points, "size": s, "box": b}
                 for n, s, b in zip(names, sizes, boxes, strict=True)
             ],
+            "sizes": ", ".join(sizes),
             "relation": relation,
             "withheld": withheld_in(names, colour, relation),
         }

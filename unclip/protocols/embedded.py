@@ -1,0 +1,60 @@
+"""Pictures through CLIP and the decoder, for protocols that start from pictures (section 3)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from unclip import errors
+from unclip.input.image import for_clip
+from unclip.models.clip import CLIP
+from unclip.pipeline import Pictures, to_uint8
+from unclip.protocols import base
+
+
+def embed(model: Any, pictures: Sequence[np.ndarray]) -> np.ndarray:
+    """z_i float32 [n, D], not normalised, of uint8 [H, W, 3] pictures, as `variations` embeds them.
+
+    Raises:
+      ConfigError: the model has no CLIP.
+    """
+    if "clip" not in model.parts:
+        raise errors.ConfigError("embedding pictures needs the part 'clip', which is not there")
+    side = CLIP(**model.parts["clip"].arch).image_size
+    return model.embed_image(np.stack([for_clip(picture, side) for picture in pictures]))
+
+
+def decode(
+    protocol: base.Protocol, model: Any, z_i: np.ndarray, rows: Sequence[int],
+    seeds: Sequence[int], settings: dict | None,
+) -> Pictures:
+    """Draws embeddings without a caption, as `UnCLIP.variations` does.
+
+    Args:
+      z_i: float32 [n, D], one a row; rows: their numbers in the protocol; seeds: one a row.
+      settings: of `UnCLIP.generate`; what is of the prior and of captions is left out.
+
+    Raises:
+      ConfigError: no decoder, or one that was not trained on z_i; an unknown setting.
+    """
+    own = {name: value for name, value in (settings or {}).items()
+           if name not in ("prior", "embed", "caption")}
+    decoder = model.parts.get("decoder")
+    if decoder is None:
+        raise errors.ConfigError(f"{protocol.id} needs the part 'decoder', which is not there")
+    if decoder.settings.get("embedding") == "text" or not decoder.arch.get("use_z_i", True):
+        raise errors.ConfigError(f"{protocol.id} needs a decoder that was trained on z_i")
+    drawn = {name: to_uint8(stage)
+             for name, stage in model.decode(z_i, None, list(seeds), **own).items()}
+    recipes = [
+        {"mode": protocol.mode, "protocol": protocol.id, "key": protocol.keys[row], "prompt": "",
+         "seed": int(seed), "model_hash": model.model_hash, **own}
+        for row, seed in zip(rows, seeds)
+    ]
+    return Pictures(list(drawn.values())[-1], recipes, drawn)
+
+
+def unit(z: np.ndarray) -> np.ndarray:
+    """Embeddings [..., D] at length one, float64."""
+    z = np.asarray(z, np.float64)
+    return z / np.maximum(np.linalg.norm(z, axis=-1, keepdims=True), 1e-8)

@@ -1,0 +1,68 @@
+"""Captions and pictures of the emoji that training never saw (data/emoji, held-out shards).
+
+The small counterpart of the paper's zero-shot evaluation (arXiv 2204.06125, section 5): 188
+pictures are far too few for a FID that compares with anybody's, so numbers carry their N and this
+protocol's id.
+"""
+
+from unclip import errors
+from unclip.input.picture_set import PictureSet, Prepared
+from unclip.input.pictures import ShardPictures
+from unclip.input.shards import BadSample
+from unclip.protocols import base
+
+CAPTIONS = ("txt", "name")
+
+
+class EmojiHeldOut(base.Protocol):
+    """Every held-out emoji once.
+
+    Args:
+      size: side at which pictures are compared; references are resized bicubically.
+      caption: "txt" (name and keywords, as in training) or "name" (the JSON's name alone).
+      shards: the held-out shards; None: those of data/emoji.
+      count: the first so many; None: all.
+
+    Raises:
+      DataError: shards that are missing or damaged, or a picture without that caption.
+    """
+
+    def __init__(
+        self, size: int = 64, caption: str = "txt", shards: str | None = None,
+        count: int | None = None,
+    ):
+        if caption not in CAPTIONS:
+            raise errors.unknown("caption of emoji-held-out", caption, CAPTIONS)
+        if not 8 <= size <= 1024:
+            raise errors.ConfigError(f"emoji-held-out: size {size}, expected 8 to 1024")
+        pictures = ShardPictures(str(base.EMOJI / "held-out-*.tar") if shards is None else shards)
+        if count is not None and not 1 <= count <= len(pictures):
+            raise errors.ConfigError(
+                f"emoji-held-out: count {count}, expected 1 to {len(pictures)}")
+        rows = range(count or len(pictures))
+        keys = [pictures.name(row) for row in rows]
+        prompts = [_caption(pictures, row, caption) for row in rows]
+        part = "" if count in (None, len(pictures)) else f".first{count}"
+        super().__init__(
+            f"emoji-held-out.{caption}{part}.size{size}", prompts, keys, size,
+            {"shards_sha256": pictures.collection.fingerprint, "caption": caption,
+             "source": pictures.source})
+        self._reference = Prepared(base.Chosen(pictures, rows, keys, prompts), size)
+
+    def reference(self) -> PictureSet:
+        """The held-out pictures at `size`."""
+        return self._reference
+
+
+def _caption(pictures: ShardPictures, row: int, caption: str) -> str:
+    try:
+        if caption == "txt":
+            text = pictures.caption(row)
+        else:
+            text = pictures.collection.meta(row).get("name")
+    except BadSample as error:
+        raise errors.DataError(f"{pictures.source}: {error}") from error
+    if not isinstance(text, str) or not text.strip():
+        raise errors.DataError(
+            f"{pictures.source}: {pictures.name(row)} has no {caption} to be its caption")
+    return text.strip()

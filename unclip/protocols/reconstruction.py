@@ -1,0 +1,162 @@
+"""Reconstructions from ever more principal components of z_i (section 3.3, figure 7).
+
+z_i of a few pictures is projected on the first d components of a PCA of many embeddings and given
+to the decoder "on a fixed seed": few components keep what a picture is of, more of them its form.
+Measured for every d, and for z_i itself ("full"):
+
+    reconstruction.dD.explained     share of the variance in the first d components
+    reconstruction.dD.cosine        of the projection and z_i
+    reconstruction.dD.drawn_cosine  of the drawing's embedding and z_i
+    reconstruction.dD.mse           of the drawing and the picture, pixels in [0, 1]
+
+Only the last needs no model. Where d is over the width D of the embedding, it is D.
+"""
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from unclip import errors, images
+from unclip.input.picture_set import PictureSet, Prepared
+from unclip.input.pictures import open_pictures
+from unclip.models import prior_ar
+from unclip.protocols import base, embedded
+
+DIMS = (20, 30, 40, 80, 120, 160, 200, 320)  # figure 7
+FULL = 0  # in `columns`: z_i itself
+MAX_PICTURES = 10_000
+
+
+class Reconstruction(base.Protocol):
+    """Every picture at every number of components; a row is one drawing, picture by picture.
+
+    Args:
+      count: pictures, the first of `pictures`.
+      size: side at which pictures are compared.
+      dims: numbers of components, rising.
+      width: width of the embedding, when known: caps `dims` and leaves repeats out.
+      pictures: to reconstruct, as `open_pictures` takes them; None: the held-out emoji.
+      fit: to fit the PCA on; None: the training emoji. fit_count: the first so many of them.
+
+    Attributes:
+      columns: numbers of components, one a row of a picture; 0 stands for z_i itself.
+    """
+
+    mode = "reconstruct"
+
+    def __init__(
+        self, count: int = 8, size: int = 64, dims: Sequence[int] = DIMS, width: int | None = None,
+        pictures: str | None = None, fit: str | None = None, fit_count: int = 2000,
+    ):
+        dims = [min(int(d), width or int(d)) for d in dims]
+        dims = sorted(set(dims)) if width else dims
+        if not dims or dims[0] < 1 or sorted(set(dims)) != dims:
+            raise errors.ConfigError(f"reconstruction: dims {dims}, expected rising numbers over 0")
+        if not 8 <= size <= 4096 or not 2 <= fit_count <= MAX_PICTURES:
+            raise errors.ConfigError(
+                f"reconstruction: size {size}, fit_count {fit_count}: expected 8 to 4096 pixels "
+                f"and 2 to {MAX_PICTURES} pictures to fit on")
+        self._source = open_pictures(pictures or str(base.EMOJI / "held-out-*.tar"))
+        self._fit = open_pictures(fit or str(base.EMOJI / "train-*.tar"))
+        self._fit_count = min(fit_count, len(self._fit))
+        if not 1 <= count <= min(len(self._source), MAX_PICTURES):
+            raise errors.ConfigError(
+                f"reconstruction: count {count}, expected 1 to {len(self._source)}")
+        self.columns = (*dims, FULL)
+        captions = [self._source.caption(i) or self._source.name(i) for i in range(count)]
+        names = [self._source.name(i) for i in range(count)]
+        self._reference = Prepared(base.Chosen(self._source, range(count), names, captions), size)
+        words = [f"d{d}" if d else "full" for d in self.columns]
+        super().__init__(
+            f"reconstruction.n{count}.d{'-'.join(map(str, dims))}.fit{self._fit_count}.size{size}",
+            [caption for caption in captions for _ in self.columns],
+            [f"{i:04d}-{word}" for i in range(count) for word in words], size,
+            {"pictures": self._source.source, "fit": self._fit.source, "count": count,
+             "fit_count": self._fit_count, "dims": list(self.columns)})
+        # A weak reference: parameters of a model that is done with must not stay on the device.
+        self._known: tuple[Any, tuple] = (lambda: None, ())
+
+    def reference(self) -> PictureSet:
+        """The pictures themselves at `size`, one each."""
+        return self._reference
+
+    def draw(
+        self, model: Any, seeds: Sequence[int], settings: dict | None = None,
+        rows: Sequence[int] | None = None,
+    ):
+        """Decodes the projections of rows; the PCA is fitted at a model's first call.
+
+        Columns of one picture share their noise: from the seed of a row its column is taken off,
+        which makes them equal where seeds count up with the rows.
+        """
+        rows = self._rows(rows, seeds)
+        z_i = np.stack([self._projected(model, row) for row in rows]).astype(np.float32)
+        shared = [max(0, int(seed) - row % len(self.columns)) for row, seed in zip(rows, seeds)]
+        return embedded.decode(self, model, z_i, rows, shared, settings)
+
+    def judge(
+        self, pictures: np.ndarray, model: Any = None, rows: Sequence[int] | None = None
+    ) -> tuple[dict[str, float], list[dict]]:
+        """The measures above, means over pictures; and for each drawing its own."""
+        rows = self._rows(rows, pictures)
+        true = {i: self._reference.read(i) / 255.0 for i in {r // len(self.columns) for r in rows}}
+        facts = []
+        for row, picture in zip(rows, base.resized(pictures, self.size)):
+            number, column = divmod(row, len(self.columns))
+            mse = float(np.square(picture / 255.0 - true[number]).mean())
+            facts.append({"components": self.columns[column] or "full", "mse": round(mse, 6)})
+        if model is not None and "clip" in model.parts:
+            z_drawn = embedded.unit(embedded.embed(model, list(pictures)))
+            for fact, row, drawn in zip(facts, rows, z_drawn):
+                z = embedded.unit(self._embeddings(model)[1][row // len(self.columns)])
+                projected = embedded.unit(self._projected(model, row))
+                fact |= {"explained": self.explained(model, self.columns[row % len(self.columns)]),
+                         "cosine": float(projected @ z), "drawn_cosine": float(drawn @ z)}
+        values = {}
+        for measure in ("explained", "cosine", "drawn_cosine", "mse"):
+            for components in self.columns:
+                found = [f[measure] for f in facts
+                         if measure in f and f["components"] == (components or "full")]
+                name = f"d{components}" if components else "full"
+                if found:
+                    values[f"reconstruction.{name}.{measure}"] = float(np.mean(found))
+        return values, facts
+
+    def explained(self, model: Any, components: int) -> float:
+        """Share of the variance of the fitted embeddings in the first components; 1 for 0."""
+        variance = np.square(self._embeddings(model)[0].scale)
+        return float(variance[: components or None].sum() / variance.sum())
+
+    def grid(self, pictures: np.ndarray) -> np.ndarray:
+        """Figure 7: a picture a row, components rising to the right, the original at the end."""
+        columns = len(self.columns)
+        small = base.resized(pictures, self.size)
+        cells, labels = [], []
+        for i in range(len(self._reference)):
+            cells += [*small[i * columns : (i + 1) * columns], self._reference.read(i)]
+            labels += [*(f"{d}" if d else "full" for d in self.columns), "original"]
+        return images.grid(cells, columns=columns + 1, labels=labels)
+
+    def _embeddings(self, model: Any) -> tuple[prior_ar.PCA, np.ndarray]:
+        """(PCA with all components, z_i float32 [count, D]) under a model's CLIP."""
+        if self._known[0]() is not model:
+            z_i = embedded.embed(model, [self._source.read(i) for i in range(len(self._reference))])
+            seen = prior_ar.StreamingCovariance(z_i.shape[1])
+            for start in range(0, self._fit_count, 256):
+                numbers = range(start, min(start + 256, self._fit_count))
+                seen.update(embedded.embed(model, [self._fit.read(i) for i in numbers]))
+            pca = prior_ar.fit_pca(seen.mean, seen.covariance, dims=z_i.shape[1])
+            self._known = (weakref.ref(model), (pca, z_i))
+        return self._known[1]
+
+    def _projected(self, model: Any, row: int) -> np.ndarray:
+        """What a row decodes: z_i on its first components, float [D]."""
+        pca, z_i = self._embeddings(model)
+        number, column = divmod(row, len(self.columns))
+        components = self.columns[column]
+        if components == FULL:
+            return z_i[number]
+        first = prior_ar.PCA(pca.mean, pca.components[:, :components], pca.scale[:components])
+        return np.asarray(prior_ar.decode(first, prior_ar.encode(first, z_i[number])))
