@@ -22,6 +22,8 @@ EMOJI_HELD_OUT = str(DATA / "emoji" / "held-out-*.tar")
 THEMES = {
     "": {},
     "food": {"subgroup": ("fruit", "vegetables", "sweets & candy", "drink", "asian")},
+    # Scenes of one object that is large enough to know at 16 pixels (data/emoji/README.md).
+    "scenes": {"sizes": ("large", "huge")},
 }
 
 
@@ -120,6 +122,10 @@ def base(stage: str, args: ConfigDict) -> ConfigDict:
     config.eval_examples = 512
     config.sample_steps = 0  # sample grids every so many steps; 0 = only at the end
     config.sample_examples = 16
+    config.metric_steps = 0  # retrieval, prior, drawn pictures; 0 = only at the end
+    config.metric_examples = 512  # held-out samples a measurement; 0 = none
+    config.metric_clip = ""  # RUN or BUNDLE: judges pictures; "" = the stage's own CLIP, if any
+    config.metric_inception = ""  # BUNDLE or FILE: adds FID of drawn pictures; "" = off
     config.tensorboard = True
     config.wandb = ""  # project name; "" = off
     config.compilation_cache = ""  # folder; "" = off
@@ -157,7 +163,8 @@ def scale(config: ConfigDict, *, batch_size: int, total_steps: int) -> None:
     config.batch_size, config.total_steps = batch_size, total_steps
     config.log_steps, config.save_steps, config.eval_steps = 100, 5000, 5000
     config.eval_examples = 8192
-    config.sample_steps = 25_000
+    config.sample_steps = config.metric_steps = 25_000
+    config.metric_examples = 8192
     config.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})
     config.sharding = "fsdp"
     config.arch.dtype = "bfloat16"
@@ -177,7 +184,7 @@ def finetune(
     scale(config, batch_size=batch_size, total_steps=total_steps)
     config.follow_init = True
     config.save_steps = config.eval_steps = 1000
-    config.sample_steps = 5000
+    config.sample_steps = config.metric_steps = 5000
     config.ema = 0.999
     config.optim.schedule = "constant"
     config.optim.learning_rate, config.optim.warmup_steps = learning_rate, 500
@@ -192,7 +199,7 @@ def runlocal(config: ConfigDict, small_arch: ConfigDict) -> ConfigDict:
     config.total_steps = 2
     config.accumulate = 1
     config.log_steps = config.eval_steps = config.save_steps = 1
-    config.eval_examples = config.sample_examples = 8
+    config.eval_examples = config.sample_examples = config.metric_examples = 8
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
     config.sharding = "data"
     config.optim.warmup_steps = 0

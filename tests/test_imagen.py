@@ -15,7 +15,7 @@ import tokenizers
 from unclip import bundle, errors, runs, stage, tasks, train
 from unclip.input.text import T5Tokenizer
 from unclip.models import t5
-from unclip.runtime import checkpoint, distributed
+from unclip.runtime import checkpoint
 
 ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("cheap_runs")
@@ -92,14 +92,7 @@ def test_a_random_t5_trains(imagen, tmp_path):
         runs.open_part(tmp_path, "t5")
 
 
-def test_resuming_ends_with_the_same_bits(run, imagen, t5_bundle, tmp_path, monkeypatch):
-    config = imagen({"t5": t5_bundle})
-    with monkeypatch.context() as patch:
-        patch.setattr(distributed, "should_stop", lambda at=None: at == 1)
-        with pytest.raises(errors.Stopped):
-            train.train(config, str(tmp_path))
-    train.train(config, str(tmp_path))
-    jax.tree.map(np.testing.assert_array_equal, state(run), state(tmp_path))
+def test_a_run_says_which_t5_it_had(run, t5_bundle):
     assert json.loads((pathlib.Path(run) / "config.json").read_text())["t5"] == t5_bundle
     assert list(pathlib.Path(run).glob("samples/*.png"))
 

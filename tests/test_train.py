@@ -68,7 +68,8 @@ def assert_same_state(one, two):
 def test_a_resumed_run_ends_with_the_same_bits(
     name, whole, decoder_config, tiny_config, tmp_path, monkeypatch
 ):
-    straight, config = whole, decoder_config(sample_examples=0, tensorboard=False)
+    straight = whole
+    config = decoder_config(sample_examples=0, metric_examples=0, tensorboard=False)
     if name == "clip":
         straight = str(tmp_path / "straight")
         config = tiny_config("clip", {"total_steps": 4})
@@ -90,6 +91,133 @@ def test_a_resumed_run_ends_with_the_same_bits(
     train.train(config, workdir)
     assert lines(workdir) == before
     assert_same_state(straight, workdir)
+
+
+@pytest.fixture(scope="module")
+def measured_clip(tiny_config, shards):
+    """A CLIP of four steps that is measured: loss after 2, retrieval after 1, 2 and 3, all after 4.
+    """
+    changes = {
+        "total_steps": 4, "save_steps": 100, "eval_steps": 2, "metric_steps": 1,
+        "metric_examples": 6, "input.held_out": (shards["held_out"],),
+    }
+    return lambda **more: tiny_config("clip", changes | more)
+
+
+@pytest.fixture(scope="module")
+def measured(measured_clip, tmp_path_factory):
+    """Its run without interruption."""
+    workdir = str(tmp_path_factory.mktemp("measured"))
+    train.train(measured_clip(), workdir)
+    return workdir
+
+
+def test_each_evaluator_follows_its_own_steps(measured):
+    assert sorted(series(measured, "held_out/loss")) == [2, 4]
+    ranks = series(measured, "retrieval/text_to_image_median_rank")
+    assert sorted(ranks) == [1, 2, 3, 4]
+    assert all(1 <= rank <= 6 for rank in ranks.values())
+    assert set(series(measured, "retrieval/captions").values()) == {6}
+
+
+def stop_in(monkeypatch, step, polls):
+    """A request to stop that comes at a step, after so many polls; it stays true, as it does."""
+    left = [polls]
+
+    def should_stop(at=None):
+        left[0] -= at == step
+        return left[0] < 0
+
+    monkeypatch.setattr(distributed, "should_stop", should_stop)
+
+
+class Counted:
+    """An evaluator of two batches, with a poll after each."""
+
+    schedule = "metric"
+
+    def __init__(self, prefix):
+        self.prefix = prefix
+
+    def run(self, state, step):
+        for _ in range(2):
+            if distributed.should_stop(step):
+                return
+        yield f"{self.prefix}/figure", 1.0
+
+
+class Notes:
+    """A writer that remembers."""
+
+    def __init__(self, restored=()):
+        self.restored_names, self.written = set(restored), []
+
+    def scalars(self, step, values):
+        self.written += values
+
+
+@pytest.mark.parametrize(("polls", "found"), [
+    (0, []), (1, []), (2, []), (3, ["a/figure"]), (4, ["a/figure"]), (5, ["a/figure"]),
+    (6, ["a/figure", "b/figure"]),
+])
+def test_a_stop_ends_evaluation_at_the_next_poll(
+    tiny_config, tmp_path, monkeypatch, polls, found
+):
+    """Polls: one before each evaluator, one after each of its batches."""
+    evaluators, writer = [Counted("a"), Counted("b")], Notes()
+    config = tiny_config("clip", {"total_steps": 9, "metric_steps": 3})
+    loop = train.Loop(config, tmp_path, None, writer, evaluators, None, None, None)
+    stop_in(monkeypatch, 3, polls)
+    assert loop.evaluate({}, 3) == (len(found) == 2)
+    assert writer.written == found
+
+
+def test_what_metrics_jsonl_holds_is_not_measured_again(tiny_config, tmp_path):
+    writer = Notes({"step", "loss", "a/other", "ab/figure"})
+    config = tiny_config("clip", {"total_steps": 9, "metric_steps": 3})
+    evaluators = [Counted("a"), Counted("b")]
+    loop = train.Loop(config, tmp_path, None, writer, evaluators, None, None, None)
+    loop.recall(3)
+    assert loop.evaluate({}, 3) and writer.written == ["b/figure"]
+    assert loop.evaluate({}, 6) and writer.written == ["b/figure", "a/figure", "b/figure"]
+    assert loop.evaluate({}, 8) and len(writer.written) == 3
+    assert loop.evaluate({}, 9) and len(writer.written) == 5
+    assert loop.evaluate({}, 0) and len(writer.written) == 5
+
+
+@pytest.mark.parametrize(("step", "polls", "lost"), [
+    (2, 1, ["held_out", "retrieval"]), (4, 3, ["retrieval"]),
+])
+def test_an_evaluation_cut_short_is_done_after_the_resume(
+    measured, measured_clip, tmp_path, monkeypatch, step, polls, lost
+):
+    workdir = str(tmp_path / "stopped")
+    with monkeypatch.context() as patch:
+        stop_in(patch, step, polls)
+        with pytest.raises(errors.Stopped, match=f"saved step {step} of 4"):
+            train.train(measured_clip(), workdir)
+    names = {name for line in lines(workdir) if line["step"] == step for name in line}
+    for prefix in ("held_out", "retrieval"):
+        there = [name for name in names if name.startswith(f"{prefix}/")]
+        assert bool(there) == (prefix not in lost), "half an evaluation, or one lost for nothing"
+    train.train(measured_clip(), workdir)
+    assert_same_state(measured, workdir)
+    values = lambda run: sorted(
+        (line["step"], name, value) for line in lines(run) for name, value in line.items()
+        if "/" in name or name == "loss")
+    assert values(workdir) == values(measured)
+    # The run is over: nothing is measured twice, however often it is started.
+    before = lines(workdir)
+    train.train(measured_clip(), workdir)
+    assert lines(workdir) == before
+
+
+def test_a_shorter_run_measures_nothing_of_the_longer(measured, measured_clip):
+    """The state is of step 4: under another number its figures would be wrong."""
+    before = lines(measured)
+    train.train(measured_clip(total_steps=3), measured)
+    assert lines(measured) == before
+    train.write_config(measured_clip(), pathlib.Path(measured))
 
 
 def test_what_a_run_leaves(whole, decoder_config):
@@ -116,9 +244,23 @@ def test_sample_grids_are_pictures(whole):
         assert images.read_recipe(path)["step"] == 4
 
 
+def test_a_decoder_is_judged_by_its_own_clip(whole):
+    """Once, at the end, on the eight held-out samples."""
+    names = {name for line in lines(whole) for name in line if name.startswith("drawn/")}
+    assert names == {
+        "drawn/mse", "drawn/clip_cosine", "drawn/clip_cosine_true", "drawn/clip_cosine_pictures",
+        "drawn/fd_clip_N8"}
+    for name in names:
+        assert list(series(whole, name)) == [4] and np.isfinite(series(whole, name)[4])
+    # The same eight samples are drawn for the grid, four of them at least.
+    assert series(whole, "drawn/mse")[4] == pytest.approx(
+        series(whole, "samples_held_out/mse")[4], rel=0.5)
+
+
 def test_stored_embeddings_give_the_same_loss(whole, decoder_config, tmp_path):
     workdir = str(tmp_path / "stored")
-    config = decoder_config(stored_embeddings=True, sample_examples=0, eval_examples=0)
+    config = decoder_config(
+        stored_embeddings=True, sample_examples=0, eval_examples=0, metric_examples=0)
     train.train(config, workdir)
     assert len(list(pathlib.Path(workdir).glob("z_i-*.npy"))) == 2
     want, got = series(whole, "loss"), series(workdir, "loss")

@@ -245,7 +245,8 @@ def collections(config: ConfigDict):
         (config.input.held_out, config.input.held_out_where),
     ):
         collection = shards.index_shards(patterns) if patterns else None
-        found.append(collection.subset(where=where.to_dict()) if where else collection)
+        narrowed = collection is not None and where
+        found.append(collection.subset(where=where.to_dict()) if narrowed else collection)
     train, held_out = found
     if train is None:
         raise errors.ConfigError("no training shards: --config.input.shards=\"('FILE.tar',)\"")

@@ -21,8 +21,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from unclip import cli, embeddings, errors, files, images, runs, stage, tasks
-from unclip.evaluators.held_out import HeldOutLoss
-from unclip.evaluators.samples import Samples
+from unclip.evaluators import training
 from unclip.input import source
 from unclip.models import t5 as t5_model
 from unclip.models.unet import fold_params, unfold_params
@@ -128,7 +127,7 @@ def train(config: ConfigDict, workdir: str) -> None:
             max_bad_fraction=config.input.max_bad_fraction,
             **rows,
         )
-        evaluators = make_evaluators(config, task, frozen, data, held_out, mesh, rows)
+        evaluators = training.make(config, task, frozen, data, held_out, mesh, rows, put)
         step_fn = jax.jit(
             stage.make_step(task, tx, schedule, config),
             out_shardings=(shardings, sharding.replicated(mesh)),
@@ -155,6 +154,7 @@ class Loop:
     def __init__(self, config, folder, saver, writer, evaluators, batches, bar, mesh):
         self.config, self.folder, self.saver, self.writer = config, folder, saver, writer
         self.evaluators, self.batches, self.bar, self.mesh = evaluators, batches, bar, mesh
+        self.measured = set()  # (step, evaluator's prefix): what need not be measured again
         self.skipped = 0  # consecutive steps
         self.pending = None  # (step, metrics on the device) of the step before
         self.flops = None  # of one step
@@ -165,17 +165,12 @@ class Loop:
     def __call__(self, step_fn, state, frozen, first):
         config = self.config
         compiled = None
+        self.recall(first)
         for step in range(first, config.total_steps):
-            self.evaluate(state, step, due=step > first)
+            self.evaluate(state, step)
             self.save(state, step)
             if distributed.should_stop(step):
-                self.log_pending()
-                self.save(state, step, force=True)
-                self.saver.wait()
-                raise errors.Stopped(
-                    f"asked to stop: saved step {step} of {config.total_steps}; "
-                    "the same command resumes"
-                )
+                self.stop(state, step)
             batch = sharding.put_batch(next(self.batches), self.mesh)
             if compiled is None:
                 compiled = self.compile(step_fn, state, frozen, batch)
@@ -184,10 +179,21 @@ class Loop:
             self.pending = (step + 1, measured)
             self.bar.update(1, loss=self.loss)
         self.log_pending()
-        if config.total_steps > first:
-            self.evaluate(state, config.total_steps, due=True, last=True)
+        if config.total_steps >= first:  # a run that is over may lack its last evaluations
+            if not self.evaluate(state, config.total_steps):
+                self.stop(state, config.total_steps)
             self.save(state, config.total_steps, force=True)
         return state
+
+    def stop(self, state, step):
+        """Saves and leaves; an evaluation of this step that was cut short is done on resuming."""
+        self.log_pending()
+        self.save(state, step, force=True)
+        self.saver.wait()
+        raise errors.Stopped(
+            f"asked to stop: saved step {step} of {self.config.total_steps}; "
+            "the same command resumes"
+        )
 
     def compile(self, step_fn, state, frozen, batch):
         start = time.perf_counter()
@@ -197,15 +203,38 @@ class Loop:
         self.clock, self.paused = time.perf_counter(), 0.0
         return compiled
 
-    def evaluate(self, state, step, *, due, last=False):
+    def recall(self, first):
+        """Notes what metrics.jsonl already says of the step a run resumes from.
+
+        A save follows the evaluations of its step, but a stop cuts them short; then those that
+        left no line are due again.
+        """
+        if first == 0 or not self.evaluators:
+            return
+        names = self.writer.restored_names
+        done = np.array(
+            [any(n.startswith(f"{e.prefix}/") for n in names) for e in self.evaluators]
+        )
+        done = embeddings.gather(done)[: len(done)]  # process 0, which writes the file, knows
+        self.measured = {(first, e.prefix) for e, was in zip(self.evaluators, done) if was}
+
+    def evaluate(self, state, step) -> bool:
+        """Runs the evaluators due at a step; False where a request to stop left some undone."""
         config = self.config
         pause = time.perf_counter()
         for evaluator in self.evaluators:
-            every = config.eval_steps if isinstance(evaluator, HeldOutLoss) else config.sample_steps
-            if not (last or (due and every and step % every == 0)):
+            every = config[f"{evaluator.schedule}_steps"]
+            due = step == config.total_steps or (step and every and step % every == 0)
+            if not due or (step, evaluator.prefix) in self.measured:
                 continue
+            if distributed.should_stop(step):
+                return False
+            # All or nothing: an evaluator that is interrupted gives no figures.
+            results = list(evaluator.run(state, step))
+            if not results and distributed.should_stop(step):
+                return False
             found = {}
-            for name, value in evaluator.run(state, step):
+            for name, value in results:
                 if isinstance(value, np.ndarray):
                     self.writer.images(step, name, value)
                     if distributed.is_main():
@@ -216,6 +245,7 @@ class Loop:
             if found:
                 self.writer.scalars(step, found)
         self.paused += time.perf_counter() - pause
+        return True
 
     def save(self, state, step, force=False):
         if not (force or self.saver.due(step)):
@@ -396,36 +426,6 @@ def write_embeddings(path: pathlib.Path, stream, count: int, width: int) -> None
         if table is not None:
             table.flush()
     distributed.barrier(f"embeddings {path.name}", 600)
-
-
-def make_evaluators(config, task, frozen, data, held_out, mesh, rows) -> list:
-    """Held-out loss, and draws on fixed samples of both collections."""
-    found = []
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    rows = {name: rows[name] for name in ("process_index", "process_count", "threads")}
-
-    def one_pass(collection, limit, use):
-        limited = collection.subset(count=min(limit, len(collection)))
-        return source.make_eval_source(
-            limited, stage.transform(config, task, use), **rows,
-            batch_size=min(config.batch_size, -(-len(limited) // ways) * ways),
-        )
-
-    if held_out is not None and config.eval_examples:
-        found.append(
-            HeldOutLoss(
-                task, frozen, lambda: one_pass(held_out, config.eval_examples, "held_out"), mesh,
-                seed=config.seed,
-            )
-        )
-    if config.sample_examples and "sample" in task.predict():
-        for name, collection in (("train", data), ("held_out", held_out)):
-            if collection is not None:
-                with one_pass(collection, config.sample_examples, "sample") as batches:
-                    found.append(
-                        Samples(task, frozen, next(batches), mesh, seed=config.seed, name=name)
-                    )
-    return found
 
 
 def main(argv):

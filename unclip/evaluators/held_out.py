@@ -21,6 +21,8 @@ class HeldOutLoss:
       name: prefix of the metrics.
     """
 
+    schedule = "eval"
+
     def __init__(
         self,
         task,
@@ -31,7 +33,7 @@ class HeldOutLoss:
         seed: int = 0,
         name: str = "held_out",
     ):
-        self.frozen, self.batches, self.mesh, self.name = frozen, batches, mesh, name
+        self.frozen, self.batches, self.mesh, self.prefix = frozen, batches, mesh, name
 
         def loss(params, frozen, batch):
             metrics = task.loss(params, frozen, batch, jax.random.key(seed), train=False)[1]
@@ -51,4 +53,4 @@ class HeldOutLoss:
             if distributed.should_stop(step):
                 return
         for name, value in sums.items():
-            yield f"{self.name}/{name}", float(np.float64(value) / max(count, 1))
+            yield f"{self.prefix}/{name}", float(np.float64(value) / max(count, 1))

@@ -21,8 +21,10 @@ class Samples:
       name: what the samples are, e.g. "train" or "held_out".
     """
 
+    schedule = "sample"
+
     def __init__(self, task, frozen, batch: dict, mesh: jax.sharding.Mesh, *, seed=0, name="train"):
-        self.frozen, self.mesh, self.name = frozen, mesh, name
+        self.frozen, self.mesh, self.prefix = frozen, mesh, f"samples_{name}"
         self.batch = sharding.put_batch(batch, mesh)
         sample = task.predict().get("sample")
         self.sample = sample and jax.jit(
@@ -40,7 +42,7 @@ class Samples:
         drawn, true = jax.device_get(self.sample(state["ema"], self.frozen, self.batch))
         pictures = drawn.pop("pictures", None)
         for name, value in drawn.items():
-            yield f"samples_{self.name}/{name}", float(value)
+            yield f"{self.prefix}/{name}", float(value)
         if pictures is None:
             return
         valid = true.pop("valid")  # a small collection is padded to the device count
@@ -53,4 +55,4 @@ class Samples:
             columns.insert(0, true["low"].repeat(repeat, axis=1).repeat(repeat, axis=2))
         rows = np.stack(columns, axis=1).reshape(-1, side, side, 3)
         pairs = max(1, 12 // len(columns))
-        yield f"samples_{self.name}", images.grid(list(rows), columns=pairs * len(columns))
+        yield self.prefix, images.grid(list(rows), columns=pairs * len(columns))

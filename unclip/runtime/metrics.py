@@ -36,6 +36,10 @@ class MetricWriter:
       restored_step: the step the run resumes from. Later lines come from work that is done again:
         they move to metrics.dropped.jsonl, and TensorBoard purges its own. None keeps everything.
 
+    Attributes:
+      restored_names: of the values that metrics.jsonl held of `restored_step`; on every process but
+        the first empty.
+
     Raises:
       ConfigError: W&B is asked for and not installed.
       DataError: the directory cannot be written.
@@ -44,6 +48,7 @@ class MetricWriter:
     def __init__(self, workdir: str | os.PathLike, *, tensorboard: bool = True,
                  wandb: Mapping[str, Any] | None = None, restored_step: int | None = None):
         self._file = self._board = self._wandb = None
+        self.restored_names: set[str] = set()
         if not distributed.is_main():
             return
         workdir = pathlib.Path(workdir)
@@ -77,10 +82,13 @@ class MetricWriter:
         kept, dropped = [], []
         for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                step = json.loads(line)["step"]
+                values = json.loads(line)
+                step = values["step"]
             except (ValueError, KeyError, TypeError):
                 continue
             late = restored_step is not None and step > restored_step
+            if step == restored_step:
+                self.restored_names |= values.keys()
             (dropped if late else kept).append(line + "\n")
         if dropped:
             with open(self._path.with_name("metrics.dropped.jsonl"), "a", encoding="utf-8") as file:
