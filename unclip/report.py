@@ -124,9 +124,20 @@ class Report:
         xlabel: str = "",
         ylabel: str = "",
         logy: bool = False,
+        labels: Mapping[str, Sequence[str]] | None = None,
     ) -> "Report":
-        """Adds a plot of one or more lines, {name: [(x, y), …]}; neighbours share a row."""
-        svg = markupsafe.Markup(_svg(series, xlabel, ylabel, logy, f"plot-{len(self._blocks)}"))
+        """Adds a plot of one or more lines, {name: [(x, y), …]}; neighbours share a row.
+
+        Args:
+          labels: {name: one text a point}, written beside the points of that line.
+        """
+        for name, texts in (labels or {}).items():
+            if len(texts) != len(series[name]):
+                raise ValueError(f"{len(texts)} labels for {len(series[name])} points of {name!r}")
+        above = self._blocks[-1] if self._blocks else {"kind": ""}
+        number = len(above["plots"]) if above["kind"] == "plots" else 0
+        salt = f"plot-{len(self._blocks)}-{number}"
+        svg = markupsafe.Markup(_svg(series, xlabel, ylabel, logy, salt, labels or {}))
         plot = {"title": title, "svg": svg}
         if self._blocks and self._blocks[-1]["kind"] == "plots":
             self._blocks[-1]["plots"].append(plot)
@@ -217,7 +228,9 @@ def _picture(image: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _svg(series: Mapping, xlabel: str, ylabel: str, logy: bool, salt: str) -> str:
+def _svg(
+    series: Mapping, xlabel: str, ylabel: str, logy: bool, salt: str, labels: Mapping
+) -> str:
     # Imported here: it takes a second, and a report may have no plot.
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -256,6 +269,10 @@ def _svg(series: Mapping, xlabel: str, ylabel: str, logy: bool, salt: str) -> st
             # Matplotlib leaves labels with a leading "_" out of a legend.
             label = f"\u200b{name}" if str(name).startswith("_") else str(name)
             axes.plot(x, y, color=colour, linewidth=1.8, marker=marker, markersize=4, label=label)
+            for point, text in zip(points, labels.get(name, ())):
+                axes.annotate(
+                    str(text), point, xytext=(4, 4), textcoords="offset points", fontsize=8
+                )
         if logy:
             axes.set_yscale("log")
             # The default writes powers of ten in TeX, which stays off: labels come from users.
@@ -265,7 +282,9 @@ def _svg(series: Mapping, xlabel: str, ylabel: str, logy: bool, salt: str) -> st
         axes.set_ylabel(ylabel)
         axes.margins(x=0.02)
         axes.set_axisbelow(True)
-        if len(series) > 1:
+        if len(series) > 4:
+            figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+        elif len(series) > 1:
             axes.legend(frameon=False, fontsize=9)
         buffer = io.StringIO()
         metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))

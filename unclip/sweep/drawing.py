@@ -1,0 +1,250 @@
+"""Draws and scores the cells of a sweep (sections 5.1 to 5.3 of the paper); may be killed anywhere.
+
+A cell is drawn by the processes of a job together, each its share of the captions on its own
+devices, into `cells/<id>/pictures`; then all of them score it and process 0 writes
+`cells/<id>.json` last. A cell without that file is drawn anew from nothing. Picture k of caption i
+of n in seed s has the seed s * 2**20 + k * n + i, so no two pictures of a cell share their noise
+and no two seeds of a sweep do; the same caption has the same noise in every cell.
+"""
+
+import concurrent.futures
+import contextlib
+import math
+import os
+import pathlib
+import platform
+import shutil
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+import unclip
+from unclip import errors, images, protocols, runs
+from unclip.pipeline import UnCLIP
+from unclip.runtime import distributed, lock, progress, sharding
+from unclip.sweep import plan, store
+from unclip.sweep.scoring import BARRIER_S, Scorer, agreed, picture_name, say
+from unclip.sweep.weights import digest, load_part
+
+SEED_STRIDE = 1 << 20  # pictures a seed of the sweep has room for
+
+
+class Runner:
+    """What the cells of one evaluation share: protocol, scorer, the loaded model.
+
+    Args:
+      config: see `configs/evaluate.py`; workdir: shared by every process and job.
+
+    Raises:
+      ConfigError: an unknown protocol, metric or setting, weights that are missing, no captions.
+      DataError: files that cannot be read. Nothing has been drawn or written then.
+    """
+
+    def __init__(self, config: Mapping, workdir: str | os.PathLike):
+        self.config, self.workdir = config, pathlib.Path(workdir)
+        settings = dict(config["protocol"])
+        # A config has no None: "" and a count of 0 leave a setting to the protocol.
+        settings = {k: v for k, v in settings.items() if v != "" and (k, v) != ("count", 0)}
+        self.protocol = protocols.make(settings.pop("name"), **settings)
+        if not self.protocol.prompts:
+            raise errors.ConfigError(f"protocol {self.protocol.id!r} has no captions to draw")
+        for name in ("samples", "batch_size"):
+            if config[name] < 1:
+                raise errors.ConfigError(f"{name} {config[name]}: expected at least 1")
+        self.total = len(self.protocol.prompts) * config["samples"]
+        if self.total > SEED_STRIDE:
+            raise errors.ConfigError(
+                f"{len(self.protocol.prompts)} captions x {config['samples']} samples: expected at "
+                f"most {SEED_STRIDE} pictures a cell"
+            )
+        self.scorer = Scorer(config, self.protocol, workdir)
+        self._model: tuple[Any, UnCLIP | None] = (None, None)
+        self._told: dict[str, None] = {}  # warnings of the loaded model
+
+    def cells(self) -> list[plan.Cell]:
+        """Every cell of the config, as things lie on disk now."""
+        return plan.cells(self.config, self.scorer.measured, captions=self.protocol.mode == "text")
+
+    def status(self, cell: plan.Cell) -> str:
+        """"finished", "damaged" or "to do"."""
+        path = store.cell_path(self.workdir, cell.id)
+        if not path.exists():
+            return "to do"
+        try:
+            store.read_cell(path)
+        except errors.DataError:
+            return "damaged"
+        return "finished"
+
+    def run(self, cells: Sequence[plan.Cell]) -> int:
+        """Draws and scores the cells that are not finished; those of other live jobs are left.
+
+        Returns:
+          How many were done here.
+
+        Raises:
+          Stopped: asked to; the same command goes on with the cell that was begun.
+        """
+        images.writable_folder(self.workdir / "cells")
+        same = int(digest([cell.id for cell in cells])[:7], 16)
+        if agreed(same) != same:
+            raise errors.Stopped("the processes saw different checkpoints; run the command again")
+        done = 0
+        for number, cell in enumerate(cells):
+            with self._held(cell) as mine:
+                if not mine:
+                    continue
+                say(f"cell {number + 1} of {len(cells)}: {cell.id}")
+                try:
+                    self._run_cell(cell)
+                except errors.Stopped as error:
+                    raise errors.Stopped(
+                        f"asked to stop in cell {number + 1} of {len(cells)}; the same command "
+                        f"goes on there ({error.message})"
+                    ) from error
+                done += 1
+        return done
+
+    @contextlib.contextmanager
+    def _held(self, cell: plan.Cell):
+        """Whether this job is to do the cell now; holds its lock meanwhile."""
+        mine, folder = 0, store.cell_folder(self.workdir, cell.id)
+        held = None
+        status = self.status(cell) if distributed.is_main() else "finished"
+        if status == "damaged":
+            say(f"{store.cell_path(self.workdir, cell.id)} is damaged: drawn again")
+        if status != "finished":
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                held = lock.DirectoryLock(folder)
+                # Another job may have finished it between the look and the lock.
+                mine = int(self.status(cell) != "finished")
+            except errors.DataError as error:
+                say(f"left to another job: {error.message}")
+        try:
+            yield bool(agreed(mine))
+        finally:
+            if held is not None:
+                held.release()
+                with contextlib.suppress(OSError):  # kept where pictures are in it
+                    folder.rmdir()
+
+    def _run_cell(self, cell: plan.Cell) -> None:
+        folder = store.cell_folder(self.workdir, cell.id)
+        if distributed.is_main():  # what a killed job left
+            store.cell_path(self.workdir, cell.id).unlink(missing_ok=True)
+            for old in folder.iterdir():
+                if old.is_dir():
+                    shutil.rmtree(old)
+                elif old.name != "lock.json":
+                    old.unlink()
+        distributed.barrier("cell cleared", BARRIER_S)
+        started = time.perf_counter()
+        model = self.model(cell)
+        loaded = time.perf_counter()
+        self._draw(cell, model, folder / "pictures")
+        drawn = time.perf_counter()
+        distributed.barrier("cell drawn", BARRIER_S)
+        record = self.scorer.score(folder / "pictures", model)
+        if not distributed.is_main():
+            return
+        record["kept"] = self.scorer.keep(record, folder)
+        record["warnings"] = [*record["warnings"], *_summary(list(self._told))]
+        scored = time.perf_counter()
+        record |= {
+            "id": cell.id,
+            "settings": cell.settings,
+            "identity": cell.identity,
+            "model": {
+                "name": cell.model,
+                "hash": cell.model_hash,
+                "parts": {part: list(where) for part, where in cell.parts.items()},
+            },
+            "recipe": self._recipe,
+            "seconds": {
+                "load": loaded - started, "draw": drawn - loaded, "score": scored - drawn,
+            },
+            "pictures": self.total,
+            "batch_size": self.config["batch_size"],
+            "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            "processes": distributed.process_count(),
+            "versions": versions(),
+        }
+        store.write_cell(self.workdir, record)
+
+    # ------------------------------------------------------------ drawing
+
+    def model(self, cell: plan.Cell) -> UnCLIP:
+        """The cell's model, loaded once for neighbouring cells of the same weights."""
+        if self._model[0] != cell.parts | {"weights": cell.settings["weights"]}:
+            self._model, self._told = (None, None), {}  # the old one goes first: two may not fit
+            parts = {
+                part: load_part(path, part, step, cell.settings["weights"])
+                for part, (path, step) in cell.parts.items()
+            }
+            runs.check_fit(parts)
+            mesh = sharding.make_mesh(self.config["mesh"], jax.local_devices())
+            model = UnCLIP(
+                parts, model_hash=cell.model_hash, batch_size=self.config["batch_size"], mesh=mesh
+            )
+            self._model = (cell.parts | {"weights": cell.settings["weights"]}, model)
+        return self._model[1]
+
+    def _draw(self, cell: plan.Cell, model: UnCLIP, folder: pathlib.Path) -> None:
+        """This process's share of the cell's pictures, as PNG with recipes."""
+        settings = cell.settings
+        stages = {"prior": {}, "decoder": {}}
+        for axis, (stage, name) in plan.DRAW.items():
+            if settings[axis] is not None:
+                stages[stage][name] = settings[axis]
+        options = stages | {"embed": settings["embed"], "stages": self.config["stages"] or None}
+        prompts, samples = self.protocol.prompts, self.config["samples"]
+        seed = settings["seed"] * SEED_STRIDE
+        count = distributed.process_count()
+        mine = range(distributed.process_index(), len(prompts), count)
+        chunk = max(1, self.config["batch_size"] // samples)
+        # Every process polls equally often, so that all stop at the same poll.
+        polls = math.ceil(math.ceil(len(prompts) / count) / chunk)
+        bar = progress.progress(len(mine) * samples, cell.model, "img")
+        with bar, concurrent.futures.ThreadPoolExecutor(4, "png") as pool:
+            for start in range(0, polls * chunk, chunk):
+                if distributed.should_stop():
+                    raise errors.Stopped(f"its {bar.count} pictures here are drawn again")
+                rows = mine[start : start + chunk]
+                if not rows:
+                    continue
+                both = [(i, k) for i in rows for k in range(samples)]
+                with warnings.catch_warnings(record=True) as told:
+                    warnings.simplefilter("always")
+                    made = self.protocol.draw(
+                        model, [seed + k * len(prompts) + i for i, k in both], options,
+                        rows=[i for i, _ in both],
+                    )
+                # The model tells each only once, at the first cell.
+                self._told |= dict.fromkeys(str(warning.message) for warning in told)
+                self._recipe = made.recipes[0]
+                names = [picture_name(i * samples + k, samples) for i, k in both]
+                written = [
+                    pool.submit(images.write_png, folder / name, image, recipe)
+                    for name, image, recipe in zip(names, made.images, made.recipes)
+                ]
+                for future in written:
+                    future.result()
+                bar.update(len(made))
+
+def _summary(warned: Sequence[str]) -> list[str]:
+    """Warnings of drawing in few lines: captions that were cut warn one by one."""
+    few = list(warned)[:3]
+    return [*few, *([f"… and {len(warned) - 3} more like these"] if len(warned) > 3 else [])]
+
+
+def versions() -> dict[str, str]:
+    """What computed a cell."""
+    return {
+        "unclip": unclip.__version__, "jax": jax.__version__, "numpy": np.__version__,
+        "python": platform.python_version(), "machine": platform.machine(),
+    }

@@ -1,0 +1,99 @@
+"""Scores the checkpoints of a training while it runs: metrics over steps, as the paper's figures
+of training progress would show them (arXiv 2204.06125 reports the end alone).
+
+A checkpoint is deleted by its run when `keep` newer ones are there. One that is gone before it was
+loaded is left out with a note.
+"""
+
+import pathlib
+import time
+from collections.abc import Callable, Mapping
+
+from unclip import errors, runs
+from unclip.runtime import checkpoint, distributed
+from unclip.sweep import plan
+from unclip.sweep.drawing import Runner, agreed, say
+
+POLL_S = 5.0
+
+
+def followed_part(config: Mapping, run: str) -> str:
+    """The part of the sweep's models that a RUN trains.
+
+    Raises:
+      ConfigError: no model uses that run.
+    """
+    same = lambda path: pathlib.Path(path).resolve() == pathlib.Path(run).resolve()
+    for source in plan.sources(config):
+        for part, path in source.paths.items():
+            if same(path):
+                return part
+    stage = runs.run_config(run)["stage"]
+    raise errors.ConfigError(
+        f"--follow {run}: no model of the sweep has that run; name it, e.g. "
+        f"--config.{stage if stage != 'upsampler' else 'upsamplers'}={run}"
+    )
+
+
+def follow(
+    config: Mapping,
+    workdir: str,
+    run: str,
+    timeout_s: float,
+    finish: Callable[[], None],
+    poll_s: float = POLL_S,
+) -> list[int]:
+    """Runs the sweep on every checkpoint of a RUN as it appears, oldest first.
+
+    Ends at the run's `total_steps`, or when nothing new came for `timeout_s` seconds.
+
+    Args:
+      config: as for `Runner`; its axis "step" is set here.
+      finish: called after each checkpoint, to write the results.
+
+    Returns:
+      The steps scored, or found scored already.
+
+    Raises:
+      Stopped: asked to; the same command goes on.
+    """
+    runner, seen, scored = None, set(), []
+    if not checkpoint.steps(pathlib.Path(run) / "checkpoints"):
+        say(f"{run} has no checkpoint yet: waiting for the first, {timeout_s:g} s at most")
+    since = time.monotonic()
+    while True:
+        # One process looks, so that all see the same.
+        there = checkpoint.steps(pathlib.Path(run) / "checkpoints")
+        new = [step for step in there if step not in seen]
+        step = agreed(new[0] if new else plan.NEWEST)
+        if step != plan.NEWEST:
+            seen.add(step)
+            if runner is None:
+                config = dict(config) | {"step_of": followed_part(config, run)}
+                runner = Runner(config, workdir)
+            runner.config = config | {"sweep": dict(config["sweep"]) | {"step": (step,)}}
+            if _scored(runner, run, step):
+                scored.append(step)
+            finish()
+            since = time.monotonic()
+            if agreed(int(step >= int(runs.run_config(run).get("total_steps", 0)))):
+                return scored
+        elif agreed(int(time.monotonic() - since > timeout_s)):
+            latest = f"the latest is step {max(seen)}" if seen else "there is none yet"
+            say(f"no new checkpoint of {run} for {timeout_s:g} s ({latest}): done here")
+            return scored
+        else:
+            if distributed.should_stop():
+                raise errors.Stopped("asked to stop; the same command goes on following")
+            time.sleep(poll_s)
+
+
+def _scored(runner: Runner, run: str, step: int) -> bool:
+    try:
+        runner.run(runner.cells())
+    except errors.DataError as error:
+        if step in checkpoint.steps(pathlib.Path(run) / "checkpoints"):
+            raise
+        say(f"step {step} of {run} was deleted before it was loaded ({error.message})")
+        return False
+    return True

@@ -1,0 +1,98 @@
+"""Weights by path: what identifies them before they are read, and how a cell loads them.
+
+The paper's comparisons (arXiv 2204.06125, section 5) change one network and keep the rest. Here a
+network is a part of a BUNDLE, or one checkpoint of a RUN with or without its moving average.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+from typing import Any
+
+from unclip import bundle, errors, runs
+from unclip.runtime import checkpoint
+
+NEWEST = -1  # a step: the newest there is
+BRANCHES = ("ema", "params")
+_ROOT = ("_CHECKPOINT_METADATA", "state/_METADATA", "state/manifest.ocdbt")
+
+
+def checkpoint_hash(
+    path: str, part: str, step: int | None, branch: str
+) -> tuple[tuple[str, int | None], str]:
+    """((path, step or None for a bundle), a hash of the weights), without reading their tensors.
+
+    Args:
+      path: RUN or BUNDLE; step: of a RUN, None or `NEWEST` for its newest; branch: of `BRANCHES`.
+
+    Raises:
+      ConfigError: a step of a bundle; DataError: no such checkpoint, or it cannot be read.
+    """
+    if not runs.is_run(path):
+        if step not in (None, NEWEST):
+            raise errors.ConfigError(f"sweep.step {step}: {path} is a BUNDLE and has no steps")
+        return (path, None), bundle.describe(path)["parts"][part]["sha256"]
+    if part == "t5":  # no run trains one: it is that of the decoder's config
+        return (path, None), json.dumps(runs.run_config(path).get("t5"))
+    folder = pathlib.Path(path) / "checkpoints"
+    there = checkpoint.steps(folder)
+    step = there[-1] if there and step in (None, NEWEST) else step
+    if step not in there:
+        listed = ", ".join(map(str, there)) or "none"
+        raise errors.DataError(
+            f"no complete checkpoint of step {step} in {folder}; there: {listed}"
+        )
+    # A checkpoint is never written twice, and its root names every file of it.
+    hashed = hashlib.sha256(branch.encode())
+    names = [folder / str(step) / name for name in _ROOT]
+    statistics = pathlib.Path(path) / runs.STATISTICS
+    try:
+        for name in [*names, *([statistics] if statistics.exists() else [])]:
+            hashed.update(name.read_bytes())
+    except OSError as error:
+        raise errors.DataError(f"cannot read {error.filename}: {error.strerror}") from error
+    described = json.dumps(runs.describe_part(path, part), sort_keys=True)
+    return (path, step), digest([hashed.hexdigest(), described, step])
+
+
+def load_part(path: str, part: str, step: int | None, weights: str) -> bundle.Part:
+    """A part of a BUNDLE (step None), or of a RUN at one of its checkpoints.
+
+    Args:
+      weights: "ema" or "params", for a RUN.
+
+    Raises:
+      DataError: the checkpoint is not there (any more), or damaged.
+    """
+    if step is None:
+        return runs.open_part(path, part)
+    arch, settings = runs.describe_part(path, part)
+    folder = pathlib.Path(path) / "checkpoints"
+    params = checkpoint.load_subtree(folder, (weights,), step=step)[weights]
+    extra = runs.statistics_of(path) if part == "prior" else {}
+    return bundle.Part(part, arch, params, extra, settings)
+
+
+def file_hash(path: str | os.PathLike) -> str:
+    """A name for a network's weights: a bundle's hash, or the files' sha256 cut to 10 digits."""
+    path = pathlib.Path(path)
+    if runs.is_run(path):
+        return checkpoint_hash(str(path), "clip", None, "ema")[1]
+    if (path / "model.json").is_file():
+        return bundle.describe(path)["hash"]
+    hashed = hashlib.sha256()
+    try:
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file():
+                with open(file, "rb") as opened:
+                    hashed.update(hashlib.file_digest(opened, "sha256").digest())
+    except OSError as error:
+        raise errors.DataError(f"cannot read {path}: {error.strerror or error}") from error
+    return hashed.hexdigest()[:10]
+
+
+def digest(value: Any) -> str:
+    """The first 10 hex digits of the sha256 of a JSON value."""
+    text = json.dumps(value, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
