@@ -27,15 +27,29 @@ lint: setup
 
 # Checks against other people's code, which it installs, and the table of what they measured.
 # PyTorch first, by its exact version: that one has a build for the CPU alone. open_clip comes
-# without what it depends on, since it asks for torchvision, which has no such build. Two peers
-# stand aside in .cache: one would put a package `tests` beside ours, the other is the last
-# diffusers that opens a whole Karlo folder.
+# without what it depends on, since it asks for torchvision, which has no such build. Other peers
+# stand aside in .cache, each in a folder of its own: torch-fidelity would put a package `tests`
+# beside ours, of torchvision only the Python code can be used, TensorFlow runs in a process of its
+# own, and diffusers 0.37.1 is the last that opens a whole Karlo folder.
 parity: setup
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet --editable '.[dev,parity]'
 	$(BIN)/python -m pip install --quiet --no-deps open_clip_torch==3.3.0
 	test -d $(PEERS)/torch-fidelity-0.4.0 || $(BIN)/python -m pip install --quiet --no-deps \
 	  --target $(PEERS)/torch-fidelity-0.4.0 torch-fidelity==0.4.0
+	test -d $(PEERS)/torchvision-0.28.0 || $(BIN)/python -m pip install --quiet --no-deps \
+	  --target $(PEERS)/torchvision-0.28.0 torchvision==0.28.0
+	test -d $(PEERS)/pytorch-fid-0.3.0 || $(BIN)/python -m pip install --quiet --no-deps \
+	  --target $(PEERS)/pytorch-fid-0.3.0 pytorch-fid==0.3.0
+	test -d $(PEERS)/clean-fid-0.1.35 || $(BIN)/python -m pip install --quiet --no-deps \
+	  --target $(PEERS)/clean-fid-0.1.35 clean-fid==0.1.35
+	test -d $(PEERS)/torchmetrics-1.9.0 || $(BIN)/python -m pip install --quiet --no-deps \
+	  --target $(PEERS)/torchmetrics-1.9.0 torchmetrics==1.9.0 lightning-utilities==0.15.3
+	test -d $(PEERS)/prdc-0.2 || $(BIN)/python -m pip install --quiet --no-deps \
+	  --target $(PEERS)/prdc-0.2 prdc==0.2 \
+	  scikit-learn==1.9.1 joblib==1.6.0 threadpoolctl==3.8.0 narwhals==2.29.0
+	test -d $(PEERS)/tensorflow-cpu-2.21.0 || $(BIN)/python -m pip install --quiet \
+	  --target $(PEERS)/tensorflow-cpu-2.21.0 tensorflow-cpu==2.21.0
 	test -d $(PEERS)/diffusers-0.37.1 || $(BIN)/python -m pip install --quiet --no-deps \
 	  --target $(PEERS)/diffusers-0.37.1 \
 	  diffusers==0.37.1 httpx==0.28.1 httpcore==1.0.9 h11==0.16.0 anyio==4.9.0

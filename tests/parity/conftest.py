@@ -25,6 +25,14 @@ def parity(request):
     return record
 
 
+@pytest.fixture(scope="session")
+def inception_file(tmp_path_factory):
+    """FID's Inception with random weights, as the file that the tools share."""
+    from tests.parity import peers
+
+    return peers.random_inception(tmp_path_factory.mktemp("inception"))
+
+
 def pytest_terminal_summary(terminalreporter):
     reports = [report for kind in terminalreporter.stats.values() for report in kind]
     reports = [r for r in reports if getattr(r, "when", None) == "call"]
