@@ -2,24 +2,19 @@
 
 Runs the same verbs a user runs, with small numbers: `unclip train` for CLIP, decoder, prior and the
 two upsamplers (16 -> 64 -> 256), `unclip export`, then `UnCLIP.load(...).generate(...)`. Two lanes
-train side by side, each on its half of the processors: a small network uses one core better than
-two. Writes `report.html` (one file, opens offline) and `summary.json`.
+train side by side. Writes `report.html` (one file, opens offline) and `summary.json`.
 """
 
 import argparse
 import json
-import os
 import pathlib
 import shutil
-import subprocess
 import sys
-import threading
 import time
 
 import numpy as np
-import psutil
+from lanes import ROOT, Lanes, Stage
 
-ROOT = pathlib.Path(__file__).parents[1]
 PROMPTS = 32
 # (stage folder, config, steps, overrides). A lane's stages run one after another; a stage that
 # needs CLIP waits for it.
@@ -37,108 +32,31 @@ LANES = (
 NEEDS_CLIP = ("prior", "decoder")
 
 
-class Demo:
-    """One run of the demo: its folder, its children and what they used."""
-
-    def __init__(self, out: pathlib.Path, theme: str, scale: float, threads: str):
-        self.out, self.theme, self.scale = out, theme, scale
-        self.commands: list[list[str]] = []
-        self.status: dict[str, str] = {}
-        self.failed = threading.Event()
-        self.clip_done = threading.Event()
-        self.peak = 0
-        self.started = time.monotonic()
-        cores = sorted(os.sched_getaffinity(0))
-        half = max(1, len(cores) // 2)
-        self.cores = (cores[:half], cores[half:] or cores) if threads == "split" else (cores, cores)
-
-    def train(self) -> None:
-        """Every stage, in two lanes; raises SystemExit with the first failing stage's code."""
-        lanes = [
-            threading.Thread(target=self._lane, args=(lane, cores))
-            for lane, cores in zip(LANES, self.cores)
-        ]
-        for lane in lanes:
-            lane.start()
-        said = 0.0
-        while any(lane.is_alive() for lane in lanes):
-            self.measure()
-            if time.monotonic() - said > (1 if sys.stderr.isatty() else 15):
-                said = time.monotonic()
-                self._say()
-            time.sleep(0.5)
-        if sys.stderr.isatty():
-            print(file=sys.stderr)
-        if self.failed.is_set():
-            raise SystemExit(self.code)
-
-    def _say(self) -> None:
-        minutes, seconds = divmod(round(time.monotonic() - self.started), 60)
-        line = f"[{minutes}:{seconds:02}] " + " | ".join(self.status.values())
-        end = "\r" if sys.stderr.isatty() else "\n"
-        print(line[: shutil.get_terminal_size((160, 24)).columns - 1], end=end, file=sys.stderr)
-
-    def _lane(self, stages, cores) -> None:
-        for name, config, steps, overrides in stages:
-            if name in NEEDS_CLIP:
-                self.clip_done.wait()
-            if self.failed.is_set():
-                return
-            steps = max(2, round(steps * self.scale))
-            command = ["train", f"--config=configs/{config.format(theme=self.theme)}"]
-            command += [f"--workdir={self.out / name}", f"--config.total_steps={steps}"]
+def stages(out: pathlib.Path, theme: str, scale: float) -> list[list[Stage]]:
+    """The lanes of `LANES` as commands."""
+    lanes = []
+    for lane in LANES:
+        lanes.append([])
+        for name, config, steps, overrides in lane:
+            steps = max(2, round(steps * scale))
+            command = ["train", f"--config=configs/{config.format(theme=theme)}"]
+            command += [f"--workdir={out / name}", f"--config.total_steps={steps}"]
             command += [f"--config.optim.warmup_steps={min(30, steps // 4)}", *overrides]
+            command.append("--config.metric_examples=0")  # the report measures the cascade
             if name in NEEDS_CLIP:
-                command += [f"--config.clip={self.out / 'clip'}", "--config.stored_embeddings"]
-            code = self._run(name, command, cores)
-            if name == "clip":
-                self.clip_done.set()
-            if code:
-                self.code = code
-                self.failed.set()
-                self.clip_done.set()
-                log = (self.out / "logs" / f"{name}.log").read_text().splitlines()
-                said = f"\n{name} failed with exit code {code}:"
-                print(said, *log[-5:], sep="\n", file=sys.stderr)
-                return
+                command += [f"--config.clip={out / 'clip'}", "--config.stored_embeddings"]
+            lanes[-1].append(Stage(name, command, ("clip",) if name in NEEDS_CLIP else ()))
+    return lanes
 
-    def _run(self, name: str, command: list[str], cores) -> int:
-        self.commands.append(["unclip", *command])
-        log = self.out / "logs" / f"{name}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "w") as file:
-            child = subprocess.Popen(
-                [sys.executable, "-m", "unclip.cli", *command],
-                cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-            )
-            os.sched_setaffinity(child.pid, cores)
-            while child.poll() is None:
-                lines = log.read_text(errors="replace").splitlines()
-                self.status[name] = lines[-1] if lines else f"{name}: starting"
-                time.sleep(1)
-        self.status.pop(name, None)
-        return child.returncode
 
-    def measure(self) -> None:
-        """Notes the resident memory of this process and its children, bytes."""
-        total = 0
-        for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
-            try:
-                total += process.memory_info().rss
-            except psutil.Error:
-                continue  # ended meanwhile
-        self.peak = max(self.peak, total)
-
-    def export(self) -> pathlib.Path:
-        """The bundle of the five runs."""
-        bundle = self.out / "model"
-        command = ["export", f"--out={bundle}"]
-        for name in ("clip", "prior", "decoder", "upsampler_0", "upsampler_1"):
-            command.append(f"--{name.partition('_')[0]}={self.out / name}")
-        if code := self._run("export", command, os.sched_getaffinity(0)):
-            print((self.out / "logs" / "export.log").read_text(), file=sys.stderr)
-            raise SystemExit(code)
-        return bundle
+def export(demo: Lanes) -> pathlib.Path:
+    """The bundle of the five runs."""
+    bundle = demo.out / "model"
+    command = ["export", f"--out={bundle}"]
+    for name in ("clip", "prior", "decoder", "upsampler_0", "upsampler_1"):
+        command.append(f"--{name.partition('_')[0]}={demo.out / name}")
+    demo.run([[Stage("export", command)]])
+    return bundle
 
 
 def truth(theme: str, sizes) -> tuple[list[dict], dict[str, list[dict]]]:
@@ -167,7 +85,7 @@ def squared_error(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return ((a[:, None] - b[None]) ** 2).mean(axis=-1)
 
 
-def draw(demo: Demo, bundle: pathlib.Path) -> dict:
+def draw(demo: Lanes, bundle: pathlib.Path, theme: str) -> dict:
     """Draws the prompts and measures them; everything the report shows."""
     from unclip import images
     from unclip.pipeline import UnCLIP
@@ -175,7 +93,7 @@ def draw(demo: Demo, bundle: pathlib.Path) -> dict:
     model = UnCLIP.load(bundle, batch_size=16)
     demo.measure()
     sizes = [model.stage_size(name) for name in ("decoder", *model.upsamplers)]
-    train, held_out = truth(demo.theme, sizes)
+    train, held_out = truth(theme, sizes)
     chosen = [round(i) for i in np.linspace(0, len(train) - 1, min(PROMPTS, len(train)))]
     prompts = [train[i]["name"] for i in chosen]
     drawn = model.generate(prompts, n=1, seed=0)
@@ -213,7 +131,7 @@ def metrics(folder: pathlib.Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def report(demo: Demo, found: dict, summary: dict) -> None:
+def report(demo: Lanes, found: dict, summary: dict, theme: str) -> None:
     """report.html: scores, loss curves, every prompt at every stage beside the truth."""
     from unclip.report import Report, Row
 
@@ -221,7 +139,7 @@ def report(demo: Demo, found: dict, summary: dict) -> None:
     page = Report(
         "unCLIP demo",
         f"CLIP, prior, decoder and two upsamplers trained on {len(train)} pictures of the theme "
-        f"“{demo.theme}”, then drawn from their captions",
+        f"“{theme}”, then drawn from their captions",
     )
     page.tiles(
         {
@@ -324,12 +242,12 @@ def main() -> None:
         for name in ("clip", "prior", "decoder", "upsampler_0", "upsampler_1", "model", "pictures"):
             shutil.rmtree(out / name, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
-    demo = Demo(out, arguments.theme, arguments.scale, arguments.threads)
+    demo = Lanes(out, split=arguments.threads == "split")
     print(f"training in {out}; logs in {out / 'logs'}", file=sys.stderr)
-    demo.train()
-    bundle = demo.export()
+    demo.run(stages(out, arguments.theme, arguments.scale))
+    bundle = export(demo)
     print("drawing", file=sys.stderr)
-    found = draw(demo, bundle)
+    found = draw(demo, bundle, arguments.theme)
 
     from unclip.bundle import read
 
@@ -349,7 +267,7 @@ def main() -> None:
         "model_hash": found["hash"],
         "missed": [p for p, hit in zip(found["prompts"], found["hits"]) if not hit],
     }
-    report(demo, found, summary)
+    report(demo, found, summary, arguments.theme)
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(json.dumps(summary, indent=1))
     print(f"report: {out / 'report.html'}")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import pathlib
+import sys
 
 import numpy as np
 import pytest
@@ -14,9 +15,11 @@ CONFIGS = {"clip.py": clip, "prior.py": prior, "decoder.py": decoder, "upsampler
 
 @pytest.fixture(scope="module")
 def demo():
+    sys.path.insert(0, str(ROOT / "launch"))  # as Python does for the script
     spec = importlib.util.spec_from_file_location("demo", ROOT / "launch" / "demo.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    sys.path.remove(str(ROOT / "launch"))
     return module
 
 

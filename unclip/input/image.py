@@ -25,6 +25,7 @@ _UPRIGHT = {
     4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
     6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
 }
+_STRIP = 32  # sides in this proportion: only the part that is wanted is resized
 Box = tuple[int, int, int, int]  # left, upper, right, lower in pixels
 
 
@@ -166,10 +167,23 @@ def for_clip(image: np.ndarray, size: int, *, half: str = "down") -> np.ndarray:
         raise ConfigError(f"unknown half {half!r}: valid: down, even")
     shorter = min(image.shape[:2])
     height, width = (side * size // shorter for side in image.shape[:2])
-    resized = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
     start = (lambda rest: rest // 2) if half == "down" else (lambda rest: round(rest / 2))
-    left, top = start(width - size), start(height - size)
-    return np.array(resized.crop((left, top, left + size, top + size)))
+    top, left = start(height - size), start(width - size)
+    if max(width, height) <= _STRIP * size:
+        resized = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
+        return np.array(resized.crop((left, top, left + size, top + size)))
+    # Resized whole, a strip could fill the memory: what the crop sees is taken first.
+    margin = 2 * max(shorter // size, 1) + 4
+    edges, slices = [], []
+    for at, new, old in ((top, height, image.shape[0]), (left, width, image.shape[1])):
+        low, high = at * old / new, (at + size) * old / new
+        first = max(int(low) - margin, 0)
+        edges.append((low - first, high - first))
+        slices.append(slice(first, int(high) + margin))
+    (upper, lower), (left, right) = edges
+    part = Image.fromarray(np.ascontiguousarray(image[tuple(slices)]))
+    box = left, upper, right, lower
+    return np.array(part.resize((size, size), Image.Resampling.BICUBIC, box=box))
 
 
 def downsample(image: np.ndarray, factor: int) -> np.ndarray:

@@ -1,0 +1,118 @@
+"""The paper's ablation at small scale: what the decoder is given, and which prior draws it.
+
+Sections 5.1 to 5.3 of arXiv 2204.06125 compare a decoder given nothing but the caption, z_t in
+place of z_i, and z_i drawn by an autoregressive or a diffusion prior, over guidance. Here the same
+is trained and swept on captioned scenes of one emoji on a coloured background, 16 pixels wide:
+
+    python launch/ablation.py --out runs/ablation
+
+composes the scenes, trains CLIP, a second CLIP that only judges, three decoders and two priors,
+runs `unclip evaluate --config configs/evaluate.py:ablation`, and prints where the outcome agrees
+with the paper. `--out`/evaluation/report.html has the table, the curves and the pictures.
+"""
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+
+from lanes import ROOT, Lanes, Stage
+
+SCENES = 20_000  # of which a fifth are of one object, large or huge
+SIZE = 16
+CLIP = ("--config.arch.image_size=16", "--config.arch.patch_size=4", "--config.arch.context=16")
+CLIP += ("--config.batch_size=128",)
+DECODER = ("--config.batch_size=64",)
+PRIOR = ("--config.batch_size=128", "--config.arch.context=16")
+# (folder, config, steps, overrides). Lanes last about equally long on two processors.
+LANES = (
+    (
+        ("clip", "clip.py:emoji", 200, CLIP),
+        ("decoder", "decoder.py:emoji", 900, (*DECODER, "--config.task.z_scale=11.3")),
+        ("decoder_caption", "decoder.py:emoji", 900, (*DECODER, "--config.arch.use_z_i=False")),
+    ),
+    (
+        ("judge", "clip.py:emoji", 200, (*CLIP, "--config.seed=1")),
+        (
+            "decoder_z_t", "decoder.py:emoji", 900,
+            (*DECODER, "--config.task.z_scale=11.3", "--config.task.embedding=text"),
+        ),
+        ("prior", "prior.py:emoji", 1500, PRIOR),
+        ("prior_ar", "prior.py:emoji,kind=ar", 800, PRIOR),
+    ),
+)
+# What the paper's decoder is given -> the runs that the sweep draws it with.
+MODELS = {
+    "text_only": {"decoder": "decoder_caption"},
+    "z_t_own": {"decoder": "decoder_z_t"},
+    "ar": {"prior": "prior_ar"},
+}
+
+
+def scenes(out: pathlib.Path, count: int) -> dict[str, str]:
+    """Training and held-out shards of composed scenes: {"shards", "held_out"} as globs."""
+    found = {}
+    for name, number, seed in (("shards", count, 0), ("held_out", max(count // 10, 200), 2)):
+        folder = out / name
+        if not folder.is_dir():
+            command = ["--scenes", number, "--size", SIZE, "--seed", seed, "--out", folder]
+            script = ROOT / "data" / "emoji" / "prepare.py"
+            subprocess.run([sys.executable, script, *map(str, command)], check=True)
+        found[name] = str(folder / "*.tar")
+    return found
+
+
+def stages(out: pathlib.Path, shards: dict[str, str], scale: float) -> list[list[Stage]]:
+    """The lanes of `LANES` as commands."""
+    lanes = []
+    for lane in LANES:
+        lanes.append([])
+        for name, config, steps, overrides in lane:
+            steps = max(2, round(steps * scale))
+            command = ["train", f"--config=configs/{config},theme=scenes"]
+            command += [f"--workdir={out / name}"]
+            command += [f"--config.input.{k}=('{v}',)" for k, v in shards.items()]
+            command += ["--config.input.captions=('txt',)", f"--config.total_steps={steps}"]
+            command.append(f"--config.optim.warmup_steps={min(100, steps // 4)}")
+            command += ["--config.metric_examples=64", *overrides]
+            after = ()
+            if name not in ("clip", "judge"):
+                command.append(f"--config.clip={out / 'clip'}")
+                after = ("clip",)
+            lanes[-1].append(Stage(name, command, after))
+    return lanes
+
+
+def evaluations(out: pathlib.Path, count: int, jobs: int) -> list[list[Stage]]:
+    """The sweep as the jobs of an array, one a lane."""
+    command = ["evaluate", "--config=configs/evaluate.py:ablation"]
+    command += [f"--workdir={out / 'evaluation'}", f"--config.protocol.count={count}"]
+    command += [f"--config.{part}={out / part}" for part in ("clip", "prior", "decoder")]
+    command.append(f"--config.clip_for_scores={out / 'judge'}")
+    command += ["--config.sweep.sampler=('dpm++2m',)", "--config.sweep.steps=(12,)"]
+    for model, parts in MODELS.items():
+        command += [f"--config.models.{model}.{p}={out / run}" for p, run in parts.items()]
+    job = lambda i: [*command, f"--array_index={i}", f"--array_count={jobs}"]
+    return [[Stage(f"evaluate_{i}", job(i))] for i in range(jobs)]
+
+
+def main() -> None:
+    """Composes, trains, evaluates, prints."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=pathlib.Path, default=ROOT / "runs" / "ablation")
+    parser.add_argument("--scale", type=float, default=1.0, help="multiplies steps and pictures")
+    arguments = parser.parse_args()
+    out = arguments.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    shards = scenes(out, max(400, round(SCENES * arguments.scale)))
+    lanes = Lanes(out)
+    print(f"training in {out}; logs in {out / 'logs'}", file=sys.stderr)
+    lanes.run(stages(out, shards, arguments.scale))
+    lanes.run(evaluations(out, max(8, round(400 * arguments.scale)), jobs=2))
+    last = evaluations(out, 0, 1)[0][0].command
+    print(json.dumps({"peak_rss_mb": round(lanes.peak / 2**20), "last": last[0]}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Stages that train side by side as children, each lane on its share of the processors.
+
+A small network uses one core better than two, so the cascade of the paper (arXiv 2204.06125), whose
+stages hardly depend on one another, trains in lanes. Used by the demo and the ablation.
+"""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+import psutil
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+class Stage(NamedTuple):
+    """A child of a lane: `unclip` with these arguments.
+
+    Attributes:
+      name: of its log and, for others, of what they wait for.
+      command: arguments of `unclip`.
+      after: stages that must have ended first, also those of other lanes.
+    """
+
+    name: str
+    command: list[str]
+    after: tuple[str, ...] = ()
+
+
+class Lanes:
+    """Runs stages and notes what they used.
+
+    Args:
+      out: folder; logs go to its `logs`.
+      split: each lane has its own share of the processors; else all lanes have all.
+
+    Attributes:
+      commands: every command that was run; peak: resident bytes of all processes together.
+    """
+
+    def __init__(self, out: pathlib.Path, *, split: bool = True):
+        self.out, self.split = out, split
+        self.commands: list[list[str]] = []
+        self.peak = 0
+        self.started = time.monotonic()
+        self._status: dict[str, str] = {}
+        self._ended: dict[str, threading.Event] = {}
+        self._failed = threading.Event()
+        self._code = 0
+
+    def run(self, lanes: Sequence[Collection[Stage]]) -> None:
+        """Every lane's stages one after another; SystemExit with the first failing stage's code."""
+        names = [stage.name for lane in lanes for stage in lane]
+        self._ended = {name: threading.Event() for name in names}
+        cores = sorted(os.sched_getaffinity(0))
+        share = max(1, len(cores) // len(lanes))
+        threads = []
+        for number, lane in enumerate(lanes):
+            own = cores[number * share : (number + 1) * share] if self.split else cores
+            threads.append(threading.Thread(target=self._lane, args=(lane, own or cores)))
+        for thread in threads:
+            thread.start()
+        said = 0.0
+        while any(thread.is_alive() for thread in threads):
+            self.measure()
+            if time.monotonic() - said > (1 if sys.stderr.isatty() else 15):
+                said = time.monotonic()
+                self._say()
+            time.sleep(0.5)
+        if sys.stderr.isatty():
+            print(file=sys.stderr)
+        if self._failed.is_set():
+            raise SystemExit(self._code)
+
+    def _say(self) -> None:
+        minutes, seconds = divmod(round(time.monotonic() - self.started), 60)
+        line = f"[{minutes}:{seconds:02}] " + " | ".join(self._status.values())
+        end = "\r" if sys.stderr.isatty() else "\n"
+        print(line[: shutil.get_terminal_size((160, 24)).columns - 1], end=end, file=sys.stderr)
+
+    def _lane(self, stages: Collection[Stage], cores: list[int]) -> None:
+        for stage in stages:
+            for name in stage.after:
+                self._ended[name].wait()
+            if not self._failed.is_set():
+                code = self._child(stage, cores)
+                if code and not self._failed.is_set():
+                    self._code = code
+                    self._failed.set()
+                    log = (self.out / "logs" / f"{stage.name}.log").read_text().splitlines()
+                    said = f"\n{stage.name} failed with exit code {code}:"
+                    print(said, *log[-5:], sep="\n", file=sys.stderr)
+            self._ended[stage.name].set()
+
+    def _child(self, stage: Stage, cores: list[int]) -> int:
+        self.commands.append(["unclip", *stage.command])
+        log = self.out / "logs" / f"{stage.name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "w") as file:
+            child = subprocess.Popen(
+                [sys.executable, "-m", "unclip.cli", *stage.command],
+                cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+            )
+            os.sched_setaffinity(child.pid, cores)
+            while child.poll() is None:
+                lines = log.read_text(errors="replace").splitlines()
+                self._status[stage.name] = lines[-1] if lines else f"{stage.name}: starting"
+                time.sleep(1)
+        self._status.pop(stage.name, None)
+        return child.returncode
+
+    def measure(self) -> None:
+        """Notes the resident memory of this process and its children, bytes."""
+        total = 0
+        for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+            try:
+                total += process.memory_info().rss
+            except psutil.Error:
+                continue  # ended meanwhile
+        self.peak = max(self.peak, total)
