@@ -16,6 +16,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import time
 
 from lanes import ROOT, Lanes, Stage
 
@@ -76,6 +77,7 @@ def stages(out: pathlib.Path, shards: dict[str, str], scale: float) -> list[list
             command += ["--config.input.captions=('txt',)", f"--config.total_steps={steps}"]
             command.append(f"--config.optim.warmup_steps={min(100, steps // 4)}")
             command += ["--config.metric_examples=64", *overrides]
+            command.append(f"--config.compilation_cache={out / 'compiled'}")
             after = ()
             if name not in ("clip", "judge"):
                 command.append(f"--config.clip={out / 'clip'}")
@@ -90,6 +92,7 @@ def evaluations(out: pathlib.Path, count: int, jobs: int) -> list[list[Stage]]:
     command += [f"--workdir={out / 'evaluation'}", f"--config.protocol.count={count}"]
     command += [f"--config.{part}={out / part}" for part in ("clip", "prior", "decoder")]
     command.append(f"--config.clip_for_scores={out / 'judge'}")
+    command.append(f"--config.compilation_cache={out / 'compiled'}")
     command += ["--config.sweep.sampler=('dpm++2m',)", "--config.sweep.steps=(12,)"]
     for model, parts in MODELS.items():
         command += [f"--config.models.{model}.{p}={out / run}" for p, run in parts.items()]
@@ -110,8 +113,16 @@ def main() -> None:
     print(f"training in {out}; logs in {out / 'logs'}", file=sys.stderr)
     lanes.run(stages(out, shards, arguments.scale))
     lanes.run(evaluations(out, max(8, round(400 * arguments.scale)), jobs=2))
-    last = evaluations(out, 0, 1)[0][0].command
-    print(json.dumps({"peak_rss_mb": round(lanes.peak / 2**20), "last": last[0]}))
+    minutes = (time.monotonic() - lanes.started) / 60
+    print(f"{minutes:.1f} minutes, {lanes.peak / 2**30:.2f} GiB at most", file=sys.stderr)
+    for claim in json.loads((out / "evaluation" / "findings.json").read_text())["claims"]:
+        values = " against ".join(_short(claim[name]) for name in ("value", "other value"))
+        print(f"{claim['here']:14}  {claim['the paper says']}: {claim['measured']}: {values}")
+    print(out / "evaluation" / "report.html")
+
+
+def _short(value: float | None) -> str:
+    return "nothing" if value is None else f"{value:.4g}"
 
 
 if __name__ == "__main__":

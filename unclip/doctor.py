@@ -103,6 +103,9 @@ def examine(config, workdir: str) -> dict:
             f"{_bytes(limit)}: raise mesh.fsdp, or use more devices"
         )
     out |= {"sharding": where, "leaves": leaves, "memory_per_device": memory}
+    for name in ("metric_clip", "metric_inception"):
+        if config[name] and not pathlib.Path(config[name]).exists():
+            problems.append(f"{name} {config[name]}: no such file or folder")
     out["flops_per_step"] = stage.model_flops(config, clip, t5)
     out["learning_rate"] = float(schedule(config.optim.warmup_steps))
     out["data"] = _data(config, problems)

@@ -1,0 +1,83 @@
+"""The ablation's commands, without running them: that they fit the configs and one another."""
+
+import importlib.util
+import pathlib
+import sys
+
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from configs import evaluate
+
+ROOT = pathlib.Path(__file__).parents[2]
+SHARDS = {"shards": "a-*.tar", "held_out": "b-*.tar"}
+
+
+@pytest.fixture(scope="module")
+def ablation():
+    sys.path.insert(0, str(ROOT / "launch"))  # as Python does for the script
+    spec = importlib.util.spec_from_file_location("ablation", ROOT / "launch" / "ablation.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.path.remove(str(ROOT / "launch"))
+    return module
+
+
+@pytest.fixture
+def parsed(monkeypatch):
+    """parsed(command) -> the config its flags make; an unknown field or a wrong type fails."""
+
+    def parse(command):
+        values = flags.FlagValues()
+        holder = config_flags.DEFINE_config_file("config", flag_values=values)
+        words = [w for w in command[1:] if w.startswith("--config")]
+        words = [word.replace("=configs/", f"={ROOT / 'configs'}/") for word in words]
+        words = [word if "=" in word else f"{word}=True" for word in words]
+        monkeypatch.setattr(sys, "argv", ["x", *words])
+        values(["x", *words])
+        return holder.value
+
+    return parse
+
+
+def test_the_stages_fit_together(ablation, parsed, tmp_path):
+    lanes = ablation.stages(tmp_path, SHARDS, 1.0)
+    stages = {stage.name: parsed(stage.command) for lane in lanes for stage in lane}
+    names = [stage.name for lane in lanes for stage in lane]
+    assert len(set(names)) == len(names)
+    for stage in (stage for lane in lanes for stage in lane):
+        assert set(stage.after) <= set(names)
+        config = stages[stage.name]
+        assert config.input.shards == ("a-*.tar",) and config.input.held_out == ("b-*.tar",)
+        assert config.input.where.sizes == ("large", "huge")
+        if stage.after:
+            assert config.clip == str(tmp_path / "clip")
+            assert config.arch.get("context", 16) == stages["clip"].arch.context
+    assert stages["judge"].seed != stages["clip"].seed
+    assert stages["decoder"].task.embedding == "image"
+    assert stages["decoder_z_t"].task.embedding == "text"
+    assert not stages["decoder_caption"].arch.use_z_i
+    assert stages["prior"].task.kind == "diffusion" and stages["prior_ar"].task.kind == "ar"
+    # What the three decoders differ in is what they are given.
+    same = ("batch_size", "total_steps", "optim", "arch.channels", "task.image_size")
+    for name in ("decoder_z_t", "decoder_caption"):
+        for field in same:
+            one, other = stages["decoder"], stages[name]
+            for part in field.split("."):
+                one, other = one[part], other[part]
+            assert one == other, (name, field)
+
+
+def test_every_model_of_the_sweep_is_trained(ablation, parsed, tmp_path):
+    trained = {stage.name for lane in ablation.stages(tmp_path, SHARDS, 1.0) for stage in lane}
+    (first,), (second,) = ablation.evaluations(tmp_path, 400, 2)
+    assert first.name != second.name
+    config = parsed(first.command)
+    assert config.protocol.size == ablation.SIZE
+    assert config.clip_for_scores == str(tmp_path / "judge")
+    asked = {f"{m}.{part}" for m, own in evaluate.ABLATION.items() for part in own
+             if own[part] == "?"}
+    given = {f"{m}.{part}" for m, own in ablation.MODELS.items() for part in own}
+    assert given == asked
+    assert {run for own in ablation.MODELS.values() for run in own.values()} <= trained
