@@ -25,7 +25,7 @@ SIZE = 16
 CLIP = ("--config.arch.image_size=16", "--config.arch.patch_size=4", "--config.arch.context=16")
 CLIP += ("--config.batch_size=128",)
 DECODER = ("--config.batch_size=64",)
-PRIOR = ("--config.batch_size=128", "--config.arch.context=16")
+PRIOR = ("--config.batch_size=64", "--config.arch.context=16", "--config.stored_embeddings")
 # (folder, config, steps, overrides). Lanes last about equally long on two processors.
 LANES = (
     (
@@ -39,8 +39,8 @@ LANES = (
             "decoder_z_t", "decoder.py:emoji", 900,
             (*DECODER, "--config.task.z_scale=11.3", "--config.task.embedding=text"),
         ),
-        ("prior", "prior.py:emoji", 1500, PRIOR),
-        ("prior_ar", "prior.py:emoji,kind=ar", 800, PRIOR),
+        ("prior", "prior.py:emoji", 800, PRIOR),
+        ("prior_ar", "prior.py:emoji,kind=ar", 600, PRIOR),
     ),
 )
 # What the paper's decoder is given -> the runs that the sweep draws it with.
