@@ -86,7 +86,9 @@ def stages(out: pathlib.Path, shards: dict[str, str], scale: float) -> list[list
     return lanes
 
 
-def evaluations(out: pathlib.Path, count: int, jobs: int) -> list[list[Stage]]:
+def evaluations(
+    out: pathlib.Path, count: int, jobs: int, guidance: list[float] | None = None
+) -> list[list[Stage]]:
     """The sweep as the jobs of an array, one a lane."""
     command = ["evaluate", "--config=configs/evaluate.py:ablation"]
     command += [f"--workdir={out / 'evaluation'}", f"--config.protocol.count={count}"]
@@ -94,6 +96,8 @@ def evaluations(out: pathlib.Path, count: int, jobs: int) -> list[list[Stage]]:
     command.append(f"--config.clip_for_scores={out / 'judge'}")
     command.append(f"--config.compilation_cache={out / 'compiled'}")
     command += ["--config.sweep.sampler=('dpm++2m',)", "--config.sweep.steps=(12,)"]
+    if guidance:
+        command.append(f"--config.sweep.guidance={tuple(guidance)}")
     for model, parts in MODELS.items():
         command += [f"--config.models.{model}.{p}={out / run}" for p, run in parts.items()]
     job = lambda i: [*command, f"--array_index={i}", f"--array_count={jobs}"]
@@ -105,6 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "runs" / "ablation")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies steps and pictures")
+    parser.add_argument("--guidance", type=float, nargs="+", help="scales; else the config's")
     arguments = parser.parse_args()
     out = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -112,7 +117,8 @@ def main() -> None:
     lanes = Lanes(out)
     print(f"training in {out}; logs in {out / 'logs'}", file=sys.stderr)
     lanes.run(stages(out, shards, arguments.scale))
-    lanes.run(evaluations(out, max(8, round(400 * arguments.scale)), jobs=2))
+    pictures = max(8, round(400 * arguments.scale))
+    lanes.run(evaluations(out, pictures, 2, arguments.guidance))
     minutes = (time.monotonic() - lanes.started) / 60
     print(f"{minutes:.1f} minutes, {lanes.peak / 2**30:.2f} GiB at most", file=sys.stderr)
     for claim in json.loads((out / "evaluation" / "findings.json").read_text())["claims"]:

@@ -73,6 +73,7 @@ def test_every_model_of_the_sweep_is_trained(ablation, parsed, tmp_path):
     trained = {stage.name for lane in ablation.stages(tmp_path, SHARDS, 1.0) for stage in lane}
     (first,), (second,) = ablation.evaluations(tmp_path, 400, 2)
     assert first.name != second.name
+    assert parsed(ablation.evaluations(tmp_path, 8, 1, [3.0])[0][0].command).sweep.guidance == (3,)
     config = parsed(first.command)
     assert config.protocol.size == ablation.SIZE
     assert config.clip_for_scores == str(tmp_path / "judge")
