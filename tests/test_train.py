@@ -185,21 +185,18 @@ def test_what_metrics_jsonl_holds_is_not_measured_again(tiny_config, tmp_path):
     assert loop.evaluate({}, 0) and len(writer.written) == 5
 
 
-@pytest.mark.parametrize(("step", "polls", "lost"), [
-    (2, 1, ["held_out", "retrieval"]), (4, 3, ["retrieval"]),
-])
 def test_an_evaluation_cut_short_is_done_after_the_resume(
-    measured, measured_clip, tmp_path, monkeypatch, step, polls, lost
+    measured, measured_clip, tmp_path, monkeypatch
 ):
-    workdir = str(tmp_path / "stopped")
+    workdir, step = str(tmp_path / "stopped"), 2
     with monkeypatch.context() as patch:
-        stop_in(patch, step, polls)
+        stop_in(patch, step, 3)  # the held-out loss is done, retrieval is not
         with pytest.raises(errors.Stopped, match=f"saved step {step} of 4"):
             train.train(measured_clip(), workdir)
     names = {name for line in lines(workdir) if line["step"] == step for name in line}
     for prefix in ("held_out", "retrieval"):
         there = [name for name in names if name.startswith(f"{prefix}/")]
-        assert bool(there) == (prefix not in lost), "half an evaluation, or one lost for nothing"
+        assert bool(there) == (prefix == "held_out"), "half an evaluation, or one lost for nothing"
     train.train(measured_clip(), workdir)
     assert_same_state(measured, workdir)
     values = lambda run: sorted(
