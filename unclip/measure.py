@@ -48,6 +48,7 @@ class Result:
       values: a dict a value: "metric", "key" (everything that defines it), "value", "n_real",
         "n_fake", and where they exist "std" and "interval" [low, high] of 95 %.
       warnings: what else moves the values, a line each.
+      scores: {metric: float64 [n_fake]}, a score for every picture, of metrics that have one.
       provenance: sources, lists of pictures, weights and versions, as JSON has them.
       statistics: {feature: Statistics} of the real pictures; features: {feature: float32 [N, D]}
         of those that a metric reads row by row. For `moments.write_statistics`.
@@ -58,6 +59,7 @@ class Result:
     provenance: dict[str, Any]
     statistics: dict[str, Statistics] = dataclasses.field(default_factory=dict)
     features: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    scores: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def json(self) -> str:
         """Values, warnings and provenance as one JSON object."""
@@ -138,7 +140,8 @@ def measure(
         if None not in counts and counts[0] != counts[1]:
             run.warnings.append(f"{counts[0]} real and {counts[1]} fake pictures: distances depend "
                                 "on both numbers and compare only at equal ones")
-    return Result(values, list(dict.fromkeys(run.warnings)), run.provenance(), *run.kept())
+    warnings = list(dict.fromkeys(run.warnings))
+    return Result(values, warnings, run.provenance(), *run.kept(), run.scores)
 
 
 def expand(metrics: Sequence[str]) -> list[str]:
@@ -260,8 +263,9 @@ def _cmmd(run: Measurement, name: str) -> list[dict[str, Any]]:
     return [{"value": value, "detail": f"sigma={CMMD_SIGMA}.scale={CMMD_SCALE}"}]
 
 
-def _mean(run: Measurement, scores: np.ndarray) -> list[dict[str, Any]]:
+def _mean(run: Measurement, name: str, scores: np.ndarray) -> list[dict[str, Any]]:
     """The mean of a score a picture, and the bootstrap interval of that mean."""
+    run.scores[name] = scores
     generator = np.random.default_rng(run.settings.seed)
     count = len(scores)
     draws = [scores[generator.integers(0, count, count)].mean() for _ in range(MEAN_RESAMPLES)]
@@ -271,13 +275,13 @@ def _mean(run: Measurement, scores: np.ndarray) -> list[dict[str, Any]]:
 
 def _hessel(run: Measurement, name: str) -> list[dict[str, Any]]:
     z_t = run.texts(prefix=HESSEL_PREFIX)
-    return _mean(run, clip_score.hessel(run.rows("fake", name), z_t))
+    return _mean(run, name, clip_score.hessel(run.rows("fake", name), z_t))
 
 
 def _references(run: Measurement, name: str) -> list[dict[str, Any]]:
     z_t = run.texts(prefix=HESSEL_PREFIX)
     others = run.texts(prefix=HESSEL_PREFIX, references=True)
-    return _mean(run, clip_score.ref_clip_score(run.rows("fake", name), z_t, others))
+    return _mean(run, name, clip_score.ref_clip_score(run.rows("fake", name), z_t, others))
 
 
 def _torchmetrics(run: Measurement, name: str) -> list[dict[str, Any]]:
@@ -286,7 +290,7 @@ def _torchmetrics(run: Measurement, name: str) -> list[dict[str, Any]]:
 
 
 def _cosine(run: Measurement, name: str) -> list[dict[str, Any]]:
-    return _mean(run, clip_score.cosine(run.rows("fake", name), run.texts()))
+    return _mean(run, name, clip_score.cosine(run.rows("fake", name), run.texts()))
 
 
 def _r_precision(run: Measurement, name: str) -> list[dict[str, Any]]:

@@ -80,7 +80,7 @@ class Measurement:
       settings: the options.
 
     Attributes:
-      warnings: lines, filled in on the way.
+      warnings: lines, filled in on the way; scores: {metric: float64 [N]}, likewise.
       captions: a list of texts for each fake picture that was read; [] if no metric needs them.
     """
 
@@ -95,6 +95,7 @@ class Measurement:
     ):
         self.real, self.fake, self.metrics, self.settings = real, fake, metrics, settings
         self.warnings: list[str] = []
+        self.scores: dict[str, np.ndarray] = {}
         self.captions = self._aligned(captions)
         # A reference that nothing is compared with is not read.
         compared = any(metric.real for metric in metrics.values())

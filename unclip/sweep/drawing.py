@@ -236,6 +236,7 @@ class Runner:
                     future.result()
                 bar.update(len(made))
 
+
 def _summary(warned: Sequence[str]) -> list[str]:
     """Warnings of drawing in few lines: captions that were cut warn one by one."""
     few = list(warned)[:3]

@@ -17,7 +17,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from unclip import errors, images, measure
-from unclip.evaluators import clip_score, embedders, features
 from unclip.evaluators.moments import StatisticsFile, read_statistics, write_statistics
 from unclip.input import pictures as picture_sets
 from unclip.pipeline import UnCLIP
@@ -133,32 +132,22 @@ class Scorer:
         }
 
     def _measure(self, fake, captions: list[str]) -> tuple[measure.Result, dict[str, list]]:
-        """The metrics of the drawn pictures, and {"clip_cosine": one each} if a CLIP is there."""
+        """The metrics of the drawn pictures, and {metric: a score each} of those that have one."""
         if not self.metrics:
             return measure.Result([], [], {}), {}
         result = measure.measure(
             self.reference, fake, self.metrics, captions=captions, **self.weights, **self._options
         )
-        if "clip" not in self.weights or self.protocol.mode != "text":
-            return result, {}
-        z_i = features.extract(self._clip, fake, outputs=["z_i"]).rows["z_i"]
-        z_t = np.repeat(self._z_t, self.config["samples"], axis=0)
-        cosine = clip_score.cosine(z_i, z_t)
-        return result, {"clip_cosine": [round(float(c), 6) for c in cosine]}
+        return result, {
+            name: [round(float(score), 6) for score in scores]
+            for name, scores in result.scores.items()
+        }
 
     @property
     def _options(self) -> dict[str, Any]:
         names = {"seed": "measure_seed", "candidates": "candidates", "bootstrap": "bootstrap"}
         options = {name: self.config[field] for name, field in names.items()}
         return options | {"protocol": self.protocol.id}
-
-    @functools.cached_property
-    def _clip(self) -> features.Extractor:
-        return embedders.clip_extractor(self.weights["clip"])
-
-    @functools.cached_property
-    def _z_t(self) -> np.ndarray:
-        return embedders.CaptionEncoder(self.weights["clip"]).encode(self.protocol.prompts)
 
     @functools.cached_property
     def reference(self) -> StatisticsFile | None:
@@ -246,5 +235,3 @@ def picture_name(number: int, samples: int) -> str:
     """The file of a picture; sorted by name, pictures stand caption by caption."""
     prompt, sample = divmod(number, samples)
     return f"{prompt:07d}-{sample:0{len(str(samples - 1))}d}.png"
-
-

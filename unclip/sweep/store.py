@@ -16,7 +16,6 @@ FORMAT = 1
 MAX_CELL_BYTES = 256 << 20  # a cell of 30,000 captions has about 5 MB
 
 
-
 def cell_path(workdir: str | os.PathLike, cell_id: str) -> pathlib.Path:
     """Where a finished cell keeps what was measured."""
     return pathlib.Path(workdir) / "cells" / f"{cell_id}.json"
