@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 
-from lanes import ROOT, Lanes, Stage
+from lanes import ROOT, Lanes, Stage, train_stages
 
 SCENES = 20_000  # of which a fifth are of one object, large or huge
 SIZE = 16
@@ -26,7 +26,7 @@ CLIP = ("--config.arch.image_size=16", "--config.arch.patch_size=4", "--config.a
 CLIP += ("--config.batch_size=128",)
 DECODER = ("--config.batch_size=64",)
 PRIOR = ("--config.batch_size=64", "--config.arch.context=16", "--config.stored_embeddings")
-# (folder, config, steps, overrides). Lanes last about equally long on two processors.
+# (folder, config, steps, flags). Lanes last about equally long on two processors.
 LANES = (
     (
         ("clip", "clip.py:emoji", 200, CLIP),
@@ -66,24 +66,11 @@ def scenes(out: pathlib.Path, count: int) -> dict[str, str]:
 
 def stages(out: pathlib.Path, shards: dict[str, str], scale: float) -> list[list[Stage]]:
     """The lanes of `LANES` as commands."""
-    lanes = []
-    for lane in LANES:
-        lanes.append([])
-        for name, config, steps, overrides in lane:
-            steps = max(2, round(steps * scale))
-            command = ["train", f"--config=configs/{config},theme=scenes"]
-            command += [f"--workdir={out / name}"]
-            command += [f"--config.input.{k}=('{v}',)" for k, v in shards.items()]
-            command += ["--config.input.captions=('txt',)", f"--config.total_steps={steps}"]
-            command.append(f"--config.optim.warmup_steps={min(100, steps // 4)}")
-            command += ["--config.metric_examples=64", *overrides]
-            command.append(f"--config.compilation_cache={out / 'compiled'}")
-            after = ()
-            if name not in ("clip", "judge"):
-                command.append(f"--config.clip={out / 'clip'}")
-                after = ("clip",)
-            lanes[-1].append(Stage(name, command, after))
-    return lanes
+    lanes = [[(name, f"{c},theme=scenes", *rest) for name, c, *rest in lane] for lane in LANES]
+    options = [f"--config.input.{name}=('{glob}',)" for name, glob in shards.items()]
+    options += ["--config.input.captions=('txt',)", "--config.metric_examples=64"]
+    options.append(f"--config.compilation_cache={out / 'compiled'}")
+    return train_stages(out, lanes, scale, warmup=100, options=options)
 
 
 def evaluations(

@@ -13,40 +13,31 @@ import sys
 import time
 
 import numpy as np
-from lanes import ROOT, Lanes, Stage
+from lanes import ROOT, Lanes, Stage, train_stages
 
 PROMPTS = 32
-# (stage folder, config, steps, overrides). A lane's stages run one after another; a stage that
-# needs CLIP waits for it.
+# (stage folder, config, steps, flags). A lane's stages run one after another.
 LANES = (
     (
         ("clip", "clip.py:emoji,theme={theme}", 100, ("--config.batch_size=82",)),
-        ("decoder", "decoder.py:emoji,theme={theme}", 900, ()),
+        ("decoder", "decoder.py:emoji,theme={theme}", 900, ("--config.stored_embeddings",)),
     ),
     (
         ("upsampler_0", "upsampler.py:emoji-64,theme={theme}", 700, ()),
         ("upsampler_1", "upsampler.py:emoji-256,theme={theme}", 700, ()),
-        ("prior", "prior.py:emoji,theme={theme}", 400, ("--config.batch_size=41",)),
+        (
+            "prior", "prior.py:emoji,theme={theme}", 400,
+            ("--config.batch_size=41", "--config.stored_embeddings"),
+        ),
     ),
 )
-NEEDS_CLIP = ("prior", "decoder")
 
 
 def stages(out: pathlib.Path, theme: str, scale: float) -> list[list[Stage]]:
     """The lanes of `LANES` as commands."""
-    lanes = []
-    for lane in LANES:
-        lanes.append([])
-        for name, config, steps, overrides in lane:
-            steps = max(2, round(steps * scale))
-            command = ["train", f"--config=configs/{config.format(theme=theme)}"]
-            command += [f"--workdir={out / name}", f"--config.total_steps={steps}"]
-            command += [f"--config.optim.warmup_steps={min(30, steps // 4)}", *overrides]
-            command.append("--config.metric_examples=0")  # the report measures the cascade
-            if name in NEEDS_CLIP:
-                command += [f"--config.clip={out / 'clip'}", "--config.stored_embeddings"]
-            lanes[-1].append(Stage(name, command, ("clip",) if name in NEEDS_CLIP else ()))
-    return lanes
+    lanes = [[(name, c.format(theme=theme), *rest) for name, c, *rest in lane] for lane in LANES]
+    # The report measures the cascade itself.
+    return train_stages(out, lanes, scale, warmup=30, options=("--config.metric_examples=0",))
 
 
 def export(demo: Lanes) -> pathlib.Path:

@@ -33,6 +33,36 @@ class Stage(NamedTuple):
     after: tuple[str, ...] = ()
 
 
+def train_stages(
+    out: pathlib.Path,
+    lanes: Sequence[Sequence[tuple[str, str, int, Sequence[str]]]],
+    scale: float,
+    *,
+    warmup: int,
+    options: Sequence[str] = (),
+) -> list[list[Stage]]:
+    """`unclip train` of every (folder, config, steps, flags) of some lanes.
+
+    Priors and decoders read the run in the folder "clip", and wait for it.
+
+    Args:
+      out: holds the folders; scale: multiplies steps, of which two stay at least.
+      warmup: steps of warm-up, at most a quarter of all; options: flags of every stage.
+    """
+    found = []
+    for lane in lanes:
+        found.append([])
+        for name, config, steps, flags in lane:
+            steps = max(2, round(steps * scale))
+            command = ["train", f"--config=configs/{config}", f"--workdir={out / name}"]
+            command += [f"--config.total_steps={steps}"]
+            command += [f"--config.optim.warmup_steps={min(warmup, steps // 4)}"]
+            after = ("clip",) if config.startswith(("prior", "decoder")) else ()
+            command += [f"--config.clip={out / 'clip'}" for _ in after]
+            found[-1].append(Stage(name, [*command, *options, *flags], after))
+    return found
+
+
 class Lanes:
     """Runs stages and notes what they used.
 

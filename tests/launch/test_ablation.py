@@ -1,6 +1,5 @@
 """The ablation's commands, without running them: that they fit the configs and one another."""
 
-import importlib.util
 import pathlib
 import sys
 
@@ -15,13 +14,8 @@ SHARDS = {"shards": "a-*.tar", "held_out": "b-*.tar"}
 
 
 @pytest.fixture(scope="module")
-def ablation():
-    sys.path.insert(0, str(ROOT / "launch"))  # as Python does for the script
-    spec = importlib.util.spec_from_file_location("ablation", ROOT / "launch" / "ablation.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.path.remove(str(ROOT / "launch"))
-    return module
+def ablation(script):
+    return script("ablation")
 
 
 @pytest.fixture

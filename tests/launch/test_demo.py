@@ -1,26 +1,16 @@
 """The demo's pieces that need no training; `.ci/run` runs the whole of it with few steps."""
 
-import importlib.util
-import pathlib
-import sys
-
 import numpy as np
 import pytest
 
 from configs import clip, decoder, prior, upsampler
 
-ROOT = pathlib.Path(__file__).parents[2]
 CONFIGS = {"clip.py": clip, "prior.py": prior, "decoder.py": decoder, "upsampler.py": upsampler}
 
 
 @pytest.fixture(scope="module")
-def demo():
-    sys.path.insert(0, str(ROOT / "launch"))  # as Python does for the script
-    spec = importlib.util.spec_from_file_location("demo", ROOT / "launch" / "demo.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.path.remove(str(ROOT / "launch"))
-    return module
+def demo(script):
+    return script("demo")
 
 
 def test_squared_error_is_of_values_in_zero_to_one(demo):
