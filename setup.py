@@ -34,14 +34,17 @@ REQUIRES = [
 EXTRAS = {
     "tpu": ["jax[tpu]>=0.10.2,<0.13"],
     "cuda": ["jax[cuda13]>=0.10.2,<0.13"],
-    "data": ["array-record>=0.8", "fsspec>=2025.9", "tensorflow-datasets>=4.9.10"],
+    "data": [
+        "array-record>=0.8", "fsspec[http]>=2026.9", "simplejpeg>=1.9",
+        "tensorflow-datasets>=4.9.10",
+    ],
     "studio": ["gradio>=6.31"],
     "tracking": ["wandb>=0.22"],
     "test": ["pytest>=8.4", "pytest-xdist>=3.8", "scipy>=1.15"],
     "compile": ["libtpu>=0.0.50"],
     "parity": ["diffusers>=0.42", "ftfy>=6.3", "sentencepiece>=0.2", "transformers>=5.0"],
 }
-EXTRAS["dev"] = [*EXTRAS["test"], "ruff>=0.14"]
+EXTRAS["dev"] = [*EXTRAS["test"], *EXTRAS["data"], "ruff>=0.14"]
 
 setuptools.setup(
     name="unclip",
