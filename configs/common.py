@@ -102,11 +102,20 @@ def base(stage: str, args: ConfigDict) -> ConfigDict:
             "held_out": (EMOJI_HELD_OUT,),
             "where": {},  # JSON field -> values: only these samples of the training shards
             "held_out_where": {},
+            "filters": "",  # such as "similarity=0.28:,aspect=:2,min_side?=256:"
             "captions": ("txt", "json:name"),  # one of these, by the sample's number
             "crop": "center",
+            "order": "global",  # global | streamed: a host reads shards of its own
+            "streams": 0,  # of the streamed order: a multiple of the hosts; 0 = up to 64, by batch
+            "window_examples": 8192,  # shuffled together in a stream
+            "weights": (),  # of a batch, one an entry of shards; () = all are one collection
+            "streaming": False,  # unindexed shards, drawn with replacement, no exact resume
+            "cache": "",  # folder for blocks of remote shards; "" = none, each read asks the store
+            "cache_gib": 20.0,
             "threads": 4,
             "workers": 0,
             "max_bad_fraction": 0.01,
+            "max_consecutive_bad": 100,
         }
     )
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})

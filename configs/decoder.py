@@ -33,6 +33,7 @@ def get_config(arg=None):
     config.t5 = ""  # BUNDLE of the frozen T5, or a decoder's RUN; "random" for benchmarks
     config.t5_preset = "t5-v1_1-xxl"
     config.stored_embeddings = False  # embed every picture once before training
+    config.embeddings = ""  # folder of `unclip embed`: z_i of the training pictures, not computed
     common.optimiser(config, "decoder")
     config.task = ConfigDict(
         {

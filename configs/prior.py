@@ -32,6 +32,7 @@ def get_config(arg=None):
     config.clip_preset = CLIP_OF[args.preset]
     config.statistics_examples = 1_000_000  # pictures that whitening and PCA are measured on
     config.stored_embeddings = False  # embed every picture once before training
+    config.embeddings = ""  # folder of `unclip embed`: z_i of the training pictures, not computed
     common.optimiser(config, "prior_ar" if args.kind == "ar" else "prior")
     if args.kind == "ar":
         config.task = ConfigDict({"kind": "ar", "text_drop": 0.1, "range_sigmas": 4.0})

@@ -259,7 +259,7 @@ def test_stored_embeddings_give_the_same_loss(whole, decoder_config, tmp_path):
     config = decoder_config(
         stored_embeddings=True, sample_examples=0, eval_examples=0, metric_examples=0)
     train.train(config, workdir)
-    assert len(list(pathlib.Path(workdir).glob("z_i-*.npy"))) == 2
+    assert len(list(pathlib.Path(workdir).glob("embeddings/*/*.z_i.npy"))) == 2
     want, got = series(whole, "loss"), series(workdir, "loss")
     assert got.keys() == want.keys()
     np.testing.assert_allclose(list(got.values()), list(want.values()), rtol=1e-4)

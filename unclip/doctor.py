@@ -15,6 +15,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from unclip import cli, errors, runs, stage, tasks
+from unclip.input import stored
 from unclip.models import t5 as t5_model
 from unclip.runtime import checkpoint, distributed, flops, sharding
 from unclip.runtime.flops import readable_bytes as _bytes
@@ -161,12 +162,31 @@ def _data(config, problems: list[str]) -> dict:
     for name, collection in zip(("train", "held_out"), found):
         if collection is None:
             continue
-        out[name] = {"samples": len(collection), "problems": dict(collection.problems)}
+        out[name] = {
+            "samples": len(collection), "shards": len(collection.shard_names),
+            "problems": dict(collection.problems),
+        }
         for reason, count in collection.problems.items():
             problems.append(f"{name} shards: {count} samples left out ({reason})")
+    if found[0] is None:
+        _tried(problems, lambda: stage.storage(config).expand(config.input.shards))
+        return out
     steps = len(found[0]) / config.batch_size
     out["epochs"] = config.total_steps / max(steps, 1e-9)
+    if config.get("embeddings"):
+        _embeddings(config, found[0], problems)
     return out
+
+
+def _embeddings(config, collection, problems: list[str]) -> None:
+    """Whether `config.embeddings` holds what this run wants to read."""
+    store = _tried(problems, lambda: stored.Store(config.embeddings))
+    if store is None:
+        return
+    _tried(problems, lambda: store.attach(collection))
+    clip = _tried(problems, lambda: stage.clip_part(config)) if config.clip else None
+    if clip is not None and clip.params is not None:
+        _tried(problems, lambda: store.check_clip(runs.tree_hash(clip.params)))
 
 
 def _disk(config, workdir: str, state, problems: list[str]) -> dict:
@@ -207,7 +227,8 @@ def text(found: dict, *, leaves: bool = False) -> str:
         lines.append(f"a step      {found['flops_per_step']:.3g} floating-point operations")
     for name in ("train", "held_out"):
         if name in found["data"]:
-            lines.append(f"{name:<12}{found['data'][name]['samples']:,} samples")
+            data = found["data"][name]
+            lines.append(f"{name:<12}{data['samples']:,} samples in {data['shards']:,} shards")
     if "epochs" in found["data"]:
         lines.append(f"epochs      {found['data']['epochs']:.3g}")
     disk = found["disk"]

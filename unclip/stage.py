@@ -13,7 +13,8 @@ import optax
 from ml_collections import ConfigDict
 
 from unclip import bundle, errors, runs, tasks
-from unclip.input import shards, source, text
+from unclip.input import filters, order, shards, source, streaming, text
+from unclip.input.storage import Storage
 from unclip.models import clip as clip_model
 from unclip.models import decoder, prior, prior_ar, upsampler
 from unclip.models import t5 as t5_model
@@ -131,9 +132,9 @@ def make_task(
     task = tasks.make(
         config.stage, config.arch.to_dict(), plain(config.task), **parts
     )
-    if config.get("stored_embeddings"):
+    if stores_embeddings(config):
         if config.stage == "decoder" and not (task.use_z_i and task.embedding == "image"):
-            raise errors.ConfigError("stored_embeddings: this decoder is not given z_i")
+            raise errors.ConfigError("stored embeddings: this decoder is not given z_i")
         task.stored = True
     if clip is not None:
         task.clip.fold = bool(config.arch.get("fold"))
@@ -237,20 +238,88 @@ def transform(config: ConfigDict, task: tasks.Task, use: str):
     )
 
 
+def stores_embeddings(config: ConfigDict) -> bool:
+    """Whether z_i of the training pictures is read, not computed in each step."""
+    return bool(config.get("stored_embeddings") or config.get("embeddings"))
+
+
+def storage(config: ConfigDict) -> Storage:
+    """How the shards of a config are read; by whole blocks where their neighbours come next."""
+    blocks = config.input.streaming or config.input.order == "streamed"
+    size = int(config.input.cache_gib * 2**30)
+    return Storage(config.input.cache, cache_bytes=size, whole_blocks=blocks)
+
+
 def collections(config: ConfigDict):
-    """(training collection, held-out collection or None) of a config."""
+    """(training collection or None, held-out collection or None) of a config.
+
+    Streaming has no training collection: nobody knows what its shards hold.
+
+    Raises:
+      ConfigError: no training shards, or settings that do not go together.
+      DataError: shards that are missing, unreadable or without complete samples.
+    """
+    given = config.input
+    if not given.shards:
+        raise errors.ConfigError("no training shards: --config.input.shards=\"('FILE.tar',)\"")
+    if given.streaming and (given.where or given.weights or given.order != "global"):
+        raise errors.ConfigError(
+            "input.streaming draws shards at random: where, weights and order need indexed shards "
+            "(unclip index)"
+        )
+    if given.streaming and stores_embeddings(config):
+        raise errors.ConfigError("stored embeddings belong to indexed shards, not to streaming")
     found = []
     for patterns, where in (
-        (config.input.shards, config.input.where),
-        (config.input.held_out, config.input.held_out_where),
+        (() if given.streaming else given.shards, given.where),
+        (given.held_out, given.held_out_where),
     ):
-        collection = shards.index_shards(patterns) if patterns else None
+        collection = shards.index_shards(patterns, storage=storage(config)) if patterns else None
         narrowed = collection is not None and where
         found.append(collection.subset(where=where.to_dict()) if narrowed else collection)
-    train, held_out = found
-    if train is None:
-        raise errors.ConfigError("no training shards: --config.input.shards=\"('FILE.tar',)\"")
-    return train, held_out
+    if found[0] is not None:
+        check_order(config, found[0])
+    return tuple(found)
+
+
+def check_order(config: ConfigDict, data) -> None:
+    """Raises ConfigError where order, weights or filters of a config do not fit its shards."""
+    filters.Filters.parse(config.input.filters)
+    weights = config.input.weights
+    order.make_order(
+        data.counts, config.seed, order=config.input.order, streams=config.input.streams,
+        groups=data.groups if weights else None, weights=weights, batch_size=config.batch_size,
+        window=config.input.window_examples,
+    )
+
+
+def batches(config: ConfigDict, data, transform, *, start: int = 0, **rows):
+    """The training batches of a config from sample number `start` on.
+
+    Args:
+      data: the training collection, None for streaming.
+      transform: from `transform`.
+      rows: process_index, process_count, threads and workers of the input.
+
+    Returns:
+      `source.Batches` or `streaming.Stream`: an iterator with position, counters() and drain_bad().
+    """
+    given = config.input
+    rows |= {
+        "batch_size": config.batch_size, "seed": config.seed, "start": start,
+        "filters": filters.Filters.parse(given.filters),
+        "max_bad_fraction": given.max_bad_fraction,
+        "max_consecutive_bad": given.max_consecutive_bad,
+    }
+    if given.streaming:
+        return streaming.make_stream(
+            given.shards, transform, shuffle_samples=given.window_examples,
+            storage=storage(config), **rows,
+        )
+    return source.make_source(
+        data, transform, order=given.order, streams=given.streams, weights=given.weights,
+        window=given.window_examples, **rows,
+    )
 
 
 def model_flops(

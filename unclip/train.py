@@ -8,21 +8,22 @@ run ends with the same bits as one that was never interrupted. Stage settings fo
 the paper where the config names its preset.
 """
 
-import contextlib
 import functools
 import json
 import os
 import pathlib
+import re
 import time
 
 import jax
 import numpy as np
 from absl import flags, logging
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict, config_flags
 
 from unclip import cli, embeddings, errors, files, images, runs, stage, tasks
 from unclip.evaluators import training
-from unclip.input import source
+from unclip.input import stored
 from unclip.models import t5 as t5_model
 from unclip.models.unet import fold_params, unfold_params
 from unclip.runtime import checkpoint, distributed, flops, metrics, progress, sharding
@@ -88,11 +89,12 @@ def train(config: ConfigDict, workdir: str) -> None:
         if config.stage == "prior":
             statistics = fit_statistics(config, clip, clip_name, data, mesh, folder)
         task = stage.make_task(config, clip, statistics and put(statistics), t5)
-        if config.get("stored_embeddings"):
+        if stage.stores_embeddings(config):
             data, held_out = store_embeddings(
                 config, clip, clip_name, data, held_out, mesh, folder
             )
         frozen = task.frozen()
+        fingerprint = "streaming" if data is None else data.fingerprint
 
         abstract_params = jax.eval_shape(task.init, jax.random.key(0))
         tx, schedule = stage.make_optimizer(config, abstract_params)
@@ -108,25 +110,18 @@ def train(config: ConfigDict, workdir: str) -> None:
         else:
             state, position, meta = saver.restore(None, sharding.abstract(abstract, shardings))
             logging.info("resumed %s at step %d", workdir, int(state["step"]))
-            if meta.get("data") not in (None, data.fingerprint):
+            if meta.get("data") not in (None, fingerprint):
                 logging.warning("%s goes on with other shards than it began with", workdir)
         first = int(state["step"])
 
         rows = {
-            "batch_size": config.batch_size,
             "process_index": distributed.process_index(),
             "process_count": distributed.process_count(),
             "threads": config.input.threads,
             "workers": config.input.workers,
         }
-        batches = source.make_source(
-            data,
-            stage.transform(config, task, "train"),
-            seed=config.seed,
-            start=position,
-            max_bad_fraction=config.input.max_bad_fraction,
-            **rows,
-        )
+        transform = stage.transform(config, task, "train")
+        batches = stage.batches(config, data, transform, start=position, **rows)
         evaluators = training.make(config, task, frozen, data, held_out, mesh, rows, put)
         step_fn = jax.jit(
             stage.make_step(task, tx, schedule, config),
@@ -142,9 +137,12 @@ def train(config: ConfigDict, workdir: str) -> None:
         bar = progress.progress(config.total_steps, config.stage, initial=first)
         with writer, batches, bar:
             run = Loop(config, folder, saver, writer, evaluators, batches, bar, mesh)
-            run.data = data.fingerprint
+            run.data = fingerprint
             run.flops = stage.model_flops(config, clip, t5)
-            state = run(step_fn, state, frozen, first)
+            try:
+                state = run(step_fn, state, frozen, first)
+            finally:
+                run.list_bad()
         saver.wait()
 
 
@@ -171,7 +169,7 @@ class Loop:
             self.save(state, step)
             if distributed.should_stop(step):
                 self.stop(state, step)
-            batch = sharding.put_batch(next(self.batches), self.mesh)
+            batch = sharding.put_batch(self.next_batch(state, step), self.mesh)
             if compiled is None:
                 compiled = self.compile(step_fn, state, frozen, batch)
             state, measured = compiled(state, frozen, batch)
@@ -184,6 +182,17 @@ class Loop:
                 self.stop(state, config.total_steps)
             self.save(state, config.total_steps, force=True)
         return state
+
+    def next_batch(self, state, step):
+        """The next batch; if the input fails, what was learned so far is saved first."""
+        try:
+            return next(self.batches)
+        except errors.DataError:
+            if distributed.process_count() == 1 and step:  # others may be well, and not save along
+                self.log_pending()
+                self.save(state, step, force=True)
+                self.saver.wait()
+            raise
 
     def stop(self, state, step):
         """Saves and leaves; an evaluation of this step that was cut short is done on resuming."""
@@ -286,12 +295,20 @@ class Loop:
             used = flops.utilisation(self.flops, seconds / steps, jax.devices())
             if used is not None:
                 measured["flop_utilisation"] = used
-        problems = sum(self.batches.problems.values())
-        if problems:
-            measured["bad_samples"] = problems
+        counters = self.batches.counters().items()
+        measured |= {f"input/{name}": count for name, count in counters if count}
+        self.list_bad()
         self.writer.scalars(step, measured)
         self.loss = f"{measured['loss']:.4g}"
         self.clock, self.clock_step, self.paused = time.perf_counter(), step, 0.0
+
+    def list_bad(self):
+        """Appends the samples that could not be used to a file of this process."""
+        found = self.batches.drain_bad()
+        if found:
+            path = self.folder / f"bad_samples-{distributed.process_index():05d}.jsonl"
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in found)
 
 
 # ============================================================ pieces of the run
@@ -371,8 +388,20 @@ def fit_statistics(config, clip, name, data, mesh, folder) -> dict[str, np.ndarr
                 f"init_from {config.init_from} has statistics {shapes(statistics)}, this prior "
                 f"needs {expected}"
             )
+    elif data is None:
+        raise errors.ConfigError(
+            "a prior's statistics are measured on indexed shards: unclip index them, or give "
+            "--config.init_from=RUN or BUNDLE with statistics"
+        )
+    elif stage.stores_embeddings(config):
+        data, _ = store_embeddings(config, clip, name, data, None, mesh, folder)
+        statistics = task.fit(data.pairs(config.statistics_examples))
     else:
-        stream = embed_all(config, clip, data, mesh, config.statistics_examples)
+        stream = embeddings.embed(
+            clip.arch, clip.params, data, mesh, batch_size=config.batch_size,
+            captions=config.input.captions[:1], limit=config.statistics_examples,
+            threads=config.input.threads,
+        )
         statistics = task.fit((z_i[valid], z_t[valid]) for z_i, z_t, valid in stream)
     if distributed.is_main():
         runs.write_statistics(path, statistics, name)
@@ -381,51 +410,45 @@ def fit_statistics(config, clip, name, data, mesh, folder) -> dict[str, np.ndarr
 
 
 def store_embeddings(config, clip, name, data, held_out, mesh, folder):
-    """The collections with z_i of every picture attached, computed once and kept in the workdir.
+    """The collections with z_i of every picture attached, as `unclip embed` writes them.
 
-    Files are named by collection and CLIP, so another of either is embedded anew.
+    Training pictures take those of `config.embeddings` where it is given. Everything else is
+    embedded once and kept in the workdir, in a folder named by collection and CLIP.
+
+    Raises:
+      ConfigError: a random crop, or embeddings of another CLIP.
+      DataError: `config.embeddings` lacks some of the training shards.
     """
     if config.input.crop != "center":
-        raise errors.ConfigError("stored_embeddings need input.crop='center': one z_i a picture")
-    width = clip.arch["embed_dim"]
+        raise errors.ConfigError("stored embeddings need input.crop='center': one z_i a picture")
+    given = None
+    if config.get("embeddings"):
+        given = stored.Store(config.embeddings)
+        given.check_clip(name)
     out = []
     for collection in (data, held_out):
         if collection is None:
             out.append(None)
-            continue
-        path = folder / f"z_i-{collection.fingerprint[:12]}-{name[:12]}.npy"
-        if not path.exists():
-            stream = embed_all(config, clip, collection, mesh)
-            write_embeddings(path, stream, len(collection), width)
-        z_i = np.load(path, mmap_mode="r", allow_pickle=False)
-        out.append(source.WithEmbeddings(collection, z_i))
+        elif given and (collection is data or not given.missing(collection)):
+            out.append(given.attach(collection))
+        else:
+            words = (collection.fingerprint[:12], name[:12], config.input.captions[0])
+            place = folder / "embeddings" / re.sub(r"[^\w-]+", "-", "-".join(words))
+            job = embeddings.Job(
+                clip.arch, on_host(clip.params), name, collection, place,
+                batch_size=-(-config.batch_size // distributed.process_count()),
+                captions=config.input.captions[:1], threads=config.input.threads,
+                devices=[d for d in mesh.devices.flat if d in jax.local_devices()],
+            )
+            out.append(embeddings.embed_shards(job).attach(collection))
     return out
 
 
-def embed_all(config, clip, collection, mesh, limit=None):
-    """(z_i, z_t, valid) batches of a collection's first `limit` samples, as the config reads it."""
-    return embeddings.embed(
-        clip.arch, clip.params, collection, mesh, batch_size=config.batch_size,
-        captions=config.input.captions[:1], limit=limit, threads=config.input.threads,
-    )
-
-
-def write_embeddings(path: pathlib.Path, stream, count: int, width: int) -> None:
-    """A .npy of z_i float32 [count, width] from a stream of batches; NaN where a picture is bad."""
-    with contextlib.ExitStack() as stack:
-        table = None
-        if distributed.is_main():
-            temporary = stack.enter_context(files.replacing(path))
-            table = np.lib.format.open_memmap(temporary, "w+", np.float32, (count, width))
-        done = 0
-        for z_i, _, valid in stream:
-            rows = min(len(z_i), count - done)
-            if table is not None:
-                table[done : done + rows] = np.where(valid[:, None], z_i, np.nan)[:rows]
-            done += rows
-        if table is not None:
-            table.flush()
-    distributed.barrier(f"embeddings {path.name}", 600)
+def on_host(tree):
+    """A tree of arrays that lie on the mesh, whole and in this process's memory."""
+    if all(getattr(leaf, "is_fully_addressable", True) for leaf in jax.tree.leaves(tree)):
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def main(argv):

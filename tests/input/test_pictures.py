@@ -2,18 +2,16 @@
 
 import io
 import json
-import sys
 import tarfile
-import types
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from unclip.errors import ConfigError, DataError
-from unclip.input import captions, pictures
+from unclip.input import captions, pictures, records
 from unclip.input.picture_set import ALPHA, DEEP, GREY, LOSSY, TURNED
-from unclip.input.shards import BadSample
+from unclip.input.shards import BadSample, index_shards
 
 RNG = np.random.default_rng(0)
 PICTURES = RNG.integers(0, 256, (4, 5, 7, 3), dtype=np.uint8)
@@ -185,80 +183,22 @@ def test_wrong_sources_are_told(tmp_path, spec, error, told):
 # ============================================================ tensorflow-datasets
 
 
-class StandIn(types.ModuleType):
-    """tensorflow_datasets with one data set."""
-
-    def __init__(self, records=(), error=None):
-        super().__init__("tensorflow_datasets")
-        self.records, self.error, self.asked = records, error, []
-        self.decode = types.SimpleNamespace(SkipDecoding=lambda: "skipped")
-
-    def builder_from_directory(self, folder):
-        self.asked.append(folder)
-        return self
-
-    def as_data_source(self, **options):
-        self.asked.append(options)
-        if self.error:
-            raise self.error
-        return self.records
-
-
-@pytest.fixture
-def prepared(tmp_path, monkeypatch):
-    """prepared("NAME/VERSION", ...) makes folders as tensorflow-datasets does."""
+def test_a_prepared_data_set(shards, tmp_path, monkeypatch):
+    pytest.importorskip("tensorflow_datasets")
+    collection = index_shards(shards["held_out"])
+    folder = tmp_path / "shapes" / "1.0.0"
+    records.write_array_record(collection, folder, name="shapes", split="val", shard_samples=3)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-
-    def make(*folders):
-        for folder in folders:
-            (tmp_path / folder).mkdir(parents=True)
-            (tmp_path / folder / "dataset_info.json").write_text("{}")
-        return tmp_path
-
-    return make
-
-
-@pytest.mark.parametrize(
-    ("spec", "folder"),
-    [
-        ("tfds:coco_captions:val[:10]", "coco_captions/2014/1.10.0"),
-        ("tfds:coco_captions/2014:val[:10]", "coco_captions/2014/1.10.0"),
-        ("tfds:coco_captions:1.9.0:val[:10]", "coco_captions/2014/1.9.0"),
-        ("tfds:mnist:val[:10]", "mnist/3.0.1"),
-    ],
-)
-def test_tfds(monkeypatch, prepared, spec, folder):
-    root = prepared("coco_captions/2014/1.9.0", "coco_captions/2014/1.10.0", "mnist/3.0.1")
-    texts = [{"text": [b"a fox", b"a red fox"]}, [{"text": b"two"}]]
-    records = [{"image": encoded(p), "captions": t} for p, t in zip(PICTURES, texts)]
-    module = StandIn([*records, {"image": encoded(PICTURES[2])}])
-    monkeypatch.setitem(sys.modules, "tensorflow_datasets", module)
-    found = pictures.open_pictures(spec)
-    options = {"split": "val[:10]", "decoders": {"image": "skipped"}}
-    assert module.asked == [str(root / folder), options]
-    np.testing.assert_array_equal(found.read(1), PICTURES[1])
-    assert [found.caption(i) for i in range(3)] == ["a fox", "two", None]
-
-
-def test_tfds_failures_are_one_line(monkeypatch, prepared):
-    prepared("one/1.0.0", "two/a/1.0.0", "two/b/1.0.0")
-    module = StandIn([], ValueError("Unknown split 'vla'.\nShould be one of ['val']."))
-    cases = [
-        (module, "tfds:one", ConfigError, "expected tfds:NAME:SPLIT"),
-        (module, "tfds:one:vla", DataError, "cannot be read by number: Unknown split 'vla'"),
-        (module, "tfds:three:val", DataError, "not prepared in .* has one, two; nothing is"),
-        (module, "tfds:one:2.0.0:val", DataError, "not prepared"),
-        (module, "tfds:two:val", ConfigError, "one of a, b: tfds:two/a:SPLIT"),
-        (None, "tfds:one:val", ConfigError, "needs the Python package tensorflow-datasets"),
-    ]
-    for stand_in, spec, error, told in cases:
-        monkeypatch.setitem(sys.modules, "tensorflow_datasets", stand_in)
-        with pytest.raises(error, match=told) as caught:
-            pictures.open_pictures(spec)
-        assert "\n" not in caught.value.message
-    monkeypatch.setitem(sys.modules, "tensorflow_datasets", StandIn([{"audio": b""}]))
-    with pytest.raises(DataError, match="no feature 'image': audio"):
-        pictures.open_pictures("tfds:one:val").read(0)
+    tars = pictures.open_pictures(shards["held_out"])
+    for spec in ("tfds:shapes:val[2:]", "tfds:shapes:1.0.0:val[2:]", f"tfds:{folder}:val[2:]"):
+        found = pictures.open_pictures(spec)
+        assert (len(found), found.name(0), found.source) == (6, "000000", spec)
+        for i in range(6):
+            np.testing.assert_array_equal(found.read(i), tars.read(i + 2))
+            assert found.caption(i) == tars.caption(i + 2)
+        assert not found.notes.any()
+    with pytest.raises(ConfigError, match=r"unknown split .*did you mean 'val'"):
+        pictures.open_pictures("tfds:shapes:vla")
 
 
 # ============================================================ views

@@ -7,12 +7,10 @@ that tensorflow-datasets prepared. `PictureSet` says what they all can do.
 
 import difflib
 import glob
-import importlib
 import itertools
 import os
 import pathlib
 import re
-import threading
 import zipfile
 from collections import Counter
 from collections.abc import Sequence
@@ -21,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from unclip.errors import ConfigError, DataError
-from unclip.input import shards
+from unclip.input import index_folder, records, shards
 from unclip.input.picture_set import (
     MAX_BYTES,
     ArrayPictures,
@@ -49,8 +47,8 @@ def open_pictures(spec: str | os.PathLike) -> PictureSet:
 
     Args:
       spec: a folder (searched to any depth, sorted by name); webdataset shards as paths, globs or
-        brace ranges of `.tar`; "tfds:NAME[/CONFIG]:SPLIT"; a `.npz` with `arr_0` uint8
-        [N, H, W, 3].
+        brace ranges of `.tar`, or the folder of their index; "tfds:NAME[/CONFIG]:SPLIT"; a `.npz`
+        with `arr_0` uint8 [N, H, W, 3].
 
     Raises:
       ConfigError: none of these. DataError: nothing there, or it cannot be read.
@@ -58,6 +56,8 @@ def open_pictures(spec: str | os.PathLike) -> PictureSet:
     spec = os.fspath(spec)
     if spec.startswith("tfds:"):
         return TfdsPictures(spec)
+    if index_folder.is_index(spec):
+        return ShardPictures(spec)
     if os.path.isdir(spec):
         return FolderPictures(spec)
     if ".tar" in spec or glob.has_magic(spec):
@@ -140,7 +140,8 @@ class ShardPictures(PictureSet):
         names = [collection.key(i) for i in range(len(collection))]
         if len(set(names)) < len(names):  # a key is unique in its shard alone
             stems = [os.path.basename(path).removesuffix(".tar") for path in collection.shards]
-            names = [f"{stems[shard]}/{name}" for shard, name in zip(collection.shard, names)]
+            of = np.repeat(np.arange(len(stems)), collection.counts)
+            names = [f"{stems[shard]}/{name}" for shard, name in zip(of, names)]
         self._names = names
         for reason, count in collection.problems.items():
             known = collection.examples.get(reason, [])
@@ -209,83 +210,28 @@ class TfdsPictures(PictureSet):
     """A split of a data set that tensorflow-datasets has prepared, read without TensorFlow.
 
     Args:
-      spec: "tfds:NAME[/CONFIG][:VERSION]:SPLIT", e.g. "tfds:coco_captions:val". TFDS_DATA_DIR says
-        where prepared sets are.
-
-    Pictures are the feature `image`; captions the first of `captions`, `caption` or `text`.
+      spec: "tfds:NAME[/CONFIG][:VERSION]:SPLIT" or "tfds:/FOLDER:SPLIT", e.g.
+        "tfds:coco_captions:val", see `records.RecordCollection`.
     """
 
     def __init__(self, spec: str):
-        match = re.fullmatch(r"tfds:([\w/.-]+)(?::(\d+\.\d+\.\d+))?:(.+)", spec)
-        if not match:
-            raise ConfigError(f"{spec}: expected tfds:NAME:SPLIT, e.g. tfds:coco_captions:val")
-        try:
-            tfds = importlib.import_module("tensorflow_datasets")
-        except ImportError as error:
-            raise ConfigError(f"{spec} needs the Python package tensorflow-datasets: "
-                              f"install it ({error})") from error
-        folder = _prepared_folder(spec, match[1], match[2])
-        try:
-            # Not by name: tfds would run the set's own code, and that often needs TensorFlow.
-            self._data = tfds.builder_from_directory(str(folder)).as_data_source(
-                split=match[3], decoders={"image": tfds.decode.SkipDecoding()})
-            count = len(self._data)
-        # tfds tells a wrong split, another file format and damaged files by all of these.
-        except (AssertionError, LookupError, NotImplementedError, OSError, RuntimeError, TypeError,
-                ValueError, ImportError) as error:
-            told = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise DataError(f"{spec}: {folder} cannot be read by number: {told}") from error
-        super().__init__(spec, count)
-        # Records are small and readers of array_record are not promised to be thread-safe.
-        self._lock = threading.Lock()
+        self.collection = records.RecordCollection(spec, text=False)
+        super().__init__(spec, len(self.collection))
 
     def record(self, i: int) -> dict[str, Any]:
-        """All features of example i, the picture still encoded."""
-        with self._lock:
-            return self._data[i]
+        """The texts, numbers and labels of example i by feature; "image", still encoded; "text".
+
+        Several captions are a column, {"captions": {"text": [...]}}, ordered by their ids; "text"
+        is the first that is not blank.
+        """
+        sample = self.collection.read(i)
+        texts = sample.meta.get("captions")
+        columns = {"captions": {"text": texts}} if isinstance(texts, list) else {}
+        return {**sample.meta, **columns, "text": sample.text, "image": sample.image}
 
     def caption(self, i: int) -> str | None:
-        """The example's first caption, or None."""
-        record = self.record(i)
-        value = next((record[k] for k in ("captions", "caption", "text") if k in record), None)
-        while isinstance(value, dict | list | tuple | np.ndarray):
-            if isinstance(value, dict):
-                value = value.get("text")
-            elif isinstance(value, np.ndarray) and value.ndim == 0:
-                value = value.item()
-            else:
-                value = value[0] if len(value) else None
-        if isinstance(value, bytes):
-            value = value.decode("utf-8", "replace")
-        return value.strip() or None if isinstance(value, str) else None
+        """The example's first caption that is not blank, or None."""
+        return self.record(i).get("text", "").strip() or None
 
     def _load(self, i):
-        record = self.record(i)
-        if "image" not in record:
-            raise DataError(f"{self.source} has no feature 'image': {', '.join(sorted(record))}")
-        data = record["image"]
-        data = data.item() if isinstance(data, np.ndarray) and data.dtype == object else data
-        if not isinstance(data, bytes):
-            raise DataError(f"{self.source}: 'image' is {type(data).__name__}, expected bytes")
-        return decode(data)
-
-
-def _prepared_folder(spec: str, name: str, version: str | None) -> pathlib.Path:
-    """Where tensorflow-datasets prepared a set: its newest version, if none is named."""
-    root = pathlib.Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
-    # NAME/VERSION, NAME/CONFIG/VERSION, and NAME/VERSION where NAME has the CONFIG.
-    found = [path.parent for pattern in ("*", "*/*")
-             for path in (root / name).glob(f"{pattern}/dataset_info.json")
-             if re.fullmatch(r"\d+\.\d+\.\d+", path.parent.name)]
-    if version is not None:
-        found = [path for path in found if path.name == version]
-    if not found:
-        there = sorted(path.name for path in root.glob("*") if path.is_dir())
-        raise DataError(f"{spec}: not prepared in {root} (TFDS_DATA_DIR), which has "
-                        f"{', '.join(there[:10]) or 'nothing'}; nothing is downloaded here: run "
-                        "tensorflow-datasets' download_and_prepare with file_format array_record")
-    configs = sorted({path.parent.name for path in found})
-    if len(configs) > 1:
-        raise ConfigError(f"{spec}: expected a config, one of {', '.join(configs)}: "
-                          f"tfds:{name}/{configs[0]}:SPLIT")
-    return max(found, key=lambda path: [int(part) for part in path.name.split(".")])
+        return decode(self.record(i)["image"])

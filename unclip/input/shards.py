@@ -1,309 +1,219 @@
-"""webdataset tar shards as a random-access collection of picture and caption pairs.
+"""Shards of picture and caption pairs as one collection, any sample of which is a positional read.
 
 The paper (arXiv 2204.06125, section 2) trains every stage on pairs (x, y) of an image and its
-caption. Here such pairs live in plain tar files under webdataset's key rule: the name up to the
-first dot of its last component is the key (folders belong to it), the rest is the extension.
-
-The headers of each shard are walked once; afterwards sample i is a positional read. Keys are closed
-at the end of their shard, so one shard's picture can never meet another shard's caption, and a
-sample that is incomplete, ambiguous or cut off is left out and counted. Nothing is ever extracted,
-links are never followed and no address is ever opened or run.
+caption. A `Collection` is a list of shard indexes, mapped from files that `unclip index` wrote or
+made by walking the shards' headers when they are opened: either way the same samples by the same
+numbers. It opens in a time that grows with the shards, not with the samples.
 """
 
+import bisect
 import difflib
 import functools
-import glob
 import hashlib
 import itertools
-import json
 import os
-import re
+import resource
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from unclip.errors import ConfigError, DataError
-from unclip.input import tar
+from unclip.input import index_folder, records
+from unclip.input.index import ShardIndex, Span
+from unclip.input.index_folder import Entry
+from unclip.input.samples import PICTURES, BadSample, Sample
+from unclip.input.storage import Storage, shown
+from unclip.input.walk import NOT_TARS
 
-PICTURES = ("webp", "jpg", "jpeg", "png")  # in order of preference where a key has several
-MAX_PICTURE_BYTES = 64 << 20
-MAX_TEXT_BYTES = 1 << 20
-
-_PICTURE, _TEXT, _META = range(3)
-_COLUMN = {**dict.fromkeys(PICTURES, _PICTURE), "txt": _TEXT, "json": _META}
-_KEY = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
-_OPEN_FILES = 64
+# Index files mapped at once. Each keeps a file descriptor; where many may be open, so may these.
+_MAPPED = min(max(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4, 64), 16_384)
 _EXAMPLES = 5
-_MAX_PATHS = 1_000_000
 
 
-class BadSample(DataError):
-    """One sample cannot be used; `reason` is a short code that counters are kept by."""
-
-    def __init__(self, reason: str, message: str = ""):
-        super().__init__(": ".join(filter(None, (reason, message))))
-        self.reason = reason
-
-
-class Sample(NamedTuple):
-    """One pair; `image` is the encoded picture, `text` "" where there is no caption."""
-
-    key: str
-    image: bytes
-    text: str
-    meta: dict[str, Any]
-
-
-def expand(patterns: str | Sequence[str]) -> list[str]:
-    """Paths, globs and brace ranges -> the shard paths they name, each once, in the order given.
+def index_shards(patterns: str | Sequence[str], *, text: bool = True, caption: str = "caption",
+                 storage: Storage | None = None) -> "Collection":
+    """Opens shards: by their index where there is one, or by walking their headers.
 
     Args:
-      patterns: e.g. "train-{0000..0003}.tar", "shards/*.tar", "{a,b}.tar" or a plain path.
-
-    Raises:
-      ConfigError: no pattern at all, or an address (`pipe:`, `scheme://`).
-      DataError: a pattern that matches nothing or a shard that is not there.
-    """
-    patterns = [patterns] if isinstance(patterns, str | os.PathLike) else list(patterns)
-    if not patterns:
-        raise ConfigError("no shards given: expected paths, globs or ranges such as a-{00..07}.tar")
-    found = {}
-    for pattern in map(os.fspath, patterns):
-        if pattern.lower().lstrip().startswith("pipe:") or "://" in pattern:
-            raise ConfigError(f"shards {pattern!r}: only local files are read, not addresses or "
-                              "commands; copy or mount the shards and give their paths")
-        matched = []
-        for path in itertools.islice(_braces(pattern), _MAX_PATHS + 1):
-            is_glob = glob.has_magic(path) and not os.path.exists(path)
-            matched += sorted(glob.glob(path)) if is_glob else [_existing(path)]
-        if not matched:
-            raise DataError(f"no shard matches {pattern!r}{_near(pattern)}")
-        if len(matched) > _MAX_PATHS:
-            raise ConfigError(f"shards {pattern!r}: names more than {_MAX_PATHS} files")
-        found |= {os.path.abspath(path): path for path in matched}
-    return list(found.values())
-
-
-def _braces(pattern: str) -> Iterator[str]:
-    """{0000..0003} and {a,b}, leftmost first."""
-    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
-    if not match:
-        yield pattern
-        return
-    first, last, words = match.groups()
-    if words is None:
-        width = len(first) if first.startswith("0") or len(first) == len(last) else 0
-        words = (f"{n:0{width}d}" for n in range(int(first), int(last) + 1))
-    else:
-        words = words.split(",")
-    for word in words:
-        for rest in _braces(pattern[match.end():]):
-            yield pattern[:match.start()] + word + rest
-
-
-def _existing(path: str) -> str:
-    if os.path.isdir(path):
-        inside = os.path.join(path, "*.tar")
-        raise DataError(f"shard {path!r} is a folder; give its files: {inside!r}")
-    if not os.path.exists(path):
-        raise DataError(f"shard {path!r} is not there{_near(path)}")
-    return path
-
-
-def _near(path: str) -> str:
-    folder, name = os.path.split(path)
-    if not os.path.isdir(folder or "."):
-        return f": there is no folder {folder!r}"
-    near = difflib.get_close_matches(name, os.listdir(folder or "."), n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-
-
-def _object(data: bytes, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise BadSample("json", f"{where}: not JSON") from error
-    if not isinstance(value, dict):
-        raise BadSample("json", f"{where}: JSON is not an object")
-    return value
-
-
-class _Shard(NamedTuple):
-    size: int
-    keys: list[str]
-    members: np.ndarray  # int64 [n, 3, 2]
-    problems: list[tuple[str, str]]
-
-
-def _index_shard(path: str, *, text: bool, caption: str) -> _Shard:
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            return _index_open_shard(path, descriptor, text, caption)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise DataError(f"shard {path!r} cannot be read: {error.strerror}") from error
-
-
-def _index_open_shard(path: str, descriptor: int, text: bool, caption: str) -> _Shard:
-    end = os.fstat(descriptor).st_size
-    short = os.path.basename(path)
-    samples: dict[str, dict[str, tuple[int, int]]] = {}
-    unusable: dict[str, str] = {}
-    problems = []
-    for kind, name, offset, size in tar.walk(descriptor, end):
-        if (kind, name) == ("shard-corrupt", "byte 0"):
-            zipped = os.pread(descriptor, 2, 0) == b"\x1f\x8b"
-            hint = "compressed; gunzip it first, samples are read at their offsets"
-            raise DataError(f"shard {path!r} is {hint if zipped else 'not a tar file'}")
-        match = _KEY.fullmatch(name)
-        extension = match[2].lower() if match else ""
-        if kind not in ("file", "cut"):
-            problems.append((kind, f"{short}: {name}"))
-        elif extension in _COLUMN:
-            key = match[1]
-            spans = samples.setdefault(key, {})
-            limit = MAX_PICTURE_BYTES if extension in PICTURES else MAX_TEXT_BYTES
-            if extension in spans:
-                # Which picture belongs to which caption is anyone's guess: drop the key.
-                unusable[key] = "duplicate"
-            elif kind == "cut":
-                unusable.setdefault(key, "truncated")
-            elif size > limit:
-                unusable.setdefault(key, "too-many-bytes")
-            spans[extension] = (offset, size)
-
-    def has_caption(spans: dict[str, tuple[int, int]]) -> bool:
-        if "json" not in spans:
-            return False
-        offset, size = spans["json"]
-        try:
-            value = _object(os.pread(descriptor, size, offset), path).get(caption)
-        except BadSample:
-            return False
-        return isinstance(value, str) and bool(value.strip())
-
-    keys, rows, captions = [], [], 0
-    for key, spans in samples.items():
-        spans = {extension: span for extension, span in spans.items() if span[1]}
-        picture = next((spans[e] for e in PICTURES if e in spans), None)
-        captioned = key not in unusable and ("txt" in spans or (text and has_caption(spans)))
-        captions += captioned
-        reason = unusable.get(key) or (
-            "no-picture" if not picture else "no-text" if text and not captioned else "")
-        if reason:
-            problems.append((reason, f"{short}: {key}"))
-        else:
-            keys.append(key)
-            rows.append((picture, spans.get("txt", (0, -1)), spans.get("json", (0, -1))))
-    no_text = sum(reason == "no-text" for reason, _ in problems)
-    damaged = any(reason.startswith("shard-") for reason, _ in problems)
-    if text and no_text and not captions and not damaged:
-        raise DataError(f"shard {path!r} has {no_text} pictures and no captions: expected KEY.txt "
-                        f"or a field {caption!r} in KEY.json beside each picture")
-    return _Shard(end, keys, np.array(rows, np.int64).reshape(-1, 3, 2), problems)
-
-
-def index_shards(patterns: str | Sequence[str], *, text: bool = True,
-                 caption: str = "caption") -> "Collection":
-    """Walks the headers of every shard once.
-
-    Args:
-      patterns: paths, globs and brace ranges, see `expand`.
+      patterns: paths, globs, brace ranges and addresses, see `Storage.expand`; a folder that
+        `unclip index` wrote stands for all its shards. Shards beside which lies such a folder,
+        named `index`, are opened by it. Or "tfds:NAME:SPLIT", prepared data sets; what is returned
+        is a `records.RecordCollection` then.
       text: a sample needs a caption: KEY.txt, or `caption` in KEY.json. False: a picture is enough.
       caption: the JSON field that stands in for a missing KEY.txt.
+      storage: how shards are read; None: the defaults.
 
     Returns:
       The `Collection` of all complete samples, in the order of the shards and, within one, of the
-      members.
+      members; with `text` False those without a caption come last in their shard.
 
     Raises:
-      ConfigError: an address instead of a path.
-      DataError: nothing matches, a shard is missing, unreadable, no tar or without captions, or
-        there is no complete sample at all.
+      ConfigError: an address that is not read, or an index made for another caption field.
+      DataError: nothing matches; a shard is missing, unreadable, or has changed since it was
+        indexed; an index is damaged; a remote shard has none; one that had to be walked is no tar
+        or has no captions at all; or there is no complete sample.
     """
-    paths = expand(patterns)
-    index = functools.partial(_index_shard, text=text, caption=caption)
-    with ThreadPoolExecutor(min(8, len(paths)), thread_name_prefix="index-shards") as pool:
-        shards = list(pool.map(index, paths))
-    problems, examples = Counter(), {}
-    for reason, where in itertools.chain.from_iterable(shard.problems for shard in shards):
-        problems[reason] += 1
-        if len(examples.setdefault(reason, [])) < _EXAMPLES:
-            examples[reason].append(where.encode("utf-8", "replace").decode())
-    keys = list(itertools.chain.from_iterable(shard.keys for shard in shards))
-    if not keys:
-        found = ", ".join(f"{reason} {n}" for reason, n in problems.items()) or "no known member"
-        raise DataError(f"no complete sample in {len(paths)} shards, first {paths[0]!r}: {found}; "
-                        f"a sample is KEY.{'|'.join(PICTURES)}{' and KEY.txt' if text else ''}")
-    key_bytes, key_ends = _pack(keys)
-    return Collection(
-        shards=paths, sizes=[shard.size for shard in shards],
-        shard=np.repeat(np.arange(len(shards), dtype=np.int32), [len(s.keys) for s in shards]),
-        members=np.concatenate([shard.members for shard in shards]),
-        key_bytes=key_bytes, key_ends=key_ends, caption=caption,
-        problems=problems, examples=examples)
+    patterns = [patterns] if isinstance(patterns, str | os.PathLike) else list(patterns)
+    prepared = [os.fspath(pattern).startswith("tfds:") for pattern in patterns]
+    if any(prepared):
+        if not all(prepared):
+            raise ConfigError(f"{patterns}: tars and prepared data sets (tfds:) cannot be mixed; "
+                              "`unclip index --to_array_record` makes one of the other")
+        return records.RecordCollection(patterns, text=text, caption=caption)
+    if not patterns:
+        raise ConfigError("no shards given: expected paths, globs or ranges such as a-{00..07}.tar")
+    opener = _Opener(storage or Storage(), text, caption)
+    groups = [opener.find(os.fspath(pattern)) for pattern in patterns]
+    found = list(itertools.chain.from_iterable(groups))
+    with ThreadPoolExecutor(8, thread_name_prefix="index-shards") as pool:
+        shards = list(pool.map(opener.open, found))
+    opener.storage.close()  # samples are read later, by other threads or processes
+    collection = Collection(shards, text=text, caption=caption, storage=opener.storage,
+                            patterns=[len(group) for group in groups])
+    if not len(collection):
+        problems = collection.problems
+        known = ", ".join(f"{reason} {n}" for reason, n in problems.items()) or "no known member"
+        first = f", first {shown(shards[0].path)!r}" if shards else ""
+        raise DataError(f"no complete sample in {len(shards)} shards{first}: {known}; a sample is "
+                        f"KEY.{'|'.join(PICTURES)}{' and KEY.txt' if text else ''}")
+    return collection
 
 
-def _pack(keys: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    encoded = [key.encode("utf-8", "surrogateescape") for key in keys]
-    ends = np.cumsum([len(key) for key in encoded], dtype=np.int64)
-    return np.frombuffer(b"".join(encoded), np.uint8), ends
+class _Opener:
+    """Finds the shards of patterns, each once, and what is known of them."""
 
+    def __init__(self, storage: Storage, text: bool, caption: str):
+        self.storage, self._text, self._caption = storage, text, caption
+        self._seen: set[str] = set()
+        self._beside: dict[str, dict[str, Entry]] = {}
 
-class _Descriptor:
-    """An open file that closes itself when its last reader lets go."""
+    def find(self, pattern: str) -> list[str | Entry]:
+        """The shards of one pattern that no earlier one had."""
+        if index_folder.is_index(pattern):
+            caption, shards = index_folder.read_index(pattern)
+            if caption != self._caption:
+                raise ConfigError(f"index {pattern!r} takes captions from the JSON field "
+                                  f"{caption!r}, not {self._caption!r}: index the shards again")
+        else:
+            shards = self.storage.expand(pattern)
+        new = []
+        for shard in shards:
+            place = self._place(shard.path if isinstance(shard, Entry) else shard)
+            if place not in self._seen:
+                self._seen.add(place)
+                new.append(shard)
+        for folder in {os.path.dirname(path) for path in new
+                       if isinstance(path, str) and self.storage.local(path)}:
+            if folder not in self._beside:
+                self._beside[folder] = self._read_beside(folder)
+        return new
 
-    def __init__(self, path: str):
-        self.number = os.open(path, os.O_RDONLY)
+    def _place(self, path: str) -> str:
+        return os.path.abspath(path) if self.storage.local(path) else path
 
-    def __del__(self):
-        if hasattr(self, "number") and os is not None:  # None while Python ends
-            os.close(self.number)
+    def _read_beside(self, folder: str) -> dict[str, Entry]:
+        folder = os.path.join(folder, "index")
+        if not index_folder.is_index(folder):
+            return {}
+        caption, entries = index_folder.read_index(folder)
+        return {self._place(e.path): e for e in entries} if caption == self._caption else {}
+
+    def open(self, shard: str | Entry) -> Entry:
+        """One shard's entry, of an index that is about this very file, or else by walking it."""
+        if isinstance(shard, Entry):
+            if self.storage.local(shard.path) and self.storage.stat(shard.path)[0] != shard.size:
+                raise DataError(f"shard {shard.path!r} has changed since it was indexed: index the "
+                                "shards again")
+            return shard
+        if not self.storage.local(shard):
+            raise DataError(f"shard {shown(shard)!r} is remote and has no index: run `unclip index "
+                            "SHARDS --out DIR` once and give DIR, or read it as a stream")
+        known = self._beside[os.path.dirname(shard)].get(self._place(shard))
+        if known is not None and known.size == self.storage.stat(shard)[0]:
+            return known._replace(path=shard)
+        index = index_folder.walk_path(shard, self.storage, caption=self._caption)
+        self._refuse(shard, index)
+        return index_folder.entry(shard, index)
+
+    def _refuse(self, path: str, index: ShardIndex) -> None:
+        """What nobody has looked at yet is judged more strictly than what was indexed."""
+        for reason in NOT_TARS:
+            if index.problems[reason]:
+                zipped = "compressed; gunzip it first, samples are read at their offsets"
+                hint = zipped if reason == "compressed" else "not a tar file"
+                raise DataError(f"shard {path!r} is {hint}")
+        damaged = any(reason.startswith("shard-") for reason in index.problems)
+        if self._text and index.count and not index.captioned and not damaged:
+            raise DataError(
+                f"shard {path!r} has {index.count} pictures and no captions: expected KEY.txt or a "
+                f"field {self._caption!r} in KEY.json beside each picture")
 
 
 class Collection:
     """Complete samples, read by number; safe to share between threads and to pickle.
 
     Attributes:
-      shards: paths; sizes: their bytes when they were indexed.
-      shard: int32 [N], the shard of each sample.
-      members: int64 [N, 3, 2], (offset, size) of picture, txt and json; size -1: absent.
-      key_bytes, key_ends: the keys, UTF-8 one after the other, and where each ends.
-      problems: Counter of what was left out, by reason: "no-text", "no-picture", "duplicate",
-        "truncated", "too-many-bytes" count samples; "refused-link", "refused-name", "refused-type"
-        members; "shard-truncated", "shard-corrupt" shards.
-      examples: the first few of each, "SHARD: KEY".
+      shards: paths; shard_names: their file names; sizes: their bytes when they were indexed.
+      counts: int64 [S], samples of each shard; they are neighbours, in the order of the shards.
+      groups: int64 [K + 1], where the samples of each of the K patterns begin, and the end.
+      caption: the JSON field that stands in for a missing KEY.txt.
+      problems: Counter of what was left out, by reason: "no-text" and what `walk.walk_shard` names.
+      storage: reads the shards.
     """
 
-    def __init__(self, *, shards: Sequence[str], sizes: Sequence[int], shard: np.ndarray,
-                 members: np.ndarray, key_bytes: np.ndarray, key_ends: np.ndarray,
-                 caption: str = "caption", problems: Mapping[str, int] | None = None,
-                 examples: Mapping[str, list[str]] | None = None):
-        self.shards, self.sizes = tuple(shards), tuple(sizes)
-        self.shard, self.members = shard, members
-        self.key_bytes, self.key_ends = key_bytes, key_ends
-        self.caption = caption
-        self.problems, self.examples = Counter(problems or {}), dict(examples or {})
+    def __init__(self, entries: Sequence[Entry], *, text: bool = True, caption: str = "caption",
+                 storage: Storage | None = None, patterns: Sequence[int] | None = None,
+                 limit: int | None = None, chosen: np.ndarray | None = None,
+                 problems: Mapping[str, int] | None = None):
+        """
+        Args:
+          entries: one a shard.
+          patterns: how many of the shards each pattern gave.
+          limit: the first so many samples alone.
+          chosen: int64, rising: these samples alone.
+          problems: further ones.
+        """
+        self._entries, self.caption, self._text = tuple(entries), caption, text
+        self._patterns = tuple(patterns if patterns is not None else [len(self._entries)])
+        self.storage = storage or Storage()
+        self.shards = tuple(entry.path for entry in self._entries)
+        self.shard_names = tuple(entry.name for entry in self._entries)
+        self.sizes = tuple(entry.size for entry in self._entries)
+        self._limit, self._chosen, self._further = limit, chosen, dict(problems or {})
+        self.problems = Counter(self._further)
+        for entry in self._entries:
+            self.problems.update(entry.problems)
+            self.problems["no-text"] += text * (entry.count - entry.captioned)
+        self.problems = +self.problems
+        usable = [entry.captioned if text else entry.count for entry in self._entries]
+        starts = np.concatenate([[0], np.cumsum(usable, dtype=np.int64)])
+        if limit is not None:
+            starts = np.minimum(starts, limit)
+        self._starts = starts.tolist()  # of the shards among all samples, chosen or not
+        if chosen is not None:
+            starts = np.searchsorted(chosen, starts).astype(np.int64)
+        self.counts = np.diff(starts)
+        self.groups = starts[np.concatenate([[0], np.cumsum(self._patterns, dtype=np.int64)])]
+        self._length = int(starts[-1])
         self._start()
 
     def _start(self):
-        self._lock, self._files = threading.Lock(), OrderedDict()
+        self._lock, self._mapped, self._verified = threading.Lock(), OrderedDict(), set()
 
     def __getstate__(self):
-        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_files")}
+        own = ("_lock", "_mapped", "_verified")  # each process maps for itself
+        return {k: v for k, v in self.__dict__.items() if k not in own}
 
     def __setstate__(self, state):
         self.__dict__.update(state)
         self._start()
 
     def __len__(self) -> int:
-        return len(self.shard)
+        return self._length
 
     def __repr__(self) -> str:
         left_out = f", left out {dict(self.problems)}" if self.problems else ""
@@ -311,40 +221,94 @@ class Collection:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """sha256 over shard names and sizes and the member index; equal after moving the folder."""
-        names = [[os.path.basename(p), size] for p, size in zip(self.shards, self.sizes)]
-        digest = hashlib.sha256(json.dumps([names, self.caption]).encode())
-        for array in (self.shard, self.members, self.key_bytes, self.key_ends):
-            digest.update(np.ascontiguousarray(array).data)
+        """sha256 over which samples there are: equal after moving the shards, and with or without
+        an index."""
+        digest = hashlib.sha256(f"{self.caption}\0".encode())
+        for entry, count in zip(self._entries, np.diff(self._starts).tolist()):
+            digest.update(bytes.fromhex(entry.digest) + count.to_bytes(8, "little"))
+        if self._chosen is not None:
+            digest.update(np.ascontiguousarray(self._chosen, "<i8").data)
         return digest.hexdigest()
 
+    @functools.cached_property
+    def examples(self) -> dict[str, list[str]]:
+        """reason -> the first few that were left out, "SHARD: KEY"."""
+        found = {reason: [] for reason in self.problems if reason not in self._further}
+        for shard, entry in enumerate(self._entries):
+            reasons = {*entry.problems, *(["no-text"] if entry.captioned < entry.count else [])}
+            wanted = [r for r in reasons if len(found.get(r, range(_EXAMPLES))) < _EXAMPLES]
+            if wanted:
+                there = self.index(shard).examples
+                for reason in wanted:
+                    named = [f"{entry.name}: {what}" for what in there.get(reason, [])]
+                    found[reason] = (found[reason] + named)[:_EXAMPLES]
+        return found
+
+    def index(self, shard: int) -> ShardIndex:
+        """The index of a shard. Raises DataError where its file is damaged or of something else."""
+        entry = self._entries[shard]
+        if isinstance(entry.index, ShardIndex):
+            return entry.index
+        with self._lock:
+            index = self._mapped.get(shard)
+            if index is not None:
+                self._mapped.move_to_end(shard)
+                return index
+        index = ShardIndex.open(entry.index, verify=shard not in self._verified)
+        if (index.digest, index.count, index.captioned, index.size) != (
+                entry.digest, entry.count, entry.captioned, entry.size):
+            raise DataError(f"index {entry.index!r} is not the one that index.json beside it was "
+                            "written for: index the shards again")
+        with self._lock:
+            self._verified.add(shard)
+            self._mapped[shard] = index
+            if len(self._mapped) > _MAPPED:
+                self._mapped.popitem(last=False)
+        return index
+
+    def locate(self, i: int) -> tuple[int, int]:
+        """(shard, row of its index) of sample i. Raises IndexError."""
+        if not 0 <= i < self._length:
+            raise IndexError(f"sample {i} of {self._length}")
+        if self._chosen is not None:
+            i = int(self._chosen[i])
+        shard = bisect.bisect_right(self._starts, i) - 1
+        return shard, i - self._starts[shard]
+
+    def shard_digest(self, shard: int) -> str:
+        """What the rows of a shard are known by, wherever it lies: 64 hex digits."""
+        return self._entries[shard].digest
+
     def key(self, i: int) -> str:
-        """The key of sample i."""
-        start = int(self.key_ends[i - 1]) if i else 0
-        return self.key_bytes[start : int(self.key_ends[i])].tobytes().decode(
-            "utf-8", "surrogateescape")
+        """The key of sample i, 0 <= i < len(self)."""
+        shard, row = self.locate(i)
+        return self.index(shard).key(row)
+
+    def spans(self, i: int) -> tuple[Span | None, Span | None, Span | None]:
+        """(offset, bytes) in its shard of sample i's picture, txt and json; None where absent."""
+        shard, row = self.locate(i)
+        return self.index(shard).spans(row)
 
     def read(self, i: int) -> Sample:
         """Reads sample i, 0 <= i < len(self).
 
         Raises:
-          BadSample: its caption is not UTF-8 ("encoding") or its JSON is broken ("json").
+          BadSample: its bytes are not those that were indexed ("checksum"), its caption is not
+            UTF-8 ("encoding") or its JSON is broken ("json").
           DataError: its shard is gone or has changed since it was indexed.
         """
-        key, image = self.key(i), self._member(i, _PICTURE)
-        text, meta = self._member(i, _TEXT), self.meta(i)
-        if text is None:
-            caption = meta.get(self.caption)
-            return Sample(key, image, caption if isinstance(caption, str) else "", meta)
-        try:
-            return Sample(key, image, text.decode("utf-8-sig"), meta)
-        except UnicodeDecodeError as error:
-            raise BadSample("encoding", f"{self._where(i)}: caption is not UTF-8") from error
+        shard, row = self.locate(i)
+        return self.index(shard).sample(row, self._reader(shard))
 
     def meta(self, i: int) -> dict[str, Any]:
         """The JSON object of sample i, {} where it has none. Raises BadSample("json")."""
-        data = self._member(i, _META)
-        return {} if data is None else _object(data, self._where(i))
+        shard, row = self.locate(i)
+        return self.index(shard).meta(row, self._reader(shard))
+
+    def _reader(self, shard: int):
+        entry = self._entries[shard]
+        return functools.partial(self.storage.read, entry.path,
+                                 expected=(entry.size, entry.identity))
 
     def subset(self, *, keys: Iterable[str] | None = None,
                where: Mapping[str, Any] | None = None, count: int | None = None) -> "Collection":
@@ -352,62 +316,55 @@ class Collection:
 
         Args:
           keys: keep these keys.
-          where: JSON field -> value or list of values, e.g. {"group": ["food", "faces"]}.
+          where: JSON field -> value or list of values, e.g. {"group": ["food", "faces"]}; a sample
+            whose JSON is broken passes none, and is counted.
           count: keep the first so many of what is left.
 
         Raises:
           DataError: an unknown key, or nothing left.
         """
-        chosen = range(len(self))
+        chosen, problems = None, Counter(self._further)
         if keys is not None:
-            wanted = set(keys)
-            named = {i: self.key(i) for i in chosen}
-            for missing in sorted(wanted - set(named.values())):
-                near = difflib.get_close_matches(missing, set(named.values()), n=3)
+            wanted, chosen, found = set(keys), [], set()
+            for i in range(len(self)):
+                key = self.key(i)
+                if key in wanted:
+                    chosen.append(i)
+                    found.add(key)
+            for missing in sorted(wanted - found):
+                every = [self.key(i) for i in range(min(len(self), 10_000))]
+                near = difflib.get_close_matches(missing, every, n=3)
                 raise DataError(f"no sample has the key {missing!r}; nearest: {near}")
-            chosen = [i for i in chosen if named[i] in wanted]
         for field, values in (where or {}).items():
             values = list(values) if isinstance(values, list | tuple | set) else [values]
-            found = [(i, self.meta(i).get(field)) for i in chosen]
-            chosen = [i for i, value in found if value in values]
+            there, passed = Counter(), []
+            for i in range(len(self)) if chosen is None else chosen:
+                try:
+                    value = self.meta(i).get(field)
+                except BadSample as error:
+                    problems[error.reason] += 1
+                    continue
+                if value in values:
+                    passed.append(i)
+                elif len(there) < 1000:
+                    there[repr(value)] += 1
+            chosen = passed
             if not chosen:
-                there = sorted({repr(value) for _, value in found})[:20]
-                raise DataError(f"no sample has {field} in {values}; there are: {', '.join(there)}")
-        chosen = list(chosen)[:count]
-        if not chosen:
+                raise DataError(f"no sample has {field} in {values}; there are: "
+                                f"{', '.join(sorted(there)[:20])}")
+        length = len(self) if chosen is None else len(chosen)
+        length = length if count is None else len(range(length)[:count])
+        if not length:
             raise DataError(f"a subset of {count} samples is empty; expected a count of at least 1")
-        key_bytes, key_ends = _pack([self.key(i) for i in chosen])
-        return Collection(
-            shards=self.shards, sizes=self.sizes, shard=self.shard[chosen],
-            members=self.members[chosen], key_bytes=key_bytes, key_ends=key_ends,
-            caption=self.caption, problems=self.problems, examples=self.examples)
-
-    def _where(self, i: int) -> str:
-        return f"{os.path.basename(self.shards[self.shard[i]])}: {self.key(i)}"
-
-    def _member(self, i: int, column: int) -> bytes | None:
-        offset, size = map(int, self.members[i, column])
-        if size < 0:
-            return None
-        shard = int(self.shard[i])
-        try:
-            file = self._open(shard)  # held while it is read: eviction must not close it
-            data = os.pread(file.number, size, offset)
-        except OSError as error:
-            raise DataError(f"shard {self.shards[shard]!r} cannot be read: {error}") from error
-        if len(data) != size:
-            raise DataError(f"shard {self.shards[shard]!r} gave {len(data)} of {size} bytes")
-        return data
-
-    def _open(self, shard: int) -> _Descriptor:
-        with self._lock:
-            file = self._files.pop(shard, None)
-            if file is None:
-                path = self.shards[shard]
-                file = _Descriptor(path)
-                if os.fstat(file.number).st_size != self.sizes[shard]:
-                    raise DataError(f"shard {path!r} has changed since it was indexed")
-            self._files[shard] = file
-            if len(self._files) > _OPEN_FILES:
-                self._files.popitem(last=False)
-        return file
+        limit, numbers = self._limit, self._chosen
+        if chosen is not None and chosen[length - 1] != length - 1:
+            picked = np.array(chosen[:length], np.int64)
+            numbers = picked if numbers is None else numbers[picked]
+            limit = None
+        elif numbers is None:
+            limit = length  # a prefix needs no list
+        else:
+            numbers = numbers[:length]
+        return Collection(self._entries, text=self._text, caption=self.caption,
+                          storage=self.storage, patterns=self._patterns, limit=limit,
+                          chosen=numbers, problems=problems)

@@ -56,6 +56,13 @@ _TYPOGRAPHY = str.maketrans(
     }
 )
 
+# The same words where a text is ASCII and clean. Most captions are, and share their words.
+_ASCII_WORDS = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^\sa-z0-9]+", re.ASCII)
+_MAX_REMEMBERED = 1 << 16  # words, of at most so many characters:
+_MAX_WORD = 32
+
+# By vocabulary: word -> its ids and where in the word each starts.
+_remembered: dict[pathlib.Path, dict[str, tuple[list[int], list[int]]]] = {}
 _engines: dict[pathlib.Path | bytes, Engine] = {}
 _engines_lock = threading.Lock()
 
@@ -69,6 +76,8 @@ def clean(text: str) -> str:
     >>> clean("  A\\n“Red”  &amp;amp; blue fox ")
     'a "red" & blue fox'
     """
+    if text.isascii() and text.isprintable() and "&" not in text:
+        return " ".join(text.split()).lower()  # nothing below would change it; most captions
     text = _joined(text)
     if "<" not in text:
         text = html.unescape(text)
@@ -168,16 +177,20 @@ class Tokenizer:
 
     def _tokens(self, texts: Sequence[str]) -> Iterator[tuple[str, list[int], list[int]]]:
         """For each text: the cleaned text, its ids, and where in the text each id starts."""
-        cleaned = [clean(text) for text in texts]
         engine = self._engine()
-        plain = [text for text in cleaned if "<|" not in text]
-        encodings = iter(engine.encode_batch(plain, add_special_tokens=False))
-        for text in cleaned:
-            if "<|" not in text:
-                encoding = next(encodings)
-                yield text, encoding.ids, [start for start, _ in encoding.offsets]
-                continue
+        for text in map(clean, texts):
             ids, starts = [], []
+            if "<|" not in text:
+                if text.isascii():
+                    for match in _ASCII_WORDS.finditer(text):
+                        found, offsets = self._word(match[0])
+                        ids += found
+                        starts += [match.start() + offset for offset in offsets]
+                else:
+                    encoding = engine.encode(text, add_special_tokens=False)
+                    ids, starts = encoding.ids, [start for start, _ in encoding.offsets]
+                yield text, ids, starts
+                continue
             for start, piece in _split_special(text):
                 if piece in _SPECIAL_ID:
                     ids.append(_SPECIAL_ID[piece])
@@ -187,6 +200,19 @@ class Tokenizer:
                     ids += encoding.ids
                     starts += [start + offset for offset, _ in encoding.offsets]
             yield text, ids, starts
+
+    def _word(self, word: str) -> tuple[list[int], list[int]]:
+        """Ids of a word and where in it each starts; remembered, as merging costs the most."""
+        words = _remembered.setdefault(self.vocabulary, {})
+        found = words.get(word)
+        if found is None:
+            encoding = self._engine().encode(word, add_special_tokens=False)
+            found = encoding.ids, [start for start, _ in encoding.offsets]
+            if len(word) <= _MAX_WORD:
+                if len(words) >= _MAX_REMEMBERED:
+                    words.clear()
+                words[word] = found
+        return found
 
     def _engine(self) -> Engine:
         """The shared merging engine of this process for this vocabulary."""

@@ -1,0 +1,135 @@
+"""`unclip index` as a user meets it: totals, exit codes, one line for every mistake."""
+
+import io
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tarfile
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+# Runs the verb once a command, each in a fork of one process that has imported everything.
+SERVER = """
+import json, os, sys, tempfile
+from unclip import cli, index
+for line in sys.stdin:
+    out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+    child = os.fork()
+    if not child:
+        os.dup2(out.fileno(), 1)
+        os.dup2(err.fileno(), 2)
+        sys.argv = ["unclip-index", *json.loads(line)]
+        try:
+            cli.run_app(index.main)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(getattr(sys.exc_info()[1], "code", 1) or 0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    texts = [(file.seek(0), file.read().decode())[1] for file in (out, err)]
+    print(json.dumps([code, *texts]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def index():
+    """index(*arguments) -> (exit code, stdout, stderr)."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    child = subprocess.Popen([sys.executable, "-c", SERVER], env=environment, cwd=ROOT, text=True,
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def run(*arguments):
+        child.stdin.write(json.dumps([str(a) for a in arguments]) + "\n")
+        child.stdin.flush()
+        code, out, err = json.loads(child.stdout.readline())
+        assert "Traceback" not in err, err
+        return code, out, err
+
+    yield run
+    child.stdin.close()
+    assert child.wait(60) == 0
+
+
+def write(path, keys, extensions=("jpg", "txt")):
+    with tarfile.open(path, "w") as archive:
+        for key in keys:
+            for extension in extensions:
+                data = f"{key} {extension}".encode() * 9
+                info = tarfile.TarInfo(f"{key}.{extension}")
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two whole shards, one that is cut off in its third sample, one that is no tar."""
+    for name in ("a-0", "a-1", "a-2"):
+        write(tmp_path / f"{name}.tar", [f"{name}/{k}" for k in range(3)])
+    data = (tmp_path / "a-2.tar").read_bytes()
+    (tmp_path / "a-2.tar").write_bytes(data[: 11 * 512 + 5])
+    (tmp_path / "a-3.tar").write_bytes(b"<html>" * 500)
+    (tmp_path / "a-1_stats.json").write_text(json.dumps({"successes": 4}))
+    return tmp_path
+
+
+def test_indexes_tells_and_goes_on(index, folder):
+    code, out, err = index(folder / "a-*.tar", "--jobs", "1")
+    assert (code, err.count("\n")) == (0, 1), err  # the progress alone
+    assert "8 samples in 4 shards, 8 with a caption; 4 shards read, 0 known already" in out
+    for told in ("truncated 1", "shard-truncated 1", "not-a-tar 1", "problems.jsonl",
+                 "a-1.tar: img2dataset noted 4 samples, 3 are usable", "bytes a sample"):
+        assert told in out
+    code, out, _ = index(folder / "a-*.tar", "--jobs", "1")
+    assert code == 0 and "0 shards read, 4 known already" in out
+    code, out, _ = index(folder / "a-*.tar", "--jobs", "1", "--force")
+    assert code == 0 and "4 shards read, 0 known already" in out
+    assert index(folder / "a-*.tar", "--check")[0] == 0
+    (folder / "a-3.tar").write_bytes(b"<html>")
+    data = bytearray((folder / "a-0.tar").read_bytes())
+    data[512] ^= 1
+    (folder / "a-0.tar").write_bytes(data)
+    code, out, err = index(folder / "index", "--check", "--jobs", "1")
+    assert code == 74 and "2 shards are not as they were indexed" in err
+    assert "a-0.tar: the bytes of 1 samples have changed" in err and "a-3.tar: has changed" in err
+
+
+def test_processes(index, folder):
+    code, out, _ = index(folder / "a-*.tar", "--out", folder / "there", "--jobs", "2")
+    assert code == 0 and "8 samples in 4 shards" in out
+    assert (folder / "there" / "index.json").exists() and not (folder / "index").exists()
+
+
+def test_to_array_record(index, folder):
+    pytest.importorskip("array_record")
+    code, out, err = index(folder / "a-*.tar", "--jobs", "1", "--to-array-record",
+                           folder / "foxes" / "1.0.0")
+    assert code == 0, err
+    assert "8 samples in 1 files" in out
+    info = json.loads((folder / "foxes" / "1.0.0" / "dataset_info.json").read_text())
+    assert (info["name"], info["version"]) == ("foxes", "1.0.0")
+
+
+@pytest.mark.parametrize("arguments, code, told", [
+    ([], 78, "expected shards"),
+    (["FOLDER/b-*.tar"], 74, "no shard matches"),
+    (["FOLDER/a-3.tar"], 74, "no usable picture in 1 shards"),
+    (["FOLDER/a-0.tar", "--check"], 74, "there is no index in"),
+    (["pipe:cat a.tar"], 78, "never run"),
+    (["s3://bucket/a.tar"], 78, "say with --out"),
+    (["FOLDER/a-0.tar", "--job=0"], 78, "jobs"),
+    (["FOLDER/a-0.tar", "--out=FOLDER/a-1.tar"], 74, "a-1.tar"),
+])
+def test_mistakes_are_one_line(index, folder, arguments, code, told):
+    arguments = [argument.replace("FOLDER", str(folder)) for argument in arguments]
+    found, _, err = index(*arguments)
+    lines = [line for line in err.splitlines() if not line.startswith("index: ")]
+    assert found == code and len(lines) == 1 and told in lines[0], err
+
+
+def test_an_index_is_not_indexed(index, folder):
+    assert index(folder / "a-0.tar", "--jobs", "1")[0] == 0
+    code, _, err = index(folder / "index")
+    assert code == 78 and "give the shards to index" in err

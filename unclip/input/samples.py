@@ -1,0 +1,51 @@
+"""One pair (x, y) of picture and caption as it comes from storage, and why one cannot be used.
+
+The paper (arXiv 2204.06125, section 2) trains every stage on such pairs. Whatever holds them, tars
+or array records, hands out `Sample`s and raises `BadSample`; what decodes, filters and batches them
+knows nothing of where they were. The limits here are on bytes that came from elsewhere.
+"""
+
+import json
+from typing import Any, NamedTuple
+
+from unclip.errors import DataError
+
+PICTURES = ("webp", "jpg", "jpeg", "png")  # in order of preference where a key has several
+MAX_PICTURE_BYTES = 64 << 20
+MAX_TEXT_BYTES = 1 << 20
+
+
+class BadSample(DataError):
+    """One sample cannot be used; `reason` is a short code that counters are kept by."""
+
+    def __init__(self, reason: str, message: str = ""):
+        super().__init__(": ".join(filter(None, (reason, message))))
+        self.reason = reason
+
+
+class Sample(NamedTuple):
+    """One pair; `image` is the encoded picture, `text` "" where there is no caption."""
+
+    key: str
+    image: bytes
+    text: str
+    meta: dict[str, Any]
+
+
+def json_object(data: bytes, where: str) -> dict[str, Any]:
+    """A JSON object; `where` names it in errors. Raises BadSample("json") for anything else."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BadSample("json", f"{where}: not JSON") from error
+    if not isinstance(value, dict):
+        raise BadSample("json", f"{where}: JSON is not an object")
+    return value
+
+
+def caption_text(data: bytes, where: str) -> str:
+    """A caption file's text. Raises BadSample("encoding") where it is not UTF-8."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadSample("encoding", f"{where}: caption is not UTF-8") from error
