@@ -56,7 +56,7 @@ def decode(data: bytes, *, max_bytes: int = 64 << 20, max_pixels: int = 1 << 26,
         long as both sides stay at least `margin` x target. None: full size.
       margin: at 2, photographs differ from a full decode by 44 to 50 dB once resized, less than by
         another resampling filter; at 1 by 34 to 43 dB, as by a bilinear instead of a bicubic one,
-        for up to 2.5 times the speed (docs/input.md).
+        for up to 2.3 times the speed (docs/input.md).
 
     Returns:
       uint8 [H, W, 3] RGB, perhaps read-only. At its peak, decoding holds 3 bytes a pixel of a plain
