@@ -105,6 +105,7 @@ def base(stage: str, args: ConfigDict) -> ConfigDict:
             "filters": "",  # such as "similarity=0.28:,aspect=:2,min_side?=256:"
             "captions": ("txt", "json:name"),  # one of these, by the sample's number
             "crop": "center",
+            "margin": 2.0,  # JPEGs are decoded at so many times the size needed, at least
             "order": "global",  # global | streamed: a host reads shards of its own
             "streams": 0,  # of the streamed order: a multiple of the hosts; 0 = up to 64, by batch
             "window_examples": 8192,  # shuffled together in a stream

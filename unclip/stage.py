@@ -224,6 +224,7 @@ def transform(config: ConfigDict, task: tasks.Task, use: str):
             degradation=config.input.degradation,
             probability=config.input.degradation_probability,
             train=use != "sample",
+            margin=config.input.margin,
         )
     spec = task.batch_spec(1)
     side = lambda name: spec[name].shape[1] if name in spec else None
@@ -235,6 +236,7 @@ def transform(config: ConfigDict, task: tasks.Task, use: str):
         clip_size=side("clip_image"),
         crop=config.input.crop if use == "train" else "center",
         captions=config.input.captions if use == "train" else config.input.captions[:1],
+        margin=config.input.margin,
     )
 
 

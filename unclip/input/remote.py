@@ -329,4 +329,6 @@ def _parts(offset: int, size: int, block_bytes: int) -> list[tuple[int, int, int
 
 def _words(error: BaseException | None) -> str:
     text = str(error).splitlines()[0][:300] if str(error) else ""
+    if isinstance(error, _Later):
+        return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -177,13 +177,13 @@ class Tokenizer:
 
     def _tokens(self, texts: Sequence[str]) -> Iterator[tuple[str, list[int], list[int]]]:
         """For each text: the cleaned text, its ids, and where in the text each id starts."""
-        engine = self._engine()
+        engine, words = self._engine(), _remembered.setdefault(self.vocabulary, {})
         for text in map(clean, texts):
             ids, starts = [], []
             if "<|" not in text:
                 if text.isascii():
                     for match in _ASCII_WORDS.finditer(text):
-                        found, offsets = self._word(match[0])
+                        found, offsets = words.get(match[0]) or self._word(match[0], words)
                         ids += found
                         starts += [match.start() + offset for offset in offsets]
                 else:
@@ -201,17 +201,14 @@ class Tokenizer:
                     starts += [start + offset for offset, _ in encoding.offsets]
             yield text, ids, starts
 
-    def _word(self, word: str) -> tuple[list[int], list[int]]:
+    def _word(self, word: str, words: dict) -> tuple[list[int], list[int]]:
         """Ids of a word and where in it each starts; remembered, as merging costs the most."""
-        words = _remembered.setdefault(self.vocabulary, {})
-        found = words.get(word)
-        if found is None:
-            encoding = self._engine().encode(word, add_special_tokens=False)
-            found = encoding.ids, [start for start, _ in encoding.offsets]
-            if len(word) <= _MAX_WORD:
-                if len(words) >= _MAX_REMEMBERED:
-                    words.clear()
-                words[word] = found
+        encoding = self._engine().encode(word, add_special_tokens=False)
+        found = encoding.ids, [start for start, _ in encoding.offsets]
+        if len(word) <= _MAX_WORD:
+            if len(words) >= _MAX_REMEMBERED:
+                words.clear()
+            words[word] = found
         return found
 
     def _engine(self) -> Engine:
