@@ -91,7 +91,8 @@ def ours(tars: list[str], size: int, threads: int, workers: int, margin: float =
          ) -> Iterator[int]:
     """Our source with random order, as a stage of the cascade trains on it."""
     from unclip.input.shards import index_shards
-    from unclip.input.source import ImageText, make_source
+    from unclip.input.source import make_source
+    from unclip.input.transforms import ImageText
     transform = ImageText(size, CONTEXT, margin=margin)
     with make_source(index_shards(tars), transform, batch_size=BATCH, seed=0, threads=threads,
                      workers=workers) as batches:

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from unclip import bundle, errors, stage
-from unclip.input import source
+from unclip.input import transforms
 from unclip.models import clip as clip_model
 
 PRESETS = {
@@ -47,7 +47,7 @@ def test_every_preset_builds(name, arg, tiny_config):
     # The parts fit: what the input delivers is what the task asks for.
     for use in ("train", "held_out", "sample"):
         assert isinstance(
-            stage.transform(config, task, use), source.ImageText | source.Upsampling)
+            stage.transform(config, task, use), transforms.ImageText | transforms.Upsampling)
     if name in ("prior", "decoder"):
         clip = clip_model.PRESETS[config.clip_preset]
         if name == "prior":

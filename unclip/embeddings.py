@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from unclip import errors, files, tasks
 from unclip.embedding_sums import Sums, merge, unmerged
-from unclip.input import source, stored
+from unclip.input import source, stored, transforms
 from unclip.input.pairs import Pair, ShardBatches, reason
 from unclip.input.stored import Shard, Store
 from unclip.models import clip as clip_model
@@ -62,7 +62,7 @@ def embed(
     Args:
       clip_arch: fields of the frozen CLIP; params: its parameters.
       batch_size: global, a multiple of the mesh's data and fsdp axes.
-      captions: where captions come from, see `input.source.ImageText`.
+      captions: where captions come from, see `input.transforms.ImageText`.
       limit: stop after this many samples.
 
     Yields:
@@ -73,7 +73,7 @@ def embed(
     run = jax.jit(_program(model), out_shardings=sharding.replicated(mesh))
     batches = source.make_eval_source(
         collection,
-        source.ImageText(model.image_size, model.context, captions=captions),
+        transforms.ImageText(model.image_size, model.context, captions=captions),
         batch_size=batch_size,
         process_index=distributed.process_index(),
         process_count=distributed.process_count(),

@@ -24,7 +24,7 @@ from unclip.evaluators import embedders, features
 from unclip.evaluators.moments import Statistics, StatisticsFile
 from unclip.input import captions as caption_files
 from unclip.input.pictures import PictureSet, describe_notes, listing_hash
-from unclip.input.shards import BadSample
+from unclip.input.samples import BadSample
 from unclip.runtime import distributed
 
 # Modes of extractors that a file of statistics does not name.

@@ -13,7 +13,7 @@ import optax
 from ml_collections import ConfigDict
 
 from unclip import bundle, errors, runs, tasks
-from unclip.input import filters, order, shards, source, streaming, text
+from unclip.input import filters, order, shards, source, streaming, text, transforms
 from unclip.input.storage import Storage
 from unclip.models import clip as clip_model
 from unclip.models import decoder, prior, prior_ar, upsampler
@@ -217,7 +217,7 @@ def transform(config: ConfigDict, task: tasks.Task, use: str):
         measured on crops); "sample" (whole pictures, as at drawing time).
     """
     if config.stage == "upsampler":
-        return source.Upsampling(
+        return transforms.Upsampling(
             config.task.image_size,
             config.task.factor,
             crop=task.crop,
@@ -229,7 +229,7 @@ def transform(config: ConfigDict, task: tasks.Task, use: str):
     spec = task.batch_spec(1)
     side = lambda name: spec[name].shape[1] if name in spec else None
     tokenizer = getattr(task, "tokenizer", None)
-    return source.ImageText(
+    return transforms.ImageText(
         side("image"),
         spec["tokens"].shape[1],
         tokenizer and tokenizer.encode,

@@ -11,8 +11,8 @@ import scipy.linalg
 from unclip import errors, runs, stage, tasks
 from unclip.evaluators import training
 from unclip.evaluators.drawn import Drawn, WithCaption
-from unclip.input import source
-from unclip.input.shards import Sample
+from unclip.input import transforms
+from unclip.input.samples import Sample
 from unclip.models.clip import CLIP
 from unclip.runtime import distributed, sharding
 from unclip.tasks import keys
@@ -226,7 +226,7 @@ def test_an_upsampler_is_judged_by_the_clip_it_is_given(judged, run_of, tiny_con
     part = runs.open_part(run_of("clip"), "clip")
     clip = FrozenClip(CLIP(**tasks.arguments(part.arch)))
     collection, rng = stage.collections(config)[1], np.random.default_rng(0)
-    read = source.ImageText(16, 16, captions=("txt",))
+    read = transforms.ImageText(16, 16, captions=("txt",))
     samples = [read(collection.read(k), rng) for k in range(6)]
     z_i = clip.image(part.params, np.stack([s["image"] for s in samples]))
     z_t = clip.text(part.params, np.stack([s["tokens"] for s in samples]))[0]
@@ -257,7 +257,7 @@ def test_the_caption_comes_along_as_clip_reads_it():
     transform = WithCaption(lambda sample, rng: {"low": 1}, 8, ("txt",))
     sample = Sample("00001", b"", "a red square", {"name": "red"})
     got = transform(sample, rng)
-    want = source.ImageText(None, 8)(sample, rng)["tokens"]
+    want = transforms.ImageText(None, 8)(sample, rng)["tokens"]
     assert got["low"] == 1
     np.testing.assert_array_equal(got["caption"], want)
     assert want.any()

@@ -14,7 +14,7 @@ from unclip import bundle, errors, tasks
 from unclip.evaluators import bilinear, embedders, features, inception_extractor
 from unclip.evaluators.features import extract
 from unclip.input.picture_set import ArrayPictures, PictureSet
-from unclip.input.shards import BadSample
+from unclip.input.samples import BadSample
 from unclip.runtime import distributed
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")

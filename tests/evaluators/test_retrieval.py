@@ -189,10 +189,10 @@ if sys.argv[1]:
 import jax, jax.numpy as jnp, numpy as np
 from unclip.evaluators.prior_quality import PriorQuality
 from unclip.evaluators.retrieval import Retrieval
-from unclip.input import shards, source
+from unclip.input import shards, source, transforms
 from tests.evaluators.test_retrieval import Words
 collection = shards.index_shards((sys.argv[3],)).subset(count=21)
-transform = source.ImageText(4, 8, Words())
+transform = transforms.ImageText(4, 8, Words())
 batches = lambda: source.make_eval_source(
     collection, transform, batch_size=8, threads=1,
     process_index=distributed.process_index(), process_count=distributed.process_count())

@@ -14,9 +14,10 @@ from PIL import Image
 from table import Row
 
 from unclip.input import image, jpeg
+from unclip.input.order import generator
 from unclip.input.samples import BadSample, Sample
 from unclip.input.shards import index_shards
-from unclip.input.source import generator, make_eval_source
+from unclip.input.source import make_eval_source
 from unclip.input.transforms import ImageText
 
 BATCH, SIZE, TOKENS = 32, 16, 24

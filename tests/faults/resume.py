@@ -18,7 +18,8 @@ from table import Row
 
 from unclip.errors import UnclipError
 from unclip.input.shards import index_shards
-from unclip.input.source import ImageText, make_source
+from unclip.input.source import make_source
+from unclip.input.transforms import ImageText
 
 BATCH, STEPS, SEED = 16, 40, 7
 SHARDS = (30, 11, 25, 1, 20, 17)

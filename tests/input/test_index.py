@@ -18,7 +18,8 @@ import pytest
 from unclip.errors import ConfigError, DataError
 from unclip.input import index_folder, samples, shards, walk
 from unclip.input.index import ShardIndex
-from unclip.input.shards import BadSample, index_shards
+from unclip.input.samples import BadSample
+from unclip.input.shards import index_shards
 from unclip.input.storage import Storage
 
 

@@ -11,7 +11,8 @@ from PIL import Image
 from unclip.errors import ConfigError, DataError
 from unclip.input import captions, pictures, records
 from unclip.input.picture_set import ALPHA, DEEP, GREY, LOSSY, TURNED
-from unclip.input.shards import BadSample, index_shards
+from unclip.input.samples import BadSample
+from unclip.input.shards import index_shards
 
 RNG = np.random.default_rng(0)
 PICTURES = RNG.integers(0, 256, (4, 5, 7, 3), dtype=np.uint8)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from unclip.errors import ConfigError, DataError
-from unclip.input import prepared, records, shards, source
+from unclip.input import prepared, records, shards, source, transforms
 
 tfds = pytest.importorskip("tensorflow_datasets")
 array_record = pytest.importorskip("array_record.python.array_record_module")
@@ -89,7 +89,7 @@ def test_training_sees_the_same_batches(tars, tmp_path, workers):
     records.write_array_record(tarred, tmp_path / "set", name="s", split="train", shard_samples=3)
     made = shards.index_shards(f"tfds:{tmp_path / 'set'}:train")
     assert (len(made), list(made.counts)) == (8, [3, 3, 2])
-    transform = source.ImageText(4, 6, words, captions=("txt", "json:é"), crop="random")
+    transform = transforms.ImageText(4, 6, words, captions=("txt", "json:é"), crop="random")
 
     def batches(collection, count, **options):
         with source.make_source(collection, transform, batch_size=4, seed=5, **options) as found:

@@ -13,7 +13,8 @@ import webdataset
 
 from unclip.errors import DataError
 from unclip.input import storage, tar, walk
-from unclip.input.shards import BadSample, index_shards
+from unclip.input.samples import BadSample
+from unclip.input.shards import index_shards
 
 
 def write(path, members, form=tarfile.GNU_FORMAT):

@@ -20,9 +20,12 @@ from unclip.input import image as im
 from unclip.input import source, tally
 from unclip.input import workers as worker_processes
 from unclip.input.filters import Filters
-from unclip.input.shards import BadSample, Sample, index_shards
-from unclip.input.source import ImageText, Order, Upsampling, make_eval_source, make_source
+from unclip.input.order import Order, generator
+from unclip.input.samples import BadSample, Sample
+from unclip.input.shards import index_shards
+from unclip.input.source import make_eval_source, make_source
 from unclip.input.text import T5Tokenizer
+from unclip.input.transforms import ImageText, Upsampling
 
 N = 13
 
@@ -153,7 +156,7 @@ def test_the_rows_are_the_orders_samples(collection):
     for batch in batches:
         for row, g in enumerate(numbers(batch)):
             i = order(g)
-            rng = source.generator(5, g)
+            rng = generator(5, g)
             expected = transform()(collection.read(i), rng)
             assert all(np.array_equal(batch[k][row], expected[k]) for k in expected)
             text = words(batch, row)
@@ -579,12 +582,12 @@ def test_bad_samples_in_a_row_stop_the_run(tmp_path):
 def test_captions_follow_the_sample_number():
     sample = Sample("k", png(0), "  ", {"alt": "a", "other": "b", "n": 3})
     both = ImageText(8, 10, tokenise, captions=("txt", "json:alt", "json:other"))
-    drawn = [both.caption(sample, source.generator(0, g)) for g in range(400)]
-    assert drawn == [both.caption(sample, source.generator(0, g)) for g in range(400)]
+    drawn = [both.caption(sample, generator(0, g)) for g in range(400)]
+    assert drawn == [both.caption(sample, generator(0, g)) for g in range(400)]
     assert set(drawn) == {"a", "b"} and 150 < drawn.count("a") < 250
     for captions, reason in ((("json:n",), "caption"), (("txt", "json:none"), "empty-text")):
         with pytest.raises(BadSample) as error:
-            ImageText(8, 10, tokenise, captions=captions)(sample, source.generator(0, 0))
+            ImageText(8, 10, tokenise, captions=captions)(sample, generator(0, 0))
         assert error.value.reason == reason
     with pytest.raises(ConfigError, match="caption source"):
         ImageText(8, 10, tokenise, captions=("alt",))
@@ -596,7 +599,7 @@ def test_recorded_crop_is_the_crop():
     sample = Sample("k", png(4, side=40), "t", {})
     for g in range(8):
         out = ImageText(16, 4, tokenise, crop="random", fraction=0.5, with_crop=True)(
-            sample, source.generator(0, g))
+            sample, generator(0, g))
         full = im.decode(sample.image)
         left, upper, right, lower = np.rint(out["crop"] * np.array([46, 40, 46, 40])).astype(int)
         assert right - left == lower - upper == 20
@@ -610,7 +613,7 @@ def test_a_small_crop_of_a_large_jpeg_keeps_its_detail():
     noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)
     Image.fromarray(noise).resize((800, 800)).save(buffer, "JPEG", quality=95)
     sample = Sample("k", buffer.getvalue(), "t", {})
-    out = ImageText(64, 4, tokenise, fraction=0.25)(sample, source.generator(0, 0))
+    out = ImageText(64, 4, tokenise, fraction=0.25)(sample, generator(0, 0))
     exact, _ = im.resize_and_crop(im.decode(sample.image), 64, fraction=0.25)
     assert np.array_equal(out["image"], exact)
 
@@ -620,7 +623,7 @@ def test_upsampling_pairs_the_crop_with_its_own_reduction():
     full, _ = im.resize_and_crop(im.decode(sample.image), 64)
     places = set()
     for g in range(6):
-        out = Upsampling(64, 4, crop=16)(sample, source.generator(0, g))
+        out = Upsampling(64, 4, crop=16)(sample, generator(0, g))
         assert out["image"].shape == (16, 16, 3) and out["low"].shape == (4, 4, 3)
         found = [(y, x) for y in range(49) for x in range(49)
                  if np.array_equal(full[y : y + 16, x : x + 16], out["image"])]
@@ -636,7 +639,7 @@ def test_upsampling_degrades_the_conditioning_only_in_training():
 
     def make(degradation, **options):
         return Upsampling(64, 4, degradation=degradation, **options)(
-            sample, source.generator(0, 1))
+            sample, generator(0, 1))
 
     clean, blurred, degraded = (make(d) for d in ("none", "blur", "bsr"))
     assert np.array_equal(blurred["low"], im.gaussian_blur(clean["low"], 3, 0.6))
@@ -654,7 +657,7 @@ def test_upsampling_degrades_the_conditioning_only_in_training():
 
 def test_the_default_tokenizer(collection):
     default = ImageText(8, 77)
-    out = pickle.loads(pickle.dumps(default))(collection.read(0), source.generator(0, 0))
+    out = pickle.loads(pickle.dumps(default))(collection.read(0), generator(0, 0))
     length = int(out["text_mask"].sum())
     assert out["tokens"][0] == 49406 and out["tokens"][length - 1] == 49407
     assert out["text_mask"][:length].all() and not out["tokens"][length:].any()
@@ -663,7 +666,7 @@ def test_the_default_tokenizer(collection):
 def test_transforms_and_collections_pickle(collection):
     for thing in (transform(), Upsampling(64, 4, crop=16, degradation="bsr")):
         again = pickle.loads(pickle.dumps(thing))
-        a, b = (t(collection.read(2), source.generator(0, 7)) for t in (thing, again))
+        a, b = (t(collection.read(2), generator(0, 7)) for t in (thing, again))
         assert all(np.array_equal(a[k], b[k]) for k in a)
     assert pickle.loads(pickle.dumps(collection)).fingerprint == collection.fingerprint
 

@@ -11,9 +11,10 @@ from PIL import Image
 
 from unclip.errors import ConfigError
 from unclip.input import image, transforms
+from unclip.input.order import generator
 from unclip.input.samples import BadSample, Sample
 from unclip.input.shards import index_shards
-from unclip.input.source import generator, make_source
+from unclip.input.source import make_source
 from unclip.input.transforms import ImageText, Upsampling
 
 

@@ -16,7 +16,7 @@ from absl import logging
 from unclip import errors
 from unclip.evaluators import features, frechet, passes, ranking
 from unclip.evaluators.moments import Moments, Statistics
-from unclip.input import picture_set, shards, source
+from unclip.input import picture_set, samples, source, transforms
 from unclip.runtime import sharding
 from unclip.tasks.clip import FrozenClip, to_float
 
@@ -162,17 +162,18 @@ class WithCaption:
     Adds "caption" int32 [L], zeros where the sample has none.
 
     Args:
-      transform: the stage's own; context: L of the CLIP; captions: see `input.source.ImageText`.
+      transform: the stage's own; context: L of the CLIP.
+      captions: see `input.transforms.ImageText`.
     """
 
     def __init__(self, transform: source.Transform, context: int, captions: tuple[str, ...]):
         self.transform, self.context = transform, context
-        self.text = source.ImageText(None, context, captions=captions)
+        self.text = transforms.ImageText(None, context, captions=captions)
 
-    def __call__(self, sample: shards.Sample, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    def __call__(self, sample: samples.Sample, rng: np.random.Generator) -> dict[str, np.ndarray]:
         arrays = self.transform(sample, rng)
         try:
             caption = self.text(sample, rng)["tokens"]
-        except shards.BadSample:
+        except samples.BadSample:
             caption = np.zeros(self.context, np.int32)
         return arrays | {"caption": caption}

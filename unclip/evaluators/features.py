@@ -27,7 +27,7 @@ from unclip import errors
 from unclip.evaluators.inception_extractor import inception_extractor
 from unclip.evaluators.moments import Moments
 from unclip.input.picture_set import PictureSet
-from unclip.input.shards import BadSample
+from unclip.input.samples import BadSample
 from unclip.runtime import distributed
 from unclip.runtime.progress import progress
 

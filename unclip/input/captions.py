@@ -16,7 +16,7 @@ from typing import Any
 
 from unclip.errors import ConfigError, DataError
 from unclip.input.picture_set import PictureSet
-from unclip.input.shards import BadSample
+from unclip.input.samples import BadSample
 
 MAX_BYTES = 256 << 20
 NAMES = ("file", "name", "file_name", "filename", "image", "key")

@@ -50,7 +50,7 @@ class PictureSet:
         return len(self.notes)
 
     def read(self, i: int) -> np.ndarray:
-        """uint8 [H, W, 3] RGB of picture i. Raises `shards.BadSample` with the reason."""
+        """uint8 [H, W, 3] RGB of picture i. Raises `samples.BadSample` with the reason."""
         picture, self.notes[i] = self._load(i)
         return picture
 

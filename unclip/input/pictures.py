@@ -30,7 +30,7 @@ from unclip.input.picture_set import (
     describe_notes,
     listing_hash,
 )
-from unclip.input.shards import BadSample
+from unclip.input.samples import BadSample
 
 __all__ = ["ArrayPictures", "First", "FolderPictures", "PictureSet", "Prepared", "ShardPictures",
            "TfdsPictures", "describe_notes", "has_pictures", "listing_hash", "open_pictures"]

@@ -20,11 +20,10 @@ import numpy as np
 from unclip.errors import ConfigError, DataError
 from unclip.input import order as orders
 from unclip.input.filters import Filters
-from unclip.input.order import Order, generator  # noqa: F401 (found here by callers)
+from unclip.input.order import generator
 from unclip.input.samples import BadSample, Sample
 from unclip.input.shards import Collection
 from unclip.input.tally import Bad, Tally
-from unclip.input.transforms import ImageText, Upsampling  # noqa: F401 (likewise)
 from unclip.input.workers import Watched, start_worker
 
 _ENDLESS = 1 << 62  # rows: grain wants a length

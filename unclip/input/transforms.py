@@ -11,7 +11,7 @@ import numpy as np
 
 from unclip.errors import ConfigError, unknown
 from unclip.input import image as pictures
-from unclip.input.shards import BadSample, Sample
+from unclip.input.samples import BadSample, Sample
 
 # Of a caption, tokenised: far more than any context holds. A megabyte would take a second of it.
 _MAX_CHARACTERS = 1 << 14

@@ -8,7 +8,7 @@ protocol's id.
 from unclip import errors
 from unclip.input.picture_set import PictureSet, Prepared
 from unclip.input.pictures import ShardPictures
-from unclip.input.shards import BadSample
+from unclip.input.samples import BadSample
 from unclip.protocols import base
 
 CAPTIONS = ("txt", "name")
