@@ -193,7 +193,7 @@ class Job:
         totals = {name: sum(getattr(shard, name) for shard in shards)
                   for name in ("samples", "embedded", "captioned")}
         bad = sum((Counter(shard.bad) for shard in shards), Counter())
-        stored.write_object(self.folder / stored.FILE, {
+        files.write_object(self.folder / stored.FILE, {
             "format": stored.FORMAT, "complete": complete, **self.settings, **totals,
             "bad": dict(bad), "statistics": stored.STATISTICS if statistics else None,
             "shards": [shard._asdict() for shard in shards],
@@ -205,7 +205,7 @@ class Job:
         if not path.is_file():
             return None
         try:
-            document = stored.read_object(path)
+            document = files.read_object(path, stored.MAX_JSON_BYTES)
             shard = stored.shard_of(document, path)
         except errors.DataError:  # damaged, so it is embedded again
             return None
@@ -320,7 +320,7 @@ class Job:
             with files.replacing(path) as temporary, open(temporary, "wb") as file:
                 file.write(stored.header(*table.shape, self.dtype))
                 file.write(table.data)
-        stored.write_object(self.folder / f"{shard.stem}.json", {
+        files.write_object(self.folder / f"{shard.stem}.json", {
             "format": stored.FORMAT, **shard._asdict(), "settings": self.settings, "listed": listed,
         })
         return shard

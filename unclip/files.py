@@ -1,12 +1,16 @@
-"""Files that appear whole or not at all, for everything the project writes by itself."""
+"""Files that appear whole or not at all, and JSON objects that are read within limits."""
 
 import contextlib
+import json
 import os
 import pathlib
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from unclip import errors
+
+MAX_JSON_BYTES = 64 << 20
 
 
 @contextlib.contextmanager
@@ -35,3 +39,29 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def read_object(path: str | os.PathLike, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The JSON object in a file of at most `max_bytes`.
+
+    Raises:
+      DataError: missing, too large, or no JSON object.
+    """
+    path = pathlib.Path(path)
+    try:
+        if path.stat().st_size > max_bytes:
+            raise errors.DataError(f"{path} is larger than {max_bytes} bytes")
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise errors.DataError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise errors.DataError(f"{path} is damaged, no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise errors.DataError(f"{path} is damaged: expected a JSON object")
+    return found
+
+
+def write_object(path: str | os.PathLike, found: Mapping[str, Any]) -> None:
+    """Writes what `read_object` reads, atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -422,7 +422,7 @@ def test_other_formats_and_missing_packages(coco_spec, monkeypatch):
     with pytest.raises(DataError, match=r"cannot be read by number: .*array_record"):
         records.RecordCollection(coco_spec)
     info.write_text("{")
-    with pytest.raises(DataError, match="not JSON"):
+    with pytest.raises(DataError, match="no JSON"):
         records.RecordCollection(coco_spec)
     info.write_text(text)
     found = records.RecordCollection(coco_spec)

@@ -55,17 +55,3 @@ def test_what_is_no_weight_file_is_told(tmp_path):
     (tmp_path / "weights.onnx").write_bytes(b"")
     with pytest.raises(errors.ConfigError, match=r"expected a folder or a file ending in \.safe"):
         weights.open_weights(tmp_path / "weights.onnx")
-
-
-def test_json_is_an_object_of_limited_size(tmp_path, monkeypatch):
-    path = tmp_path / "config.json"
-    path.write_text('{"a": 1}')
-    assert weights.read_json(path) == {"a": 1}
-    monkeypatch.setattr(weights, "MAX_JSON_BYTES", 4)
-    with pytest.raises(errors.DataError, match="larger than 4 bytes"):
-        weights.read_json(path)
-    monkeypatch.undo()
-    for text, told in (("[1]", "expected a JSON object"), ("{", "is no JSON"), ("\xff", "no JSON")):
-        path.write_bytes(text.encode("latin-1"))
-        with pytest.raises(errors.DataError, match=told):
-            weights.read_json(path)

@@ -22,10 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from unclip import bundle, errors, runs, tasks
+from unclip import bundle, errors, files, runs, tasks
 from unclip.input.image import for_clip
 from unclip.input.text import EOT, Tokenizer
-from unclip.interop import formats, weights
+from unclip.interop import formats
 from unclip.models import clip as clip_model
 from unclip.models import dinov2 as dinov2_model
 from unclip.tasks.clip import to_float
@@ -329,7 +329,7 @@ def _open_foreign(path: pathlib.Path, kind: str) -> bundle.Part | None:
     if (path / "open_clip_config.json").is_file():
         return formats.read("open-clip", [path])[kind]
     config = path / "config.json"
-    if config.is_file() and "model_type" in weights.read_json(config):
+    if config.is_file() and "model_type" in files.read_object(config):
         return formats.read("hf-clip", [path])[kind]
     return None
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from unclip import files
 from unclip.errors import ConfigError, DataError, unknown
 
 CAPTIONS = ("captions", "caption", "text")  # the features that are looked for, in this order
@@ -26,7 +27,6 @@ FEATURES = ("image", "caption", "key", "json")
 VERSION = re.compile(r"\d+\.\d+\.\d+")
 _SPLIT = r"[\w.-]+(?:\[[^\[\]/]*\])?"
 _SPEC = re.compile(rf"tfds:([^\[\]]+?)(?::(\d+\.\d+\.\d+))?:({_SPLIT}(?: *\+ *{_SPLIT})*)")
-_MAX_INFO_BYTES = 64 << 20
 # One record at a time, wherever it lies: nothing is read ahead.
 _READER = "readahead_buffer_size:0,max_parallelism:0"
 
@@ -101,26 +101,11 @@ def _layout(features: Any, spec: str, text: bool, caption: str) -> Layout:
     return Layout(image, chosen, beside if beside in ids else "", key, texts, numbers, labels, own)
 
 
-def load_object(path: pathlib.Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises DataError: missing, too large or damaged."""
-    try:
-        if path.stat().st_size > _MAX_INFO_BYTES:
-            raise DataError(f"{path} is larger than {_MAX_INFO_BYTES} bytes")
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is damaged: not JSON") from error
-    if not isinstance(document, dict):
-        raise DataError(f"{path} is damaged: it holds no object")
-    return document
-
-
 def _refuse_foreign_code(folder: pathlib.Path) -> None:
     """tensorflow-datasets imports the modules that a set's description names for its features."""
-    pending = [load_object(folder / "dataset_info.json").get("features", {})]
+    pending = [files.read_object(folder / "dataset_info.json").get("features", {})]
     if (folder / "features.json").exists():
-        pending.append(load_object(folder / "features.json"))
+        pending.append(files.read_object(folder / "features.json"))
     while pending:
         value = pending.pop()
         if isinstance(value, str) and value.lstrip().startswith("{"):

@@ -65,7 +65,7 @@ def write_array_record(collection: Any, folder: str | os.PathLike, *, name: str,
                 "shard_samples": shard_samples}
     state_path = folder / f"unclip-{split}.json"
     if state_path.exists():
-        state = prepared.load_object(state_path)
+        state = files.read_object(state_path)
         told = [f"{field} {state.get(field)!r}, now {value!r}"
                 for field, value in settings.items() if state.get(field) != value]
         if told:
@@ -116,10 +116,10 @@ def _description(folder: pathlib.Path, name: str, version: str) -> dict[str, Any
     path = folder / "dataset_info.json"
     if not path.exists():
         return {**mine, "description": "Pictures and captions, written by unclip.", "splits": []}
-    info = prepared.load_object(path)
+    info = files.read_object(path)
     told = [f"{field} {info.get(field)!r}, not {value!r}"
             for field, value in mine.items() if info.get(field) != value]
-    features = prepared.load_object(folder / "features.json")
+    features = files.read_object(folder / "features.json")
     if features != _features_json():
         told.append("other features")
     if told or not isinstance(info.get("splits", []), list):

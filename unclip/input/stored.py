@@ -16,7 +16,6 @@ the same files, while a shard that was written anew is refused.
 
 import functools
 import io
-import json
 import os
 import pathlib
 import re
@@ -82,31 +81,6 @@ def header(rows: int, width: int, dtype: str) -> bytes:
     return start.getvalue()
 
 
-def read_object(path: str | os.PathLike) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-      DataError: missing, too large or damaged.
-    """
-    try:
-        if os.stat(path).st_size > MAX_JSON_BYTES:
-            raise errors.DataError(f"{path} is larger than {MAX_JSON_BYTES} bytes")
-        document = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise errors.DataError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise errors.DataError(f"{path} is damaged: {error}") from error
-    if not isinstance(document, dict):
-        raise errors.DataError(f"{path} is damaged: it holds no object")
-    return document
-
-
-def write_object(path: str | os.PathLike, document: Mapping[str, Any]) -> None:
-    """Writes what `read_object` reads, atomically."""
-    with files.replacing(path) as temporary:
-        temporary.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
-
-
 def shard_of(document: Mapping[str, Any], path: str | os.PathLike) -> Shard:
     """A `Shard` from JSON.
 
@@ -150,7 +124,7 @@ class Store:
         if not path.is_file():
             raise errors.DataError(f"{folder} holds no embeddings: there is no {path}; "
                                    "`unclip embed --out DIR` writes it")
-        document = read_object(path)
+        document = files.read_object(path, MAX_JSON_BYTES)
         version = document.get("format")
         if isinstance(version, int) and version > FORMAT:
             raise errors.ConfigError(f"{path} has format {version}, this unclip reads up to "

@@ -150,7 +150,7 @@ def read_hf(paths: list[pathlib.Path], options: dict) -> dict[str, bundle.Part]:
         raise errors.ConfigError("--preset: transformers' config.json tells the architecture")
     configs, source, scaled, width = {}, {}, False, None
     for path in paths:
-        found, embed_dim = hf_configs(weights.read_json(path / "config.json"), str(path))
+        found, embed_dim = hf_configs(files.read_object(path / "config.json"), str(path))
         again = configs.keys() & found.keys()
         if again or width not in (None, embed_dim):
             what = f"a second {min(again)} tower" if again else f"a projection to {embed_dim}"

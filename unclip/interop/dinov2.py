@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from unclip import errors, tensors
+from unclip import errors, files, tensors
 from unclip.bundle import Part
 from unclip.interop import layout, weights
 from unclip.interop.layout import LINEAR, Rule, conv, dense, fused_dense, leading, norm
@@ -58,7 +58,7 @@ def read(paths: list[pathlib.Path], options: dict[str, Any]) -> dict[str, Part]:
     path = paths[0]
     source = weights.open_weights(path)
     if path.is_dir():
-        arch = hf_arch(weights.read_json(path / "config.json"), str(path))
+        arch = hf_arch(files.read_object(path / "config.json"), str(path))
         rules = hf_rules(arch)
     else:
         arch = hub_arch(source, str(path))

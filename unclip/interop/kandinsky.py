@@ -11,8 +11,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from unclip import bundle, errors
-from unclip.interop import clip, karlo, karlo_networks, weights
+from unclip import bundle, errors, files
+from unclip.interop import clip, karlo, karlo_networks
 from unclip.models import clip as clip_model
 
 # The second starts from a picture's noised embedding and is stored alike.
@@ -38,7 +38,7 @@ def read(paths: list[pathlib.Path], options: Mapping[str, Any]) -> dict[str, bun
     if len(paths) != 1:
         raise errors.ConfigError(f"given {len(paths)} paths; expected Kandinsky's prior folder")
     root = paths[0]
-    name = weights.read_json(root / "model_index.json").get("_class_name")
+    name = files.read_object(root / "model_index.json").get("_class_name")
     if name not in PIPELINES:
         raise errors.ConfigError(f"{root} is a {name}; expected {' or '.join(PIPELINES)}")
     parts = clip.read_hf([root / "text_encoder", root / "image_encoder"], {})
@@ -50,7 +50,7 @@ def read(paths: list[pathlib.Path], options: Mapping[str, Any]) -> dict[str, bun
 
 def _check_pictures(path: pathlib.Path, arch: Mapping[str, Any]) -> None:
     """Refuses (ConfigError) an image encoder that takes pictures prepared in another way."""
-    config, size = weights.read_json(path), arch["image_size"]
+    config, size = files.read_object(path), arch["image_size"]
     for name, expected in (
         ("image_mean", [list(clip_model.IMAGE_MEAN)]),
         ("image_std", [list(clip_model.IMAGE_STD)]),

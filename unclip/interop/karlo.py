@@ -13,7 +13,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from unclip import bundle, errors, tasks, tensors
+from unclip import bundle, errors, files, tasks, tensors
 from unclip.input import text
 from unclip.interop import (
     clip,
@@ -74,7 +74,7 @@ def read(paths: list[pathlib.Path], options: Mapping[str, Any]) -> dict[str, bun
         return karlo_original.read(paths)
     for path in paths:
         if (path / "model_index.json").is_file():
-            name = weights.read_json(path / "model_index.json").get("_class_name")
+            name = files.read_object(path / "model_index.json").get("_class_name")
             if name not in PIPELINES:
                 raise errors.ConfigError(f"{path} is a {name}; expected {' or '.join(PIPELINES)}")
     found = {
@@ -179,13 +179,13 @@ def upsampler_parts(
 def _config(folder: pathlib.Path) -> tuple[dict[str, Any], str]:
     """A network's config.json, and what to call it."""
     path = folder / "config.json"
-    return weights.read_json(path), str(path)
+    return files.read_object(path), str(path)
 
 
 def _scheduler(folder: pathlib.Path, name: str) -> tuple[dict[str, Any], str]:
     """A schedule of the pipeline that a network's folder stands in, and what to call it."""
     path = folder.parent / name / "scheduler_config.json"
-    return karlo_config.scheduler(weights.read_json(path), str(path)), str(path)
+    return karlo_config.scheduler(files.read_object(path), str(path)), str(path)
 
 
 def write(parts: Mapping[str, bundle.Part], out: pathlib.Path) -> None:

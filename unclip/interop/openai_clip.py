@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from unclip import bundle, errors, tensors
+from unclip import bundle, errors, files, tensors
 from unclip.interop import layout, weights
 from unclip.interop.clip import checked, clip_part, number, only, square
 from unclip.interop.layout import COPY, LINEAR, Rule, dense, norm
@@ -93,7 +93,7 @@ def read_open_clip(paths: list[pathlib.Path], options: dict) -> dict[str, bundle
     # A folder of the hub often holds the same model for transformers, under the usual names.
     named = [path / name for name in ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")]
     config = path / "open_clip_config.json"
-    told = open_clip_arch(weights.read_json(config), str(config)) if config.is_file() else None
+    told = open_clip_arch(files.read_object(config), str(config)) if config.is_file() else None
     source = _source(path, next((file for file in named if file.is_file()), path))
     arch = told or shape_arch(source, str(path), HEAD_WIDTHS) | {"activation": "gelu"}
     arch = _preset(arch, options.get("preset"), str(path))

@@ -16,7 +16,7 @@ import numpy as np
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Engine
 
-from unclip import bundle, errors
+from unclip import bundle, errors, files
 from unclip.input import text
 from unclip.interop import layout, weights
 from unclip.models import t5
@@ -44,7 +44,7 @@ def read(paths: list[pathlib.Path], options: dict) -> dict[str, bundle.Part]:
     folder = next((p for p in paths if (p / "config.json").is_file()), None)
     if folder is None:
         raise errors.DataError(f"{paths[0]}: no config.json there; expected a T5 model's folder")
-    config = weights.read_json(folder / "config.json")
+    config = files.read_object(folder / "config.json")
     arch = architecture(config, str(folder))
     encoder = t5.T5Encoder(**arch)
     source = weights.open_weights(folder)

@@ -4,15 +4,12 @@ Every tensor is named and shaped when a file is opened, and read only when it is
 the 5 GB of a cascade (arXiv 2204.06125; Karlo) pass through little memory.
 """
 
-import json
 import pathlib
-from typing import Any
 
-from unclip import errors, tensors
+from unclip import errors, files, tensors
 from unclip.interop import torch_file
 
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".th")
-MAX_JSON_BYTES = 64 << 20
 # What a folder of diffusers' or transformers' making may hold; the first that is there is read.
 FOLDER_FILES = (
     "model.safetensors",
@@ -58,7 +55,7 @@ def open_weights(path: pathlib.Path) -> dict[str, tensors.Lazy]:
 
 def _sharded(index: pathlib.Path) -> dict[str, tensors.Lazy]:
     """The tensors of several files, by an index {"weight_map": {tensor: file}}."""
-    where = read_json(index).get("weight_map")
+    where = files.read_object(index).get("weight_map")
     if not isinstance(where, dict) or not all(isinstance(n, str) for n in where.values()):
         raise errors.DataError(f"{index} is damaged: it has no weight_map")
     out = {}
@@ -71,23 +68,3 @@ def _sharded(index: pathlib.Path) -> dict[str, tensors.Lazy]:
             raise errors.DataError(f"{index} places {absent[0]!r} in {name}, which lacks it")
         out |= {t: held[t] for t, file in where.items() if file == name}
     return out
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON object from a file of limited size.
-
-    Raises:
-      DataError: missing, too large or no JSON object.
-    """
-    path = pathlib.Path(path)
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise errors.DataError(f"{path} is larger than {MAX_JSON_BYTES} bytes")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise errors.DataError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise errors.DataError(f"{path} is no JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise errors.DataError(f"{path}: expected a JSON object")
-    return content
