@@ -5,6 +5,8 @@ import io
 import json
 import os
 import pathlib
+import subprocess
+import sys
 import tarfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -90,7 +92,6 @@ MICRO = {
 def tiny_config(shards):
     """tiny_config(stage, {"dotted.field": value}, arg="emoji,runlocal") -> a two-step config."""
     import importlib
-    import sys
 
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
@@ -194,3 +195,61 @@ def bundle_dir(run_of, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bundle")
     bundle.write(folder, parts, {})
     return str(folder)
+
+
+# ============================================================ verbs as a user meets them
+
+# Runs a verb once a line, each in a fork of one process that has imported everything.
+_VERB_SERVER = """
+import importlib, json, os, sys, tempfile, warnings
+from unclip import cli
+warnings.simplefilter("ignore")
+verb = importlib.import_module("unclip." + sys.argv[1])
+for line in sys.stdin:
+    out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+    child = os.fork()
+    if not child:
+        os.dup2(out.fileno(), 1)
+        os.dup2(err.fileno(), 2)
+        sys.argv = [f"unclip-{sys.argv[1]}", *json.loads(line)]
+        try:
+            cli.run_app(verb.main)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(getattr(sys.exc_info()[1], "code", 1) or 0)
+    print(child, flush=True)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    texts = [(file.seek(0), file.read().decode())[1] for file in (out, err)]
+    print(json.dumps([code, *texts]), flush=True)
+"""
+
+
+@pytest.fixture(scope="session")
+def serve_verb():
+    """`with serve_verb("index") as run`: run(*arguments, meanwhile=…) -> (exit code, stdout,
+    stderr) without a traceback; meanwhile gets the number of the process."""
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(CACHE),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+    @contextlib.contextmanager
+    def serve(verb):
+        server = subprocess.Popen(
+            [sys.executable, "-c", _VERB_SERVER, verb], env=environment, cwd=ROOT, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+        def run(*arguments, meanwhile=lambda process: None):
+            server.stdin.write(json.dumps([str(a) for a in arguments]) + "\n")
+            server.stdin.flush()
+            meanwhile(int(server.stdout.readline()))
+            code, out, err = json.loads(server.stdout.readline())
+            assert "Traceback" not in err, err
+            return code, out, err
+
+        yield run
+        server.stdin.close()
+        assert server.wait(60) == 0
+
+    return serve

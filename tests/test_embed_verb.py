@@ -1,12 +1,9 @@
 """`unclip embed` as a user meets it: output, a stop half way, and every mistake in one line."""
 
-import json
 import os
 import pathlib
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import jax
@@ -15,56 +12,17 @@ import pytest
 
 from unclip import bundle, tasks
 
-ROOT = pathlib.Path(__file__).parents[1]
 ARCH = dict(
     embed_dim=8, image_size=16, patch_size=8, vision_width=16, vision_layers=1, vision_heads=1,
     text_width=16, text_layers=1, text_heads=1, context=16,
 )  # fmt: skip
-# Runs the verb once a line, each in a fork of one process that has imported everything.
-SERVER = """
-import json, os, sys, tempfile
-from unclip import cli, embed
-for line in sys.stdin:
-    out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
-    child = os.fork()
-    if not child:
-        os.dup2(out.fileno(), 1)
-        os.dup2(err.fileno(), 2)
-        sys.argv = ["unclip-embed", *json.loads(line)]
-        try:
-            cli.run_app(embed.main)
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(getattr(sys.exc_info()[1], "code", 1) or 0)
-    print(child, flush=True)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    texts = [(file.seek(0), file.read().decode())[1] for file in (out, err)]
-    print(json.dumps([code, *texts]), flush=True)
-"""
 
 
 @pytest.fixture(scope="module")
-def embed():
-    """embed(*arguments, meanwhile=…) -> (exit code, stdout, stderr); meanwhile gets the process."""
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax-tests"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    server = subprocess.Popen([sys.executable, "-c", SERVER], env=environment, cwd=ROOT, text=True,
-                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-
-    def run(*arguments, meanwhile=lambda process: None):
-        server.stdin.write(json.dumps([str(a) for a in arguments]) + "\n")
-        server.stdin.flush()
-        meanwhile(int(server.stdout.readline()))
-        code, out, err = json.loads(server.stdout.readline())
-        assert "Traceback" not in err, err
-        return code, out, err
-
-    yield run
-    server.stdin.close()
-    assert server.wait(30) == 0
+def embed(serve_verb):
+    """embed(*arguments) -> (exit code, stdout, stderr), see `serve_verb`."""
+    with serve_verb("embed") as run:
+        yield run
 
 
 @pytest.fixture(scope="module")

@@ -2,55 +2,16 @@
 
 import io
 import json
-import os
-import pathlib
-import subprocess
-import sys
 import tarfile
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[1]
-# Runs the verb once a command, each in a fork of one process that has imported everything.
-SERVER = """
-import json, os, sys, tempfile
-from unclip import cli, index
-for line in sys.stdin:
-    out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
-    child = os.fork()
-    if not child:
-        os.dup2(out.fileno(), 1)
-        os.dup2(err.fileno(), 2)
-        sys.argv = ["unclip-index", *json.loads(line)]
-        try:
-            cli.run_app(index.main)
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(getattr(sys.exc_info()[1], "code", 1) or 0)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    texts = [(file.seek(0), file.read().decode())[1] for file in (out, err)]
-    print(json.dumps([code, *texts]), flush=True)
-"""
-
 
 @pytest.fixture(scope="module")
-def index():
-    """index(*arguments) -> (exit code, stdout, stderr)."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    child = subprocess.Popen([sys.executable, "-c", SERVER], env=environment, cwd=ROOT, text=True,
-                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-
-    def run(*arguments):
-        child.stdin.write(json.dumps([str(a) for a in arguments]) + "\n")
-        child.stdin.flush()
-        code, out, err = json.loads(child.stdout.readline())
-        assert "Traceback" not in err, err
-        return code, out, err
-
-    yield run
-    child.stdin.close()
-    assert child.wait(60) == 0
+def index(serve_verb):
+    """index(*arguments) -> (exit code, stdout, stderr), see `serve_verb`."""
+    with serve_verb("index") as run:
+        yield run
 
 
 def write(path, keys, extensions=("jpg", "txt")):

@@ -1,10 +1,6 @@
 """`unclip metrics` as a user meets it: output, files, and every mistake in one line."""
 
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -13,55 +9,17 @@ from PIL import Image
 
 from unclip import bundle, images, tasks
 
-ROOT = pathlib.Path(__file__).parents[1]
 ARCH = dict(
     embed_dim=8, image_size=16, patch_size=8, vision_width=64, vision_layers=1, vision_heads=1,
     text_width=64, text_layers=1, text_heads=1, context=16,
 )  # fmt: skip
-# Runs the verb once a command, each in a fork of one process that has imported everything.
-SERVER = """
-import io, json, os, sys, tempfile, warnings
-from unclip import cli, metrics
-warnings.simplefilter("ignore")
-for line in sys.stdin:
-    out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
-    child = os.fork()
-    if not child:
-        os.dup2(out.fileno(), 1)
-        os.dup2(err.fileno(), 2)
-        sys.argv = ["unclip-metrics", *json.loads(line)]
-        try:
-            cli.run_app(metrics.main)
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(getattr(sys.exc_info()[1], "code", 1) or 0)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    texts = [(file.seek(0), file.read().decode())[1] for file in (out, err)]
-    print(json.dumps([code, *texts]), flush=True)
-"""
 
 
 @pytest.fixture(scope="module")
-def metrics():
-    """metrics(*arguments) -> (exit code, stdout, stderr)."""
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax-tests"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    child = subprocess.Popen([sys.executable, "-c", SERVER], env=environment, cwd=ROOT, text=True,
-                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-
-    def run(*arguments):
-        child.stdin.write(json.dumps([str(a) for a in arguments]) + "\n")
-        child.stdin.flush()
-        code, out, err = json.loads(child.stdout.readline())
-        assert "Traceback" not in err, err
-        return code, out, err
-
-    yield run
-    child.stdin.close()
-    assert child.wait(60) == 0
+def metrics(serve_verb):
+    """metrics(*arguments) -> (exit code, stdout, stderr), see `serve_verb`."""
+    with serve_verb("metrics") as run:
+        yield run
 
 
 @pytest.fixture(scope="module")
