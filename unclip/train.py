@@ -138,7 +138,8 @@ def train(config: ConfigDict, workdir: str) -> None:
         with writer, batches, bar:
             run = Loop(config, folder, saver, writer, evaluators, batches, bar, mesh)
             run.data = fingerprint
-            run.flops = stage.model_flops(config, clip, t5)
+            if flops.chip_peak(jax.devices()[0]):  # counting traces the model: for nothing on a CPU
+                run.flops = stage.model_flops(config, clip, t5)
             try:
                 state = run(step_fn, state, frozen, first)
             finally:
