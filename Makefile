@@ -23,6 +23,7 @@ test: setup
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n auto --maxprocesses 4 tests --ignore tests/parity
 
 lint: setup
+	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
 # Checks against other people's code, which it installs, and the table of what they measured.

@@ -35,7 +35,9 @@ EXTRAS = {
     "tpu": ["jax[tpu]>=0.10.2,<0.13"],
     "cuda": ["jax[cuda13]>=0.10.2,<0.13"],
     "data": [
-        "array-record>=0.8", "fsspec[http]>=2026.9", "simplejpeg>=1.9",
+        "array-record>=0.8",
+        "fsspec[http]>=2026.9",
+        "simplejpeg>=1.9",
         "tensorflow-datasets>=4.9.10",
     ],
     "studio": ["gradio>=6.31"],
@@ -44,7 +46,7 @@ EXTRAS = {
     "compile": ["libtpu>=0.0.50"],
     "parity": ["diffusers>=0.42", "ftfy>=6.3", "sentencepiece>=0.2", "transformers>=5.0"],
 }
-EXTRAS["dev"] = [*EXTRAS["test"], *EXTRAS["data"], "ruff>=0.14"]
+EXTRAS["dev"] = [*EXTRAS["test"], *EXTRAS["data"], "ruff>=0.17,<0.18"]
 
 setuptools.setup(
     name="unclip",

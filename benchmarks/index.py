@@ -39,8 +39,14 @@ def make_entries(folder: pathlib.Path, shards: int, rows: int) -> None:
 
     rng = np.random.default_rng(0)
     for shard in range(shards):
-        sizes = np.stack([rng.integers(8_000, 60_000, rows), rng.integers(20, 200, rows),
-                          rng.integers(300, 900, rows)], axis=1)
+        sizes = np.stack(
+            [
+                rng.integers(8_000, 60_000, rows),
+                rng.integers(20, 200, rows),
+                rng.integers(300, 900, rows),
+            ],
+            axis=1,
+        )
         blocks = 1 + -(-sizes // 512)  # each member's header and data
         starts = np.cumsum(blocks.ravel()).reshape(rows, 3) - blocks + 1
         table = np.zeros((rows, 8), np.uint32)
@@ -52,16 +58,19 @@ def make_entries(folder: pathlib.Path, shards: int, rows: int) -> None:
         path = folder / f"{shard:05d}.tar"
         with open(path, "wb") as file:
             file.truncate(size)
-        ShardIndex(path.name, size, table, np.frombuffer(keys, np.uint8), rows,
-                   checksums=True).write(folder / "index" / f"{shard:05d}.idx")
+        ShardIndex(
+            path.name, size, table, np.frombuffer(keys, np.uint8), rows, checksums=True
+        ).write(folder / "index" / f"{shard:05d}.idx")
 
 
 def memory() -> dict[str, float]:
     """This process's resident MiB: its own, and of files."""
     with open("/proc/self/status") as file:
         fields = dict(line.split(":", 1) for line in file)
-    return {name: int(fields[field].split()[0]) / 1024
-            for name, field in (("own", "RssAnon"), ("files", "RssFile"))}
+    return {
+        name: int(fields[field].split()[0]) / 1024
+        for name, field in (("own", "RssAnon"), ("files", "RssFile"))
+    }
 
 
 def load(folder: str, lookups: int) -> None:
@@ -84,13 +93,22 @@ def load(folder: str, lookups: int) -> None:
             collection.spans(number)
         rates.append(lookups / (time.perf_counter() - start))
     at_end = memory()
-    print(json.dumps({
-        "samples": len(collection), "import_s": imported, "open_s": opened,
-        "open_own_MiB": at_open["own"] - at_import["own"],
-        "open_files_MiB": at_open["files"] - at_import["files"],
-        "lookups": lookups, "first_lookups_per_s": rates[0], "later_lookups_per_s": rates[1],
-        "lookups_own_MiB": at_end["own"] - at_import["own"],
-        "lookups_files_MiB": at_end["files"] - at_import["files"]}))
+    print(
+        json.dumps(
+            {
+                "samples": len(collection),
+                "import_s": imported,
+                "open_s": opened,
+                "open_own_MiB": at_open["own"] - at_import["own"],
+                "open_files_MiB": at_open["files"] - at_import["files"],
+                "lookups": lookups,
+                "first_lookups_per_s": rates[0],
+                "later_lookups_per_s": rates[1],
+                "lookups_own_MiB": at_end["own"] - at_import["own"],
+                "lookups_files_MiB": at_end["files"] - at_import["files"],
+            }
+        )
+    )
 
 
 def entries(shards: int, rows: int, lookups: int) -> None:
@@ -105,27 +123,57 @@ def entries(shards: int, rows: int, lookups: int) -> None:
         start = time.perf_counter()
         # Every index file fits its tar: what is measured is how long a resumed run looks around.
         summary = index_folder.index_folder(
-            str(folder / "*.tar"), folder / "index", jobs=1, checksums=True)
+            str(folder / "*.tar"), folder / "index", jobs=1, checksums=True
+        )
         resumed = time.perf_counter() - start
         if (summary.walked, summary.samples) != (0, shards * rows):
             raise SystemExit(f"expected {shards * rows} known samples, found {summary}")
         table = os.path.getsize(folder / "index" / index_folder.TABLE)
-        runs = [json.loads(subprocess.run(
-            [sys.executable, __file__, "--load", str(folder / "index"), "--lookups", str(lookups)],
-            check=True, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)}
-        ).stdout) for _ in range(3)]
+        runs = [
+            json.loads(
+                subprocess.run(
+                    [
+                        sys.executable,
+                        __file__,
+                        "--load",
+                        str(folder / "index"),
+                        "--lookups",
+                        str(lookups),
+                    ],
+                    check=True,
+                    stdout=subprocess.PIPE,
+                    env=os.environ | {"PYTHONPATH": str(ROOT)},
+                ).stdout
+            )
+            for _ in range(3)
+        ]
     line = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
     bytes_a_sample = (summary.file_bytes + table) / summary.samples
-    print(json.dumps({
-        "what": "index", "shards": shards, "bytes_per_sample": round(bytes_a_sample, 2),
-        "write_s": round(written, 1), "look_around_again_s": round(resumed, 1),
-        **{key: round(value, 3) for key, value in line.items()}}))
+    print(
+        json.dumps(
+            {
+                "what": "index",
+                "shards": shards,
+                "bytes_per_sample": round(bytes_a_sample, 2),
+                "write_s": round(written, 1),
+                "look_around_again_s": round(resumed, 1),
+                **{key: round(value, 3) for key, value in line.items()},
+            }
+        )
+    )
     scale = 100_000_000 / summary.samples
-    print(json.dumps({
-        "what": "index of 100 million, by proportion", "shards": round(shards * scale),
-        "index_GB": round(bytes_a_sample / 10, 2), "open_s": round(line["open_s"] * scale, 2),
-        "open_own_MiB": round(line["open_own_MiB"] * scale, 1),
-        "index_GB_of_the_paper": round(bytes_a_sample * PAPER / 1e9, 1)}))
+    print(
+        json.dumps(
+            {
+                "what": "index of 100 million, by proportion",
+                "shards": round(shards * scale),
+                "index_GB": round(bytes_a_sample / 10, 2),
+                "open_s": round(line["open_s"] * scale, 2),
+                "open_own_MiB": round(line["open_own_MiB"] * scale, 1),
+                "index_GB_of_the_paper": round(bytes_a_sample * PAPER / 1e9, 1),
+            }
+        )
+    )
 
 
 def write_tar(path: str, samples: int, size: int) -> None:
@@ -134,10 +182,21 @@ def write_tar(path: str, samples: int, size: int) -> None:
     with tarfile.open(path, "w") as archive:
         for number in range(samples):
             key = f"{number:09d}"
-            meta = {"key": key, "url": "x" * 80, "caption": "a picture " * 5, "status": "success",
-                    "width": 512, "height": 384, "similarity": 0.31, "sha256": "0" * 64}
-            for extension, data in (("jpg", rng.bytes(size)), ("txt", b"a picture " * 5),
-                                    ("json", json.dumps(meta).encode())):
+            meta = {
+                "key": key,
+                "url": "x" * 80,
+                "caption": "a picture " * 5,
+                "status": "success",
+                "width": 512,
+                "height": 384,
+                "similarity": 0.31,
+                "sha256": "0" * 64,
+            }
+            for extension, data in (
+                ("jpg", rng.bytes(size)),
+                ("txt", b"a picture " * 5),
+                ("json", json.dumps(meta).encode()),
+            ):
                 info = tarfile.TarInfo(f"{key}.{extension}")
                 info.size = len(data)
                 archive.addfile(info, io.BytesIO(data))
@@ -176,7 +235,8 @@ def walks(samples: int, size: int, rounds: int) -> None:
         "unclip, checksums": lambda path: indexed(path, True),
         "tarfile, headers": lambda path: by_tarfile(path, False),
         "tarfile, all bytes": lambda path: by_tarfile(path, True),
-        "webdataset, all bytes": by_webdataset}
+        "webdataset, all bytes": by_webdataset,
+    }
     seconds = {name: [] for name in contenders}
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "a.tar")
@@ -190,16 +250,30 @@ def walks(samples: int, size: int, rounds: int) -> None:
         megabytes = os.path.getsize(path) / 1e6
     rates = {name: samples / statistics.median(found[1:]) for name, found in seconds.items()}
     for name, rate in rates.items():
-        print(json.dumps({
-            "what": "walk", "who": name, "samples_per_s": round(rate),
-            "MB_per_s": round(rate * megabytes / samples)}))
-    print(json.dumps({
-        "what": "walk, ours over theirs",
-        "headers, over tarfile": round(rates["unclip"] / rates["tarfile, headers"], 2),
-        "all bytes, over tarfile":
-            round(rates["unclip, checksums"] / rates["tarfile, all bytes"], 2),
-        "all bytes, over webdataset":
-            round(rates["unclip, checksums"] / rates["webdataset, all bytes"], 2)}))
+        print(
+            json.dumps(
+                {
+                    "what": "walk",
+                    "who": name,
+                    "samples_per_s": round(rate),
+                    "MB_per_s": round(rate * megabytes / samples),
+                }
+            )
+        )
+    print(
+        json.dumps(
+            {
+                "what": "walk, ours over theirs",
+                "headers, over tarfile": round(rates["unclip"] / rates["tarfile, headers"], 2),
+                "all bytes, over tarfile": round(
+                    rates["unclip, checksums"] / rates["tarfile, all bytes"], 2
+                ),
+                "all bytes, over webdataset": round(
+                    rates["unclip, checksums"] / rates["webdataset, all bytes"], 2
+                ),
+            }
+        )
+    )
 
 
 def main() -> None:
@@ -216,8 +290,16 @@ def main() -> None:
     if args.load:
         load(args.load, args.lookups)
         return
-    print(json.dumps({"what": "machine", "cpu": platform.processor() or platform.machine(),
-                      "cores": len(os.sched_getaffinity(0)), "python": platform.python_version()}))
+    print(
+        json.dumps(
+            {
+                "what": "machine",
+                "cpu": platform.processor() or platform.machine(),
+                "cores": len(os.sched_getaffinity(0)),
+                "python": platform.python_version(),
+            }
+        )
+    )
     entries(args.shards, min(args.rows, 10_000), args.lookups)
     walks(args.walk_samples, args.picture_bytes, args.rounds)
 

@@ -34,10 +34,47 @@ sys.path.insert(0, str(ROOT))
 CASES = {"256-64": (256, 64), "512-256": (512, 256)}
 BATCH, CONTEXT, SHARDS = 64, 77, 10
 WORDS = [
-    "a", "an", "the", "of", "in", "on", "with", "red", "blue", "small", "large", "old", "young",
-    "photo", "painting", "drawing", "dog", "cat", "horse", "fox", "house", "street", "river",
-    "snow", "mountain", "forest", "woman", "man", "child", "running", "sitting", "sunny", "evening",
-    "portrait", "landscape", "oil", "watercolour", "vintage", "poster", "number"]
+    "a",
+    "an",
+    "the",
+    "of",
+    "in",
+    "on",
+    "with",
+    "red",
+    "blue",
+    "small",
+    "large",
+    "old",
+    "young",
+    "photo",
+    "painting",
+    "drawing",
+    "dog",
+    "cat",
+    "horse",
+    "fox",
+    "house",
+    "street",
+    "river",
+    "snow",
+    "mountain",
+    "forest",
+    "woman",
+    "man",
+    "child",
+    "running",
+    "sitting",
+    "sunny",
+    "evening",
+    "portrait",
+    "landscape",
+    "oil",
+    "watercolour",
+    "vintage",
+    "poster",
+    "number",
+]
 
 
 def picture(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
@@ -69,14 +106,18 @@ def write_tar(path: pathlib.Path, side: int, count: int, distinct: int = 64) -> 
     for _ in range(distinct):
         file = io.BytesIO()
         Image.fromarray(picture(rng, side * 4 // 3, side)).save(
-            file, "JPEG", quality=95, subsampling="4:2:0")
+            file, "JPEG", quality=95, subsampling="4:2:0"
+        )
         encoded.append(file.getvalue())
     with tarfile.open(path, "w") as tar:
         for number in range(count):
             text = " ".join(rng.choice(WORDS, rng.integers(6, 16)))
             meta = {"caption": text, "width": side * 4 // 3, "height": side, "similarity": 0.31}
-            for extension, data in (("jpg", encoded[number % distinct]), ("txt", text.encode()),
-                                    ("json", json.dumps(meta).encode())):
+            for extension, data in (
+                ("jpg", encoded[number % distinct]),
+                ("txt", text.encode()),
+                ("json", json.dumps(meta).encode()),
+            ):
                 info = tarfile.TarInfo(f"{number:09d}.{extension}")
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
@@ -87,15 +128,18 @@ def write_tar(path: pathlib.Path, side: int, count: int, distinct: int = 64) -> 
 # how many samples were made ready, once they were.
 
 
-def ours(tars: list[str], size: int, threads: int, workers: int, margin: float = 2.0
-         ) -> Iterator[int]:
+def ours(
+    tars: list[str], size: int, threads: int, workers: int, margin: float = 2.0
+) -> Iterator[int]:
     """Our source with random order, as a stage of the cascade trains on it."""
     from unclip.input.shards import index_shards
     from unclip.input.source import make_source
     from unclip.input.transforms import ImageText
+
     transform = ImageText(size, CONTEXT, margin=margin)
-    with make_source(index_shards(tars), transform, batch_size=BATCH, seed=0, threads=threads,
-                     workers=workers) as batches:
+    with make_source(
+        index_shards(tars), transform, batch_size=BATCH, seed=0, threads=threads, workers=workers
+    ) as batches:
         for batch in batches:
             assert batch["image"].shape == (BATCH, size, size, 3)
             yield BATCH
@@ -107,6 +151,7 @@ def peer(tars: list[str], size: int, workers: int, reduced: bool) -> Iterator[in
     import webdataset
 
     from unclip.input.text import Tokenizer
+
     torch.set_num_threads(1)
     tokenizer = Tokenizer()
 
@@ -119,8 +164,9 @@ def peer(tars: list[str], size: int, workers: int, reduced: bool) -> Iterator[in
         width, height = image.size
         side = min(width, height)
         left, upper = (width - side) // 2, (height - side) // 2
-        square = image.resize((size, size), Image.Resampling.BICUBIC,
-                              box=(left, upper, left + side, upper + side))
+        square = image.resize(
+            (size, size), Image.Resampling.BICUBIC, box=(left, upper, left + side, upper + side)
+        )
         return torch.from_numpy(np.array(square))
 
     def tokens(text):
@@ -145,11 +191,14 @@ def limit(tars: list[str], size: int, full: bool = False, captions: bool = False
 
     from unclip.input.jpeg import scale
     from unclip.input.text import Tokenizer
+
     encode = Tokenizer().encode
     with tarfile.open(tars[0]) as archive:
         members = [(m.name[-3:], m.offset_data, m.size) for m in archive]
-    spans, texts = ([(offset, size) for name, offset, size in members if name == wanted]
-                    for wanted in ("jpg", "txt"))
+    spans, texts = (
+        [(offset, size) for name, offset, size in members if name == wanted]
+        for wanted in ("jpg", "txt")
+    )
     descriptor = os.open(tars[0], os.O_RDONLY)
     with Image.open(io.BytesIO(os.pread(descriptor, spans[0][1], spans[0][0]))) as first:
         factor = 1 if full else scale(*first.size, 2 * size)
@@ -164,10 +213,12 @@ def limit(tars: list[str], size: int, full: bool = False, captions: bool = False
                 if captions:
                     text = os.pread(descriptor, texts[number][1], texts[number][0])
                     encode([text.decode()], CONTEXT)
-                array = simplejpeg.decode_jpeg(os.pread(descriptor, length, offset),
-                                               min_height=height, min_width=width)
-                np.asarray(Image.fromarray(array).resize(
-                    (size, size), Image.Resampling.BICUBIC, box=box))
+                array = simplejpeg.decode_jpeg(
+                    os.pread(descriptor, length, offset), min_height=height, min_width=width
+                )
+                np.asarray(
+                    Image.fromarray(array).resize((size, size), Image.Resampling.BICUBIC, box=box)
+                )
             yield BATCH
 
 
@@ -208,14 +259,18 @@ def processes() -> list[int]:
 def memory() -> list[float]:
     """PSS in MiB of each of our processes."""
     rollups = [pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in processes()]
-    return [next(int(line.split()[1]) / 1024 for line in text.splitlines()
-                 if line.startswith("Pss:")) for text in rollups]
+    return [
+        next(int(line.split()[1]) / 1024 for line in text.splitlines() if line.startswith("Pss:"))
+        for text in rollups
+    ]
 
 
 def cpu_seconds() -> float:
     """Of all our processes since they began."""
-    fields = [pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-              for pid in processes()]
+    fields = [
+        pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        for pid in processes()
+    ]
     return sum(int(f[11]) + int(f[12]) for f in fields) / os.sysconf("SC_CLK_TCK")
 
 
@@ -240,31 +295,58 @@ def compare(case: str, tars: list[str], rounds: int, seconds: float, cores: int)
     turns: dict[str, list[dict]] = {name: [] for name in contenders(cores)}
     for _ in range(rounds):
         for name, found in turns.items():
-            command = [sys.executable, __file__, "--turn", name, "--case", case, "--tars", *tars,
-                       "--seconds", str(seconds), "--cores", str(cores)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT,
-                                  env=os.environ | {"JAX_PLATFORMS": "cpu"}, check=False)
+            command = [
+                sys.executable,
+                __file__,
+                "--turn",
+                name,
+                "--case",
+                case,
+                "--tars",
+                *tars,
+                "--seconds",
+                str(seconds),
+                "--cores",
+                str(cores),
+            ]
+            done = subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                timeout=120,
+                cwd=ROOT,
+                env=os.environ | {"JAX_PLATFORMS": "cpu"},
+                check=False,
+            )
             if done.returncode:
                 sys.exit(f"{name} failed:\n{done.stderr[-2000:]}")
             found.append(json.loads(done.stdout.splitlines()[-1]))
-    rate, cpu = ({name: statistics.median(t[field] for t in found)
-                  for name, found in turns.items()} for field in ("rate", "cpu"))
+    rate, cpu = (
+        {name: statistics.median(t[field] for t in found) for name, found in turns.items()}
+        for field in ("rate", "cpu")
+    )
     print(f"\n{case:<28}samples/s (least to most)  a CPU second  of the limit  MiB a process")
     for name, found in turns.items():
         spread = f"({min(t['rate'] for t in found):.0f} to {max(t['rate'] for t in found):.0f})"
         sizes = " + ".join(f"{n:.0f}" for n in found[-1]["memory"])
-        print(f"  {name:<26}{rate[name]:>9.0f} {spread:<16}{cpu[name]:>14.0f}"
-              f"{cpu[name] / cpu['limit']:>14.2f}  {sizes}")
+        print(
+            f"  {name:<26}{rate[name]:>9.0f} {spread:<16}{cpu[name]:>14.0f}"
+            f"{cpu[name] / cpu['limit']:>14.2f}  {sizes}"
+        )
     usual = ("peer, 0 workers", "peer, 1 worker")
     for what, found in (("by the clock", rate), ("by CPU time", cpu)):
         mine = found["ours, 1 thread"]
-        print(f"  one core, {what}: ours is {mine / max(found[p] for p in usual):.2f} x the better "
-              f"peer, {mine / found['peer, 0 workers, reduced']:.2f} x one that decodes reduced, "
-              f"{mine / found['limit']:.2f} of the limit")
+        print(
+            f"  one core, {what}: ours is {mine / max(found[p] for p in usual):.2f} x the better "
+            f"peer, {mine / found['peer, 0 workers, reduced']:.2f} x one that decodes reduced, "
+            f"{mine / found['limit']:.2f} of the limit"
+        )
     if cores > 1:
         best = max(rate[f"ours, {cores} threads"], rate[f"ours, {cores} workers"])
-        print(f"  {cores} cores, by the clock: ours is "
-              f"{best / rate[f'peer, {cores} workers']:.2f} x the peer")
+        print(
+            f"  {cores} cores, by the clock: ours is "
+            f"{best / rate[f'peer, {cores} workers']:.2f} x the peer"
+        )
 
 
 def main() -> None:
@@ -287,8 +369,10 @@ def main() -> None:
             bits = write_tar(tars[0], CASES[case][0], count=1000)
             for link in tars[1:]:  # as many samples as a collection has, read from memory
                 link.symlink_to(tars[0])
-            print(f"{case}: {SHARDS} shards of {tars[0].stat().st_size >> 20} MiB, "
-                  f"{bits:.1f} bits a pixel")
+            print(
+                f"{case}: {SHARDS} shards of {tars[0].stat().st_size >> 20} MiB, "
+                f"{bits:.1f} bits a pixel"
+            )
             compare(case, list(map(str, tars)), args.rounds, args.seconds, args.cores)
 
 

@@ -13,9 +13,7 @@ from unclip.models import clip
 
 
 def get_config(arg=None):
-    args = common.parse_arg(
-        arg, "emoji", loss="softmax", theme="", scratch=False, runlocal=False
-    )
+    args = common.parse_arg(arg, "emoji", loss="softmax", theme="", scratch=False, runlocal=False)
     name = {"paper": "ViT-H/16", "karlo": "ViT-L/14"}.get(args.preset, args.preset)
     config = common.base("clip", args)
     common.theme(config, args.theme)

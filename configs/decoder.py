@@ -16,7 +16,11 @@ TEXT_DROP = {"glide": 0.2, "imagen": 0.1}
 # What makes a small decoder read captions as the large one does.
 SMALL = {
     "glide": dict(
-        use_z_i=False, use_z_t=False, learned_null_text=False, text_layers=1, text_heads=4,
+        use_z_i=False,
+        use_z_t=False,
+        learned_null_text=False,
+        text_layers=1,
+        text_heads=4,
         text_context=32,
     ),
     "imagen": dict(use_z_i=False, use_z_t=False, pool_text=True, text_context=32),

@@ -23,9 +23,7 @@ PROTOCOLS = {
     "ablation": ("scenes", {"count": 400, "size": 16, "sizes": ("large", "huge")}),
 }
 JUDGES = ("typographic", "reconstruction")  # protocols that draw from pictures and judge themselves
-MODEL = {
-    "model": "", "clip": "", "prior": "", "decoder": "", "upsamplers": (), "embed": ""
-}
+MODEL = {"model": "", "clip": "", "prior": "", "decoder": "", "upsamplers": (), "embed": ""}
 # "?" is a part of its own that the user must name.
 ABLATION = {
     "caption": {"embed": "none"},  # our decoder, z_i dropped
@@ -44,8 +42,13 @@ CLAIMS = (
     ("the caption alone is worst: z_t is better (5.1)", "fd-clip", "z_t", "<", "caption"),
     ("the caption alone is worst: a prior is better (5.1)", "fd-clip", "diffusion", "<", "caption"),
     ("the diffusion prior beats the AR prior (5.1)", "fd-clip", "diffusion", "<", "ar"),
-    ("guidance costs less with z_i than with the caption alone (5.3)", "rise:fd-clip",
-     "diffusion", "<", "text_only"),
+    (
+        "guidance costs less with z_i than with the caption alone (5.3)",
+        "rise:fd-clip",
+        "diffusion",
+        "<",
+        "text_only",
+    ),
 )
 
 

@@ -19,9 +19,7 @@ CLIP_OF = {"emoji": "emoji", "karlo": "ViT-L/14", "paper": "ViT-H/16"}
 
 
 def get_config(arg=None):
-    args = common.parse_arg(
-        arg, "emoji", kind="diffusion", theme="", scratch=False, runlocal=False
-    )
+    args = common.parse_arg(arg, "emoji", kind="diffusion", theme="", scratch=False, runlocal=False)
     if args.kind not in KINDS:
         raise errors.unknown("prior kind", args.kind, KINDS)
     module, presets = KINDS[args.kind]

@@ -36,7 +36,9 @@ LANES = (
     (
         ("judge", "clip.py:emoji", 200, (*CLIP, "--config.seed=1")),
         (
-            "decoder_z_t", "decoder.py:emoji", 900,
+            "decoder_z_t",
+            "decoder.py:emoji",
+            900,
             (*DECODER, "--config.task.z_scale=11.3", "--config.task.embedding=text"),
         ),
         ("prior", "prior.py:emoji", 800, PRIOR),

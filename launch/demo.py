@@ -26,7 +26,9 @@ LANES = (
         ("upsampler_0", "upsampler.py:emoji-64,theme={theme}", 700, ()),
         ("upsampler_1", "upsampler.py:emoji-256,theme={theme}", 700, ()),
         (
-            "prior", "prior.py:emoji,theme={theme}", 400,
+            "prior",
+            "prior.py:emoji,theme={theme}",
+            400,
             ("--config.batch_size=41", "--config.stored_embeddings"),
         ),
     ),
@@ -108,8 +110,9 @@ def draw(demo: Lanes, bundle: pathlib.Path, theme: str) -> dict:
         "nearest": nearest,
         "hits": nearest == np.array(chosen),
         "own_error": own,
-        "other_error": np.where(np.arange(len(train)) == np.array(chosen)[:, None], np.inf, errors)
-        .min(axis=1),
+        "other_error": np.where(
+            np.arange(len(train)) == np.array(chosen)[:, None], np.inf, errors
+        ).min(axis=1),
         "clip_drawn": model.score(drawn.images, prompts),
         "clip_true": model.score(true, prompts),
         "sizes": sizes,
@@ -155,8 +158,11 @@ def report(demo: Lanes, found: dict, summary: dict, theme: str) -> None:
         rows.append(
             Row(
                 prompt,
-                [*(stage[k] for stage in drawn.stages.values()),
-                 train[found["chosen"][k]]["pictures"][sizes[-1]], near["pictures"][sizes[0]]],
+                [
+                    *(stage[k] for stage in drawn.stages.values()),
+                    train[found["chosen"][k]]["pictures"][sizes[-1]],
+                    near["pictures"][sizes[0]],
+                ],
                 badges=[("hit", True) if found["hits"][k] else (f"miss: {near['name']}", False)],
                 note=f"error {found['own_error'][k]:.4f}, nearest other "
                 f"{found['other_error'][k]:.4f}, CLIP {found['clip_drawn'][k]:.3f}",
@@ -175,8 +181,11 @@ def report(demo: Lanes, found: dict, summary: dict, theme: str) -> None:
             [
                 Row(
                     row["name"],
-                    [*(s[k] for s in stages), row["pictures"][sizes[-1]],
-                     train[near[k]]["pictures"][sizes[0]]],
+                    [
+                        *(s[k] for s in stages),
+                        row["pictures"][sizes[-1]],
+                        train[near[k]]["pictures"][sizes[0]],
+                    ],
                     note=f"nearest training picture: {train[near[k]]['name']}",
                 )
                 for k, row in enumerate(found["held_out"])

@@ -135,7 +135,10 @@ class Lanes:
         with open(log, "w") as file:
             child = subprocess.Popen(
                 [sys.executable, "-m", "unclip.cli", *stage.command],
-                cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                cwd=ROOT,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
             )
             os.sched_setaffinity(child.pid, cores)
             while child.poll() is None:

@@ -72,15 +72,33 @@ def shards(tmp_path_factory):
 CASCADE = ("clip", "prior", "decoder", "upsampler_0", "upsampler_1")
 # Sizes of the micro cascade: 8 -> 16 -> 32 pixels, CLIP at 16.
 _UNET = {
-    "channels": 16, "multipliers": (1,), "blocks": 1, "head_dim": 16, "groups": 8, "time_dim": 32,
+    "channels": 16,
+    "multipliers": (1,),
+    "blocks": 1,
+    "head_dim": 16,
+    "groups": 8,
+    "time_dim": 32,
 }
 MICRO = {
     "clip": {
-        "embed_dim": 16, "image_size": 16, "patch_size": 8, "vision_width": 16, "vision_layers": 1,
-        "vision_heads": 2, "text_width": 16, "text_layers": 1, "text_heads": 2, "context": 16,
+        "embed_dim": 16,
+        "image_size": 16,
+        "patch_size": 8,
+        "vision_width": 16,
+        "vision_layers": 1,
+        "vision_heads": 2,
+        "text_width": 16,
+        "text_layers": 1,
+        "text_heads": 2,
+        "context": 16,
     },
     "prior": {
-        "embed_dim": 16, "context": 16, "text_width": 16, "width": 32, "layers": 1, "heads": 2,
+        "embed_dim": 16,
+        "context": 16,
+        "text_width": 16,
+        "width": 32,
+        "layers": 1,
+        "heads": 2,
         "head_dim": 16,
     },
     "decoder": _UNET | {"attention": (True,), "context_dim": 32},
@@ -100,8 +118,13 @@ def tiny_config(shards):
         config = importlib.import_module(f"configs.{stage}").get_config(arg)
         fields = {f"arch.{name}": value for name, value in MICRO[stage].items()}
         fields |= {
-            "input.shards": (shards["train"],), "input.held_out": (), "input.threads": 1,
-            "tensorboard": False, "save_steps": 1000, "eval_steps": 0, "sample_examples": 0,
+            "input.shards": (shards["train"],),
+            "input.held_out": (),
+            "input.threads": 1,
+            "tensorboard": False,
+            "save_steps": 1000,
+            "eval_steps": 0,
+            "sample_examples": 0,
         }
         if stage == "decoder":
             fields |= {"task.image_size": 8, "task.draw.steps": 2}
@@ -109,8 +132,12 @@ def tiny_config(shards):
             fields |= {"task.draw.steps": 2, "statistics_examples": 24}
         if stage == "upsampler":
             second = arg.startswith("emoji-256")
-            fields |= {"task.image_size": 32 if second else 16, "task.factor": 2, "task.crop": 8,
-                       "task.draw.steps": 2}
+            fields |= {
+                "task.image_size": 32 if second else 16,
+                "task.factor": 2,
+                "task.crop": 8,
+                "task.draw.steps": 2,
+            }
         config.update_from_flattened_dict(fields | dict(changes))
         return config
 
@@ -230,15 +257,23 @@ def serve_verb():
     """`with serve_verb("index") as run`: run(*arguments, meanwhile=…) -> (exit code, stdout,
     stderr) without a traceback; meanwhile gets the number of the process."""
     environment = os.environ | {
-        "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_COMPILATION_CACHE_DIR": str(CACHE),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
 
     @contextlib.contextmanager
     def serve(verb):
         server = subprocess.Popen(
-            [sys.executable, "-c", _VERB_SERVER, verb], env=environment, cwd=ROOT, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            [sys.executable, "-c", _VERB_SERVER, verb],
+            env=environment,
+            cwd=ROOT,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
 
         def run(*arguments, meanwhile=lambda process: None):
             server.stdin.write(json.dumps([str(a) for a in arguments]) + "\n")

@@ -128,24 +128,33 @@ def test_operations_of_products_and_convolutions():
 
 
 def test_padding_and_dilation_are_no_operations():
-    line = ("%c = bf16[32,16,9]{2,1,0} convolution(%a, %b), window={size=32 pad=31_31 "
-            "rhs_reversal=1}, dim_labels=0bf_0io->0bf")
+    line = (
+        "%c = bf16[32,16,9]{2,1,0} convolution(%a, %b), window={size=32 pad=31_31 "
+        "rhs_reversal=1}, dim_labels=0bf_0io->0bf"
+    )
     shapes = {"a": "bf16[32,16,8]", "b": "bf16[32,8,9]"}
-    instruction = hlo.Instruction("c", "bf16[63,16,9]", *line.split(" = ")[1].split(" ", 1)[1]
-                                  .split("(", 1))
+    instruction = hlo.Instruction(
+        "c", "bf16[63,16,9]", *line.split(" = ")[1].split(" ", 1)[1].split("(", 1)
+    )
     assert hlo._product_flops(instruction, shapes) == 2 * 16 * 9 * 8 * 32 * 32
 
 
-@pytest.mark.parametrize("kind, clock, memory", [
-    ("TPU v4", 1.05e9, 32), ("TPU v5 lite", 1.5e9, 16), ("TPU v5", 1.75e9, 95),
-    ("TPU v6 lite", 1.75e9, 32),
-])
+@pytest.mark.parametrize(
+    "kind, clock, memory",
+    [
+        ("TPU v4", 1.05e9, 32),
+        ("TPU v5 lite", 1.5e9, 16),
+        ("TPU v5", 1.75e9, 95),
+        ("TPU v6 lite", 1.75e9, 32),
+    ],
+)
 def test_chips_as_libtpu_names_them(kind, clock, memory):
     assert flops.chip_clock(kind) == clock
     assert flops.chip_memory(kind) == memory * 2**30
     # A cycle does a power of two multiplications and additions: 128 x 128 units, or 256 x 256.
-    assert flops.chip_peak(kind) / clock == pytest.approx(2**18 if clock != 1.5e9 else 2**17,
-                                                         rel=1.1)
+    assert flops.chip_peak(kind) / clock == pytest.approx(
+        2**18 if clock != 1.5e9 else 2**17, rel=1.1
+    )
     assert flops.chip_links(kind) > 1e11
 
 
@@ -175,9 +184,16 @@ def test_memory_by_kind_from_the_table_of_buffers():
 # ============================================================ the verb
 
 SMALL = {  # one level, one residual block down and two up, kernels just large enough to shard
-    "arch.channels": 96, "arch.multipliers": (1,), "arch.attention": (False,),
-    "arch.time_dim": 96, "task.image_size": 16, "task.crop": 8, "task.draw.steps": 3,
-    "optim.warmup_steps": 0, "total_steps": 2, "sample_examples": 6,
+    "arch.channels": 96,
+    "arch.multipliers": (1,),
+    "arch.attention": (False,),
+    "arch.time_dim": 96,
+    "task.image_size": 16,
+    "task.crop": 8,
+    "task.draw.steps": 3,
+    "optim.warmup_steps": 0,
+    "total_steps": 2,
+    "sample_examples": 6,
 }
 
 
@@ -227,9 +243,17 @@ print(json.dumps(out))
 
 def run(*arguments, timeout=120):
     return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
-                          "XLA_FLAGS": "--xla_backend_optimization_level=0"},
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=os.environ
+        | {
+            "PYTHONPATH": str(ROOT),
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        },
     )
 
 
@@ -243,9 +267,24 @@ def found():
 def test_the_report(found):
     report = found["fsdp"]
     assert set(report) == {
-        "stage", "preset", "step", "devices", "mesh", "rows", "parameters", "trained_parameters",
-        "memory_per_chip", "fits", "flops", "estimated_seconds", "communication_seconds",
-        "utilisation", "collectives", "unknown_loops", "compile_seconds", "problems",
+        "stage",
+        "preset",
+        "step",
+        "devices",
+        "mesh",
+        "rows",
+        "parameters",
+        "trained_parameters",
+        "memory_per_chip",
+        "fits",
+        "flops",
+        "estimated_seconds",
+        "communication_seconds",
+        "utilisation",
+        "collectives",
+        "unknown_loops",
+        "compile_seconds",
+        "problems",
     }
     assert report["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1}
     assert report["rows"] == 64 and report["devices"]["count"] == 8
@@ -311,8 +350,17 @@ def test_a_bad_topology_is_one_line_and_exit_code_78():
 
 def test_strict_exits_with_78_when_it_does_not_fit():
     small = [f"--config.{name}={value}" for name, value in SMALL.items()]
-    done = run("-m", "unclip.compile", "--config=configs/upsampler.py:emoji", "--devices=2",
-               "--strict", "--json", "--hbm_gib=0.001", "--step=sample", *small)
+    done = run(
+        "-m",
+        "unclip.compile",
+        "--config=configs/upsampler.py:emoji",
+        "--devices=2",
+        "--strict",
+        "--json",
+        "--hbm_gib=0.001",
+        "--step=sample",
+        *small,
+    )
     assert done.returncode == 78, done.stderr
     report = json.loads(done.stdout)
     assert report["topology"] is None and report["devices"]["count"] == 2
@@ -321,14 +369,32 @@ def test_strict_exits_with_78_when_it_does_not_fit():
 
 def test_the_tpu_compiler(tmp_path):
     pytest.importorskip("libtpu")
-    small = {"arch.fold": True, "optim.warmup_steps": 0, "total_steps": 2,
-             "arch.image_size": 16, "arch.context": 8, "arch.vision_width": 64,
-             "arch.text_width": 64, "arch.vision_layers": 1, "arch.text_layers": 1,
-             "arch.vocab_size": 64, "arch.embed_dim": 32, "batch_size": 8, "mesh.data": 1,
-             "mesh.fsdp": -1}
+    small = {
+        "arch.fold": True,
+        "optim.warmup_steps": 0,
+        "total_steps": 2,
+        "arch.image_size": 16,
+        "arch.context": 8,
+        "arch.vision_width": 64,
+        "arch.text_width": 64,
+        "arch.vision_layers": 1,
+        "arch.text_layers": 1,
+        "arch.vocab_size": 64,
+        "arch.embed_dim": 32,
+        "batch_size": 8,
+        "mesh.data": 1,
+        "mesh.fsdp": -1,
+    }
     small = [f"--config.{name}={value}" for name, value in small.items()]
-    command = ["-m", "unclip.compile", "--config=configs/clip.py:emoji", "--topology=v5e:2x2",
-               "--json", "--config.sharding=fsdp", *small]
+    command = [
+        "-m",
+        "unclip.compile",
+        "--config=configs/clip.py:emoji",
+        "--topology=v5e:2x2",
+        "--json",
+        "--config.sharding=fsdp",
+        *small,
+    ]
     done = run(*command, f"--hlo={tmp_path / 'step.txt'}")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
@@ -352,7 +418,10 @@ def test_libtpu_is_asked_for_by_name():
         hide = "import sys; sys.modules['libtpu'] = None; "
     else:
         hide = ""
-    done = run("-c", hide + "from unclip import compile as c\n"
-               "try: c.topology_devices(c.parse_topology('v5e:2x2'))\n"
-               "except c.errors.ConfigError as e: print(e)")
+    done = run(
+        "-c",
+        hide + "from unclip import compile as c\n"
+        "try: c.topology_devices(c.parse_topology('v5e:2x2'))\n"
+        "except c.errors.ConfigError as e: print(e)",
+    )
     assert "pip install libtpu" in done.stdout, done.stderr

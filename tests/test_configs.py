@@ -10,12 +10,33 @@ from unclip.input import transforms
 from unclip.models import clip as clip_model
 
 PRESETS = {
-    "clip": ["emoji", "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336", "ViT-H/14",
-             "ViT-bigG/14", "ViT-H/16", "paper", "emoji,loss=sigmoid", "karlo", "karlo,scratch"],
+    "clip": [
+        "emoji",
+        "ViT-B/32",
+        "ViT-B/16",
+        "ViT-L/14",
+        "ViT-L/14@336",
+        "ViT-H/14",
+        "ViT-bigG/14",
+        "ViT-H/16",
+        "paper",
+        "emoji,loss=sigmoid",
+        "karlo",
+        "karlo,scratch",
+    ],
     "prior": ["emoji", "karlo", "karlo,scratch", "paper", "emoji,kind=ar", "paper,kind=ar"],
     "decoder": ["emoji", "karlo", "karlo,scratch", "paper", "glide", "imagen"],
-    "upsampler": ["emoji", "emoji-64", "emoji-256", "karlo", "karlo,scratch", "karlo,net=last",
-                  "paper", "paper-256", "paper-1024"],
+    "upsampler": [
+        "emoji",
+        "emoji-64",
+        "emoji-256",
+        "karlo",
+        "karlo,scratch",
+        "karlo,net=last",
+        "paper",
+        "paper-256",
+        "paper-1024",
+    ],
 }
 EVERY = [(name, arg) for name, args in PRESETS.items() for arg in args]
 
@@ -47,7 +68,8 @@ def test_every_preset_builds(name, arg, tiny_config):
     # The parts fit: what the input delivers is what the task asks for.
     for use in ("train", "held_out", "sample"):
         assert isinstance(
-            stage.transform(config, task, use), transforms.ImageText | transforms.Upsampling)
+            stage.transform(config, task, use), transforms.ImageText | transforms.Upsampling
+        )
     if name in ("prior", "decoder"):
         clip = clip_model.PRESETS[config.clip_preset]
         if name == "prior":

@@ -21,9 +21,17 @@ def tokenise(texts, length):
 
 
 FOUND = Throughput(
-    samples=10, bad={"corrupt": 1}, encoded=2e4, pixels=65_536.0,
+    samples=10,
+    bad={"corrupt": 1},
+    encoded=2e4,
+    pixels=65_536.0,
     seconds={"read": 1e-4, "decode": 1e-3, "resize": 5e-4, "tokenise": 1e-4, "batch": 0.0},
-    one_core=500.0, total=2000.0, threads=4, workers=0, cores=4)
+    one_core=500.0,
+    total=2000.0,
+    threads=4,
+    workers=0,
+    cores=4,
+)
 
 
 def test_what_follows_from_the_rates():
@@ -52,6 +60,7 @@ def test_every_stage_does_its_work_once_a_sample(shards, monkeypatch):
         def work(*args, **options):
             clock[0] += costs[stage]
             return function(*args, **options)
+
         return work
 
     class Source:
@@ -72,13 +81,22 @@ def test_every_stage_does_its_work_once_a_sample(shards, monkeypatch):
     options = {}
     monkeypatch.setattr(type(collection), "read", costly("read", type(collection).read))
     monkeypatch.setattr(throughput.pictures, "decode", costly("decode", throughput.pictures.decode))
-    monkeypatch.setattr(throughput.pictures, "resize_and_crop",
-                        costly("resize", throughput.pictures.resize_and_crop))
+    monkeypatch.setattr(
+        throughput.pictures,
+        "resize_and_crop",
+        costly("resize", throughput.pictures.resize_and_crop),
+    )
     monkeypatch.setattr(throughput, "make_source", make)
     monkeypatch.setattr(throughput.np, "stack", costly("read", np.stack))
     told = []
-    found = measure(collection, ImageText(8, 4, costly("tokenise", tokenise)), batch_size=8,
-                    threads=3, seconds=20.0, tell=told.append)
+    found = measure(
+        collection,
+        ImageText(8, 4, costly("tokenise", tokenise)),
+        batch_size=8,
+        threads=3,
+        seconds=20.0,
+        tell=told.append,
+    )
     assert {n: found.seconds[n] for n in costs} == costs
     assert found.seconds["batch"] == 3 * 0.25 / 8  # image, tokens and mask are stacked
     assert (found.one_core, found.total) == (2.0, 8.0) and options["batch_size"] == 8
@@ -97,8 +115,9 @@ def test_measures_real_work_and_counts_bad_samples(shards, tmp_path, shard_write
 def test_filters_are_counted(shards):
     collection = index_shards(shards["train"])
     found = kept(collection, Filters.parse("name=red|green"), count=300)
-    assert found["of"] == 300 and found["rejected"] == {"other-name": round(
-        300 * (1 - found["kept"]))}
+    assert found["of"] == 300 and found["rejected"] == {
+        "other-name": round(300 * (1 - found["kept"]))
+    }
     assert 0.5 < found["kept"] < 0.8
 
 
@@ -113,9 +132,19 @@ def test_mistakes_are_told(shards, tmp_path, shard_writer):
 
 
 def test_the_verb(shards, tmp_path):
-    command = [sys.executable, "-m", "unclip.data_bench", shards["train"], "--size=8", "--json",
-               "--seconds=0.02", "--batch_size=4", "--threads=2", "--filters=name=red",
-               f"--out={tmp_path / 'a.json'}"]
+    command = [
+        sys.executable,
+        "-m",
+        "unclip.data_bench",
+        shards["train"],
+        "--size=8",
+        "--json",
+        "--seconds=0.02",
+        "--batch_size=4",
+        "--threads=2",
+        "--filters=name=red",
+        f"--out={tmp_path / 'a.json'}",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     values = json.loads(done.stdout)

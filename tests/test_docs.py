@@ -53,8 +53,12 @@ def flags_of():
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "COLUMNS": "200"}
     children = {
         verb: subprocess.Popen(
-            [sys.executable, "-m", "unclip.cli", verb, "--help"], cwd=ROOT, env=environment,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            [sys.executable, "-m", "unclip.cli", verb, "--help"],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for verb in sorted(verbs)
     }
@@ -195,8 +199,11 @@ def test_every_preset_is_named(name, at_root):
 
 def table():
     """{config: trained parameters} of the README's table."""
-    rows = re.findall(r"^\|[^|]+\| `(configs/[^`]+)` \| ([^|]+) \|$",
-                      (ROOT / "README.md").read_text(), re.MULTILINE)
+    rows = re.findall(
+        r"^\|[^|]+\| `(configs/[^`]+)` \| ([^|]+) \|$",
+        (ROOT / "README.md").read_text(),
+        re.MULTILINE,
+    )
     count = lambda cell: sum(int(n.replace(",", "")) for n in re.findall(r"\d[\d,]{4,}", cell))
     return {config: count(cell) for config, cell in rows}
 

@@ -44,18 +44,39 @@ def found(shards, run_of, tmp_path_factory):
         ("decoder", "decoder", "karlo", data | fold, folder),
         ("prior", "prior", "karlo", data | fold, folder),
         ("upsampler", "upsampler", "karlo", data | fold, folder),
-        ("clip", "clip", "emoji", data | {"batch_size": 10, "mesh.data": 2, "mesh.fsdp": 2},
-         folder),
-        ("gone", "decoder", "emoji,runlocal",
-         {"input.shards": [folder + "/none.tar"], "clip": folder + "/no-run"}, folder),
+        (
+            "clip",
+            "clip",
+            "emoji",
+            data | {"batch_size": 10, "mesh.data": 2, "mesh.fsdp": 2},
+            folder,
+        ),
+        (
+            "gone",
+            "decoder",
+            "emoji,runlocal",
+            {"input.shards": [folder + "/none.tar"], "clip": folder + "/no-run"},
+            folder,
+        ),
         ("other", "clip", "emoji", data, run_of("clip")),
         ("mesh", "clip", "emoji", data | {"mesh.data": 3, "sharding": "fsdb"}, folder),
-        ("layout", "clip", "emoji", data | {
-            "mesh.data": 1, "mesh.fsdp": 4, "batch_size": 64, "total_steps": 3000}, folder),
+        (
+            "layout",
+            "clip",
+            "emoji",
+            data | {"mesh.data": 1, "mesh.fsdp": 4, "batch_size": 64, "total_steps": 3000},
+            folder,
+        ),
     ]
     done = subprocess.run(
-        [sys.executable, "-c", EXAMINE], input=json.dumps(wanted), cwd=ROOT, env=environment(),
-        capture_output=True, text=True, timeout=200)
+        [sys.executable, "-c", EXAMINE],
+        input=json.dumps(wanted),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -117,16 +138,28 @@ def test_the_report_for_people(found):
 def test_exit_codes(shards, tmp_path):
     """0 with problems listed, 78 with --strict."""
     command = [
-        sys.executable, "-m", "unclip.doctor", "--config", "configs/clip.py:emoji,runlocal",
-        "--workdir", str(tmp_path), "--json", "--strict", "--config.batch_size=9",
-        "--config.mesh.data=1", f"--config.input.shards=('{shards['train']}',)",
-        "--config.input.held_out=()"]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True,
-                          timeout=120)
+        sys.executable,
+        "-m",
+        "unclip.doctor",
+        "--config",
+        "configs/clip.py:emoji,runlocal",
+        "--workdir",
+        str(tmp_path),
+        "--json",
+        "--strict",
+        "--config.batch_size=9",
+        "--config.mesh.data=1",
+        f"--config.input.shards=('{shards['train']}',)",
+        "--config.input.held_out=()",
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["problems"] == []
     again = [*command, "--config.accumulate=2"]
-    done = subprocess.run(again, cwd=ROOT, env=environment(), capture_output=True, text=True,
-                          timeout=120)
+    done = subprocess.run(
+        again, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 78, done.stderr
     assert "batch_size 9" in json.loads(done.stdout)["problems"][0]

@@ -57,14 +57,16 @@ def test_a_job_is_stopped_killed_and_resumed(embed, model, tars, tmp_path):
                 assert time.monotonic() < deadline
                 time.sleep(0.002)
             os.kill(process, number)
+
         return meanwhile
 
     code, _, err = embed(*command, "--out", tmp_path / "out", meanwhile=strike(signal.SIGTERM, 3))
     assert code == 75 and "the same command goes on" in err
     stopped = rows(tmp_path / "out")
     assert 6 <= len(stopped) < 160
-    code, _, err = embed(*command, "--out", tmp_path / "out",
-                         meanwhile=strike(signal.SIGKILL, len(stopped) // 2 + 3))
+    code, _, err = embed(
+        *command, "--out", tmp_path / "out", meanwhile=strike(signal.SIGKILL, len(stopped) // 2 + 3)
+    )
     assert code == -9
     killed = rows(tmp_path / "out")
     assert len(stopped) < len(killed) < 160 and stopped.items() <= killed.items()
@@ -83,17 +85,26 @@ def test_a_job_is_stopped_killed_and_resumed(embed, model, tars, tmp_path):
     assert code == 0 and "embedding:" not in err and "1,920 samples" in out
 
 
-@pytest.mark.parametrize(("arguments", "code", "message"), [
-    (("--model", "{model}", "--out", "{out}"), 78, "expected --shards"),
-    (("--model", "{model}", "--shards", "{tars}/00000.tar"), 78, "--out is required"),
-    (("--model", "{tars}", "--out", "{out}", "{tars}/00000.tar"), 74, "model.json"),
-    (("--model", "{model}", "--out", "{out}", "{tars}/0000.tar"), 74, "did you mean"),
-    (("--model", "{model}", "--out", "{out}", "--dtype", "float64", "{tars}/00000.tar"), 78,
-     "did you mean"),
-    (("--model", "{model}", "--out", "{out}", "--captions", "text", "{tars}/00000.tar"), 78,
-     "caption source"),
-    (("--model", "{model}", "--out", "{tars}/00001.tar", "{tars}/00000.tar"), 74, "00001.tar"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("--model", "{model}", "--out", "{out}"), 78, "expected --shards"),
+        (("--model", "{model}", "--shards", "{tars}/00000.tar"), 78, "--out is required"),
+        (("--model", "{tars}", "--out", "{out}", "{tars}/00000.tar"), 74, "model.json"),
+        (("--model", "{model}", "--out", "{out}", "{tars}/0000.tar"), 74, "did you mean"),
+        (
+            ("--model", "{model}", "--out", "{out}", "--dtype", "float64", "{tars}/00000.tar"),
+            78,
+            "did you mean",
+        ),
+        (
+            ("--model", "{model}", "--out", "{out}", "--captions", "text", "{tars}/00000.tar"),
+            78,
+            "caption source",
+        ),
+        (("--model", "{model}", "--out", "{tars}/00001.tar", "{tars}/00000.tar"), 74, "00001.tar"),
+    ],
+)
 def test_mistakes(arguments, code, message, embed, model, tars, tmp_path):
     words = [a.format(model=model, tars=tars, out=tmp_path / "out") for a in arguments]
     got, _, err = embed(*words)

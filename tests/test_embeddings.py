@@ -133,7 +133,8 @@ def test_moments_are_those_of_all_rows(whole):
         assert found[kind].count == len(table) == count
         np.testing.assert_allclose(found[kind].mean, table.mean(0), rtol=1e-12)
         np.testing.assert_allclose(
-            found[kind].covariance, np.cov(table, rowvar=False), rtol=1e-9, atol=1e-12)
+            found[kind].covariance, np.cov(table, rowvar=False), rtol=1e-9, atol=1e-12
+        )
 
 
 def stopping(after):
@@ -226,7 +227,8 @@ def test_half_precision(whole, job, tmp_path):
     np.testing.assert_array_equal(table, np.float16(tables(whole, "z_i")))
     good = np.float64(table[np.isfinite(table).all(1)])
     np.testing.assert_allclose(
-        embedding_sums.read(tmp_path)["z_i"].covariance, np.cov(good, rowvar=False), rtol=1e-9)
+        embedding_sums.read(tmp_path)["z_i"].covariance, np.cov(good, rowvar=False), rtol=1e-9
+    )
     z_i = store.attach(job(tmp_path).collection).read(0).meta["z_i"]
     assert z_i.dtype == np.float32 and np.array_equal(z_i, table[0])
 
@@ -251,12 +253,13 @@ def test_array_records_give_the_same_rows(whole, tars, job, tmp_path):
 
     folder = tmp_path / "foxes" / "1.0.0"
     write_array_record(
-        shards.index_shards(tars, text=False), folder, name="foxes", split="train",
-        shard_samples=8)
+        shards.index_shards(tars, text=False), folder, name="foxes", split="train", shard_samples=8
+    )
     store = embeddings.embed_shards(job(tmp_path / "out", f"tfds:{folder}:train"))
     assert (store.samples, store.embedded, store.captioned) == (21, 20, 19)
-    table = np.concatenate([
-        store.rows(digest, "z_i", 0, shard.rows) for digest, shard in store.shards.items()])
+    table = np.concatenate(
+        [store.rows(digest, "z_i", 0, shard.rows) for digest, shard in store.shards.items()]
+    )
     np.testing.assert_allclose(table, tables(whole, "z_i"), rtol=1e-5, atol=1e-6)
     found = store.attach(shards.index_shards(f"tfds:{folder}:train"))
     np.testing.assert_array_equal(found.read(20).meta["z_i"], table[20])
@@ -300,7 +303,8 @@ def test_pairs_are_the_usable_rows_in_order(chunk, whole, tars):
     np.testing.assert_array_equal(np.concatenate(parts[1]), z_t[good])
     odd = found.subset(where={"odd": 1})
     np.testing.assert_array_equal(
-        np.concatenate([a for a, _ in odd.pairs(5, chunk=chunk)]), z_i[[1, 3, 5, 7, 8]])
+        np.concatenate([a for a, _ in odd.pairs(5, chunk=chunk)]), z_i[[1, 3, 5, 7, 8]]
+    )
 
 
 def test_shards_that_are_not_embedded_are_named(whole, tars, tmp_path):
@@ -326,12 +330,16 @@ def test_embeddings_of_another_clip_are_refused(whole, job, clip):
         embeddings.embed_shards(job(whole, captions=("json:odd",)))
 
 
-@pytest.mark.parametrize(("change", "match"), [
-    (lambda d: d.update(format=2), "upgrade"), (lambda d: d.update(embed_dim=0), "damaged"),
-    (lambda d: d.update(dtype="object"), "damaged"),
-    (lambda d: d["shards"][0].pop("rows"), "embedded shard"),
-    (lambda d: d["shards"][0].update(digest="../../x"), "embedded shard"),
-])
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda d: d.update(format=2), "upgrade"),
+        (lambda d: d.update(embed_dim=0), "damaged"),
+        (lambda d: d.update(dtype="object"), "damaged"),
+        (lambda d: d["shards"][0].pop("rows"), "embedded shard"),
+        (lambda d: d["shards"][0].update(digest="../../x"), "embedded shard"),
+    ],
+)
 def test_a_damaged_description_is_refused(change, match, whole, tmp_path):
     document = json.loads((whole / "embeddings.json").read_text())
     change(document)
@@ -353,8 +361,14 @@ def test_rows_that_were_cut_are_not_read(job, tars, tmp_path):
 def test_a_clip_that_gives_nan_ends_the_job(clip, tars, tmp_path):
     params = jax.tree.map(lambda leaf: leaf * np.nan, clip[1])
     work = embeddings.Job(
-        ARCH, params, "00" * 32, shards.index_shards(tars), tmp_path, batch_size=4,
-        devices=jax.devices()[:2])
+        ARCH,
+        params,
+        "00" * 32,
+        shards.index_shards(tars),
+        tmp_path,
+        batch_size=4,
+        devices=jax.devices()[:2],
+    )
     with pytest.raises(errors.NumericsError, match="z_i of '00000' has NaN"):
         embeddings.embed_shards(work)
     assert not rows(tmp_path)
@@ -369,8 +383,13 @@ found = pickle.load(sys.stdin.buffer)
 assert found.read(3).meta["z_i"].shape == (6,)
 assert not {"jax", "flax", "torch", "tensorflow"} & sys.modules.keys()
 """
-    subprocess.run([sys.executable, "-c", program], input=sent, check=True, timeout=60,
-                   cwd=pathlib.Path(__file__).parents[1])
+    subprocess.run(
+        [sys.executable, "-c", program],
+        input=sent,
+        check=True,
+        timeout=60,
+        cwd=pathlib.Path(__file__).parents[1],
+    )
 
 
 # ============================================================ training on them
@@ -379,8 +398,12 @@ assert not {"jax", "flax", "torch", "tensorflow"} & sys.modules.keys()
 @pytest.fixture(scope="module")
 def prior_config(tiny_config, run_of, shards):
     """A prior of two steps that takes z_i from files, of held-out pictures too."""
-    changes = {"clip": run_of("clip"), "input.held_out": (shards["held_out"],),
-               "eval_examples": 0, "metric_examples": 0}
+    changes = {
+        "clip": run_of("clip"),
+        "input.held_out": (shards["held_out"],),
+        "eval_examples": 0,
+        "metric_examples": 0,
+    }
     return lambda **more: tiny_config("prior", changes | more, "emoji,runlocal,kind=diffusion")
 
 
@@ -392,13 +415,22 @@ def test_training_on_a_folder_is_training_on_the_fly(prior_config, run_of, shard
     from unclip.runtime import checkpoint
 
     clip = runs.open_part(run_of("clip"), "clip")
-    embeddings.embed_shards(embeddings.Job(
-        clip.arch, clip.params, runs.tree_hash(clip.params),
-        index_shards(shards["train"], text=False), tmp_path / "z", batch_size=8,
-        devices=jax.devices()[:1]))
+    embeddings.embed_shards(
+        embeddings.Job(
+            clip.arch,
+            clip.params,
+            runs.tree_hash(clip.params),
+            index_shards(shards["train"], text=False),
+            tmp_path / "z",
+            batch_size=8,
+            devices=jax.devices()[:1],
+        )
+    )
     states, statistics = [], []
-    for name, where in (("fly", {"stored_embeddings": True}),
-                        ("folder", {"embeddings": str(tmp_path / "z")})):
+    for name, where in (
+        ("fly", {"stored_embeddings": True}),
+        ("folder", {"embeddings": str(tmp_path / "z")}),
+    ):
         workdir = tmp_path / name
         train.train(prior_config(**where), str(workdir))
         states.append(checkpoint.load_subtree(workdir / "checkpoints", ("params", "opt"), None))
@@ -410,7 +442,9 @@ def test_training_on_a_folder_is_training_on_the_fly(prior_config, run_of, shard
     table = np.float64(tables(tmp_path / "z", "z_i"))
     np.testing.assert_allclose(
         runs.read_statistics(tmp_path / "fly" / "statistics.safetensors")["std"],
-        table.std(0, ddof=1), rtol=1e-5)
+        table.std(0, ddof=1),
+        rtol=1e-5,
+    )
 
 
 @pytest.mark.usefixtures("cheap_runs")

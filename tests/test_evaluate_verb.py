@@ -23,20 +23,36 @@ from unclip.sweep import drawing, scoring, store, weights
 ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 CHANGES = {
-    "protocol.size": 16, "protocol.count": 6, "metrics": ("fd-clip", "clip_cosine"), "stages": 2,
-    "sweep.guidance": (1.0, 4.0), "sweep.embed": ("prior", "none"), "show": 2, "batch_size": 4,
-    "mesh.data": 1, "candidates": 4,
+    "protocol.size": 16,
+    "protocol.count": 6,
+    "metrics": ("fd-clip", "clip_cosine"),
+    "stages": 2,
+    "sweep.guidance": (1.0, 4.0),
+    "sweep.embed": ("prior", "none"),
+    "show": 2,
+    "batch_size": 4,
+    "mesh.data": 1,
+    "candidates": 4,
 }
 
 
 def verb(*arguments, timeout=200, **environment):
     environment = os.environ | {
-        "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax-tests"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1", **environment}
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        **environment,
+    }
     return subprocess.run(
-        [sys.executable, "-m", "unclip.evaluate", *map(str, arguments)], cwd=ROOT,
-        env=environment, capture_output=True, text=True, timeout=timeout)
+        [sys.executable, "-m", "unclip.evaluate", *map(str, arguments)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
 
 
 def overrides(changes):
@@ -47,8 +63,12 @@ def overrides(changes):
 def done(bundle_dir, tmp_path_factory):
     """(workdir, command line) of a finished sweep of four cells."""
     workdir = tmp_path_factory.mktemp("eval")
-    command = ["--config=configs/evaluate.py:emoji,runlocal", f"--config.model={bundle_dir}",
-               f"--workdir={workdir}", *overrides(CHANGES)]
+    command = [
+        "--config=configs/evaluate.py:emoji,runlocal",
+        f"--config.model={bundle_dir}",
+        f"--workdir={workdir}",
+        *overrides(CHANGES),
+    ]
     ran = verb(*command)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.split() == [str(workdir / "report.html")]
@@ -98,8 +118,9 @@ def test_scores_are_those_of_the_kept_pictures(done, bundle_dir):
     z_i = features.extract(extractor, pictures.ArrayPictures(drawn)).rows["z_i"]
     z_t = encoder.encode([row["caption"] for row in shown])
     scores = record["scores"]["clip_cosine"]
-    np.testing.assert_allclose(clip_score.cosine(z_i, z_t), [row["score"] for row in shown],
-                               atol=2e-6)
+    np.testing.assert_allclose(
+        clip_score.cosine(z_i, z_t), [row["score"] for row in shown], atol=2e-6
+    )
     assert [row["score"] for row in shown] == [scores[row["number"]] for row in shown]
     value = next(v["value"] for v in record["values"] if v["metric"] == "clip_cosine")
     assert value == pytest.approx(np.mean(scores), abs=1e-6)
@@ -130,9 +151,13 @@ def test_two_processes_draw_the_same(done, tmp_path):
         port = free.getsockname()[1]
     changed = ("workdir", "sweep.guidance", "sweep.embed")
     command = [word for word in command if not any(name in word for name in changed)]
-    command += [f"--workdir={tmp_path}", "--config.sweep.guidance=(4.0,)",
-                "--config.sweep.embed=('none',)", f"--coordinator=localhost:{port}",
-                "--process_count=2"]
+    command += [
+        f"--workdir={tmp_path}",
+        "--config.sweep.guidance=(4.0,)",
+        "--config.sweep.embed=('none',)",
+        f"--coordinator=localhost:{port}",
+        "--process_count=2",
+    ]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         ran = list(pool.map(lambda i: verb(*command, f"--process_id={i}"), range(2)))
     assert [job.returncode for job in ran] == [0, 0], ran[0].stderr + ran[1].stderr
@@ -176,23 +201,37 @@ def test_real_pictures_are_measured_once(done, config, monkeypatch):
     assert runner.scorer.reference.statistics
 
 
-@pytest.mark.parametrize(("arguments", "code", "said"), [
-    (["--config=configs/evaluate.py:emoji", "--config.model=nowhere"], 74, "nowhere: no such"),
-    (["--config=configs/clip.py:emoji"], 78, "expected configs/evaluate.py"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--config=configs/evaluate.py:emoji", "--config.model=nowhere"], 74, "nowhere: no such"),
+        (["--config=configs/clip.py:emoji"], 78, "expected configs/evaluate.py"),
+    ],
+)
 def test_one_line_before_anything_is_drawn(tmp_path, arguments, code, said):
     ran = verb(*arguments, f"--workdir={tmp_path}/eval")
     assert ran.returncode == code and said in ran.stderr and "Traceback" not in ran.stderr
     assert len(ran.stderr.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("changes", "kind", "said"), [
-    ({"protocol": {"name": "emoji-heldout"}}, errors.ConfigError, "did you mean 'emoji-held-out'"),
-    ({"protocol": {"name": "emoji-held-out", "sise": 8}}, errors.ConfigError, "'size'"),
-    ({"metrics": ("fid",)}, errors.ConfigError, "fid needs weights: --config.inception=PATH"),
-    ({"metrics": ("fid",), "inception": "none.pth"}, errors.DataError, "none.pth: no such file"),
-    ({"metrics": ("fd-clop",)}, errors.ConfigError, "did you mean 'fd-clip'"),
-])
+@pytest.mark.parametrize(
+    ("changes", "kind", "said"),
+    [
+        (
+            {"protocol": {"name": "emoji-heldout"}},
+            errors.ConfigError,
+            "did you mean 'emoji-held-out'",
+        ),
+        ({"protocol": {"name": "emoji-held-out", "sise": 8}}, errors.ConfigError, "'size'"),
+        ({"metrics": ("fid",)}, errors.ConfigError, "fid needs weights: --config.inception=PATH"),
+        (
+            {"metrics": ("fid",), "inception": "none.pth"},
+            errors.DataError,
+            "none.pth: no such file",
+        ),
+        ({"metrics": ("fd-clop",)}, errors.ConfigError, "did you mean 'fd-clip'"),
+    ],
+)
 def test_refused_before_anything_is_drawn(config, tmp_path, changes, kind, said):
     with pytest.raises(kind, match=said) as raised:
         drawing.Runner(config | changes, tmp_path).cells()

@@ -18,26 +18,50 @@ UNET = {"channels": 16, "multipliers": (1,), "blocks": 1, "head_dim": 16, "group
 PARTS = {
     "clip": (
         dict(
-            embed_dim=16, image_size=16, patch_size=8, vision_width=16, vision_layers=1,
-            vision_heads=2, text_width=16, text_layers=1, text_heads=2, context=16,
+            embed_dim=16,
+            image_size=16,
+            patch_size=8,
+            vision_width=16,
+            vision_layers=1,
+            vision_heads=2,
+            text_width=16,
+            text_layers=1,
+            text_heads=2,
+            context=16,
             activation="quick_gelu",
         ),
         {},
     ),
     "prior": (
         dict(embed_dim=16, context=16, text_width=16, width=32, layers=1, heads=2, head_dim=16),
-        dict(kind="diffusion", noise="cosine", embedding="whiten", clamp=5.0, text_drop=0.7,
-             draw=dict(steps=2, guidance=4.0, sampler="ddpm", candidates=1)),
+        dict(
+            kind="diffusion",
+            noise="cosine",
+            embedding="whiten",
+            clamp=5.0,
+            text_drop=0.7,
+            draw=dict(steps=2, guidance=4.0, sampler="ddpm", candidates=1),
+        ),
     ),
     "decoder": (
         UNET | dict(attention=(True,), context_dim=32),
-        dict(image_size=8, noise="cosine", parametrisation="eps", variance="learned_range",
-             draw=dict(steps=2, guidance=8.0, sampler="ddpm")),
+        dict(
+            image_size=8,
+            noise="cosine",
+            parametrisation="eps",
+            variance="learned_range",
+            draw=dict(steps=2, guidance=8.0, sampler="ddpm"),
+        ),
     ),
     "upsampler": (
         UNET | dict(attention=(False,)),
-        dict(image_size=32, factor=4, noise="cosine", variance="fixed_small",
-             draw=dict(steps=7, sampler="ddpm")),
+        dict(
+            image_size=32,
+            factor=4,
+            noise="cosine",
+            variance="fixed_small",
+            draw=dict(steps=7, sampler="ddpm"),
+        ),
     ),
 }
 DTYPES = {"clip": np.float16, "prior": ml_dtypes.bfloat16}
@@ -58,7 +82,9 @@ def karlo(tmp_path_factory):
         draw = lambda v, dtype=dtype: (0.1 * rng.standard_normal(v.shape)).astype(dtype)
         parts[name] = bundle.Part(name, arch, jax.tree.map(draw, shapes), {}, settings)
     parts["prior"].extra = {
-        "mean": np.float32(rng.normal(size=16)), "std": np.float32(rng.uniform(1, 2, 16))}
+        "mean": np.float32(rng.normal(size=16)),
+        "std": np.float32(rng.uniform(1, 2, 16)),
+    }
     folder = tmp_path_factory.mktemp("karlo")
     bundle.write(folder, parts)
     return str(folder)
@@ -71,10 +97,20 @@ def config_of(tiny_config, shards, karlo):
     def make(name, arg="karlo", **changes):
         config = importlib.import_module(f"configs.{name}").get_config(arg)
         fields = {
-            "init_from": karlo, "batch_size": 8, "total_steps": 2, "log_steps": 1,
-            "input.shards": (shards["train"],), "input.held_out": (), "input.threads": 1,
-            "tensorboard": False, "eval_steps": 0, "sample_examples": 0, "sharding": "data",
-            "arch.dtype": "float32", "arch.remat": "", "optim.warmup_steps": 0,
+            "init_from": karlo,
+            "batch_size": 8,
+            "total_steps": 2,
+            "log_steps": 1,
+            "input.shards": (shards["train"],),
+            "input.held_out": (),
+            "input.threads": 1,
+            "tensorboard": False,
+            "eval_steps": 0,
+            "sample_examples": 0,
+            "sharding": "data",
+            "arch.dtype": "float32",
+            "arch.remat": "",
+            "optim.warmup_steps": 0,
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
         }
         if name in tasks.NEEDS_CLIP:
@@ -112,8 +148,10 @@ def test_two_steps_from_the_bundle(name, arg, config_of, karlo, tmp_path, monkey
             assert a.dtype == np.float32
             np.testing.assert_array_equal(a, b.astype(np.float32))
     ended = checkpoint.load_subtree(tmp_path / "checkpoints", ("params", "step"))
-    moved = [np.abs(a - b.astype(np.float32)).max() for a, b in zip(
-        jax.tree.leaves(ended["params"]), jax.tree.leaves(want.params))]
+    moved = [
+        np.abs(a - b.astype(np.float32)).max()
+        for a, b in zip(jax.tree.leaves(ended["params"]), jax.tree.leaves(want.params))
+    ]
     rate = config.optim.learning_rate
     assert int(ended["step"]) == 2 and rate <= 1e-5
     assert rate < max(moved) < 3 * rate + 1e-6  # two of Adam's steps, and float32's rounding

@@ -20,12 +20,25 @@ from unclip.runtime import checkpoint
 ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("cheap_runs")
 SMALL = dict(
-    vocab_size=40, width=8, layers=1, heads=2, head_dim=4, mlp_width=12, gated=True,
+    vocab_size=40,
+    width=8,
+    layers=1,
+    heads=2,
+    head_dim=4,
+    mlp_width=12,
+    gated=True,
     activation="gelu_tanh",
 )
 ARCH = {
-    "channels": 16, "multipliers": (1,), "blocks": 1, "head_dim": 16, "groups": 8, "time_dim": 32,
-    "attention": (True,), "context_dim": 32, "text_context": 12,
+    "channels": 16,
+    "multipliers": (1,),
+    "blocks": 1,
+    "head_dim": 16,
+    "groups": 8,
+    "time_dim": 32,
+    "attention": (True,),
+    "context_dim": 32,
+    "text_context": 12,
 }
 
 
@@ -53,8 +66,13 @@ def imagen(tiny_config, shards):
         config = decoder.get_config("imagen,runlocal")
         fields = {f"arch.{name}": value for name, value in ARCH.items()}
         fields |= {
-            "input.shards": (shards["train"],), "input.held_out": (), "input.threads": 1,
-            "tensorboard": False, "eval_steps": 0, "sample_examples": 0, "task.image_size": 8,
+            "input.shards": (shards["train"],),
+            "input.held_out": (),
+            "input.threads": 1,
+            "tensorboard": False,
+            "eval_steps": 0,
+            "sample_examples": 0,
+            "task.image_size": 8,
             "task.draw.steps": 2,
         }
         config.update_from_flattened_dict(fields | dict(changes))
@@ -111,14 +129,20 @@ print(json.dumps(out))
 def test_the_doctor_counts_both(imagen, t5_bundle):
     configs = [stage.plain(imagen(changes)) for changes in ({"t5": t5_bundle}, {})]
     done = subprocess.run(
-        [sys.executable, "-c", EXAMINE], input=json.dumps(configs), cwd=ROOT, text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}, capture_output=True,
-        timeout=200)
+        [sys.executable, "-c", EXAMINE],
+        input=json.dumps(configs),
+        cwd=ROOT,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        timeout=200,
+    )
     assert done.returncode == 0, done.stderr
     found, missing = json.loads(done.stdout)
     assert found["problems"] == [] and found["memory_per_device"]["frozen"] > 0
     assert found["parameters"]["t5"] == sum(
-        leaf.size for leaf in jax.tree.leaves(bundle.read_part(t5_bundle, "t5").params))
+        leaf.size for leaf in jax.tree.leaves(bundle.read_part(t5_bundle, "t5").params)
+    )
     assert "clip" not in found["parameters"] and found["flops_per_step"] > 1e6
     assert any("needs a trained T5" in problem for problem in missing["problems"])
     assert missing["parameters"]["t5"] > 0
@@ -127,10 +151,23 @@ def test_the_doctor_counts_both(imagen, t5_bundle):
 def test_export_and_drawing(run, t5_bundle, tmp_path):
     """The bundle holds decoder and T5 alone, and its task draws from the tokenizer it brings."""
     done = subprocess.run(
-        [sys.executable, "-m", "unclip.export", "--decoder", run, "--t5", run, "--out",
-         str(tmp_path)],
-        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-        capture_output=True, text=True, timeout=200)
+        [
+            sys.executable,
+            "-m",
+            "unclip.export",
+            "--decoder",
+            run,
+            "--t5",
+            run,
+            "--out",
+            str(tmp_path),
+        ],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert done.returncode == 0, done.stderr
     parts = bundle.read(tmp_path).parts
     assert set(parts) == {"decoder", "t5"}
@@ -143,8 +180,11 @@ def test_export_and_drawing(run, t5_bundle, tmp_path):
     assert tokens[0, :4].tolist() == [3, 4, 7, 1]
     params = scrambled(part.params)
     keys = jax.random.split(jax.random.key(0), 2)
-    draw = jax.jit(lambda tokens, mask: task.sample(
-        params, {"t5": parts["t5"].params}, None, tokens, mask, keys, guidance=2.0))
+    draw = jax.jit(
+        lambda tokens, mask: task.sample(
+            params, {"t5": parts["t5"].params}, None, tokens, mask, keys, guidance=2.0
+        )
+    )
     pictures = np.asarray(draw(tokens, mask))
     assert pictures.shape == (2, 8, 8, 3) and np.abs(pictures).max() <= 1
     other = np.asarray(draw(tokens[[1, 1]], mask[[1, 1]]))
@@ -157,7 +197,8 @@ def test_export_and_drawing(run, t5_bundle, tmp_path):
 def scrambled(params):
     rng = np.random.default_rng(0)
     return jax.tree.map(
-        lambda v: jnp.asarray(v + 0.2 * rng.standard_normal(v.shape), jnp.float32), params)
+        lambda v: jnp.asarray(v + 0.2 * rng.standard_normal(v.shape), jnp.float32), params
+    )
 
 
 def test_parts_of_two_t5s_are_told_apart(run, t5_bundle):

@@ -40,8 +40,14 @@ def test_indexes_tells_and_goes_on(index, folder):
     code, out, err = index(folder / "a-*.tar", "--jobs", "1")
     assert (code, err.count("\n")) == (0, 1), err  # the progress alone
     assert "8 samples in 4 shards, 8 with a caption; 4 shards read, 0 known already" in out
-    for told in ("truncated 1", "shard-truncated 1", "not-a-tar 1", "problems.jsonl",
-                 "a-1.tar: img2dataset noted 4 samples, 3 are usable", "bytes a sample"):
+    for told in (
+        "truncated 1",
+        "shard-truncated 1",
+        "not-a-tar 1",
+        "problems.jsonl",
+        "a-1.tar: img2dataset noted 4 samples, 3 are usable",
+        "bytes a sample",
+    ):
         assert told in out
     code, out, _ = index(folder / "a-*.tar", "--jobs", "1")
     assert code == 0 and "0 shards read, 4 known already" in out
@@ -65,24 +71,28 @@ def test_processes(index, folder):
 
 def test_to_array_record(index, folder):
     pytest.importorskip("array_record")
-    code, out, err = index(folder / "a-*.tar", "--jobs", "1", "--to-array-record",
-                           folder / "foxes" / "1.0.0")
+    code, out, err = index(
+        folder / "a-*.tar", "--jobs", "1", "--to-array-record", folder / "foxes" / "1.0.0"
+    )
     assert code == 0, err
     assert "8 samples in 1 files" in out
     info = json.loads((folder / "foxes" / "1.0.0" / "dataset_info.json").read_text())
     assert (info["name"], info["version"]) == ("foxes", "1.0.0")
 
 
-@pytest.mark.parametrize("arguments, code, told", [
-    ([], 78, "expected shards"),
-    (["FOLDER/b-*.tar"], 74, "no shard matches"),
-    (["FOLDER/a-3.tar"], 74, "no usable picture in 1 shards"),
-    (["FOLDER/a-0.tar", "--check"], 74, "there is no index in"),
-    (["pipe:cat a.tar"], 78, "never run"),
-    (["s3://bucket/a.tar"], 78, "say with --out"),
-    (["FOLDER/a-0.tar", "--job=0"], 78, "jobs"),
-    (["FOLDER/a-0.tar", "--out=FOLDER/a-1.tar"], 74, "a-1.tar"),
-])
+@pytest.mark.parametrize(
+    "arguments, code, told",
+    [
+        ([], 78, "expected shards"),
+        (["FOLDER/b-*.tar"], 74, "no shard matches"),
+        (["FOLDER/a-3.tar"], 74, "no usable picture in 1 shards"),
+        (["FOLDER/a-0.tar", "--check"], 74, "there is no index in"),
+        (["pipe:cat a.tar"], 78, "never run"),
+        (["s3://bucket/a.tar"], 78, "say with --out"),
+        (["FOLDER/a-0.tar", "--job=0"], 78, "jobs"),
+        (["FOLDER/a-0.tar", "--out=FOLDER/a-1.tar"], 74, "a-1.tar"),
+    ],
+)
 def test_mistakes_are_one_line(index, folder, arguments, code, told):
     arguments = [argument.replace("FOLDER", str(folder)) for argument in arguments]
     found, _, err = index(*arguments)

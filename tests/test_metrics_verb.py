@@ -44,7 +44,8 @@ def files(tmp_path_factory):
     shapes = jax.eval_shape(tasks.ClipTask(ARCH).init, jax.random.key(0))
     for name, scale in (("clip", 0.2), ("broken", np.nan)):
         params = jax.tree.map(
-            lambda s, scale=scale: (scale * rng.normal(size=s.shape)).astype(np.float32), shapes)
+            lambda s, scale=scale: (scale * rng.normal(size=s.shape)).astype(np.float32), shapes
+        )
         bundle.write(folder / name, {"clip": bundle.Part("clip", ARCH, params)})
     return folder
 
@@ -97,8 +98,18 @@ def test_crop_limit_and_allow(metrics, files):
     found = json.loads(out)
     assert found["provenance"]["fake"]["sizes"] == {"8x8": 2}
     assert "[:2] (centre square, bicubic 8x8)" in found["provenance"]["fake"]["source"]
-    code, out, err = metrics("--real", files / "real", "--fake", files / "bad", "--clip",
-                             files / "clip", "--metrics", "fd-clip", "--allow", "corrupt")
+    code, out, err = metrics(
+        "--real",
+        files / "real",
+        "--fake",
+        files / "bad",
+        "--clip",
+        files / "clip",
+        "--metrics",
+        "fd-clip",
+        "--allow",
+        "corrupt",
+    )
     assert code == 0 and "warning: fake: 1 unreadable pictures were left out" in out
 
 

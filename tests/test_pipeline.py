@@ -21,8 +21,7 @@ FAST = {"prior": {"guidance": 2.0}, "decoder": {"guidance": 3.0}}
 def shaken(tree, seed=0):
     """Parameters of a net that is not silent: fresh U-Nets end in zeros."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda leaf: np.float32(leaf + 0.1 * rng.standard_normal(leaf.shape)), tree)
+    return jax.tree.map(lambda leaf: np.float32(leaf + 0.1 * rng.standard_normal(leaf.shape)), tree)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +45,10 @@ def six(model):
 def test_pictures_are_the_last_stage(six, model):
     assert model.upsamplers == ["upsampler_0", "upsampler_1"]
     assert {k: v.shape for k, v in six.stages.items()} == {
-        "decoder": (6, 8, 8, 3), "upsampler_0": (6, 16, 16, 3), "upsampler_1": (6, 32, 32, 3)}
+        "decoder": (6, 8, 8, 3),
+        "upsampler_0": (6, 16, 16, 3),
+        "upsampler_1": (6, 32, 32, 3),
+    }
     assert all(v.dtype == np.uint8 for v in six.stages.values())
     np.testing.assert_array_equal(six.images, six.stages["upsampler_1"])
     assert len(six) == 6 and len({picture.tobytes() for picture in six.images}) == 6
@@ -79,8 +81,14 @@ def test_a_recipe_repeats_its_picture(six, model):
                 settings.setdefault(stage, {})[setting] = value
     assert settings["decoder"]["guidance"] == 3.0 and settings["prior"]["guidance"] == 2.0
     again = model.generate(
-        recipe["prompt"], 1, recipe["seed"], prior=settings["prior"], decoder=settings["decoder"],
-        upsamplers=[settings[name] for name in model.upsamplers], stages=recipe["stages"])
+        recipe["prompt"],
+        1,
+        recipe["seed"],
+        prior=settings["prior"],
+        decoder=settings["decoder"],
+        upsamplers=[settings[name] for name in model.upsamplers],
+        stages=recipe["stages"],
+    )
     np.testing.assert_array_equal(again.images[0], six.images[3])
     assert again.recipes == [recipe]
 
@@ -90,8 +98,12 @@ def test_nothing_is_compiled_again(six, model):
     count = lambda: {key: program._cache_size() for key, program in model._compiled.items()}
     before = count()
     changed = model.generate(
-        ["a green bar", "a red dot"], n=3, seed=999, prior={"guidance": 1.5},
-        decoder={"guidance": 7.5})
+        ["a green bar", "a red dot"],
+        n=3,
+        seed=999,
+        prior={"guidance": 1.5},
+        decoder={"guidance": 7.5},
+    )
     assert count() == before and set(before.values()) == {1}
     plain = model.generate("a red dot", n=1, seed=999, **FAST)
     assert not np.array_equal(changed.images[3], plain.images[0])  # so the guidance was used
@@ -156,8 +168,10 @@ def test_load_gives_the_same_model(model, parts, tmp_path):
 @pytest.mark.parametrize(
     ("keep", "said"),
     [
-        (("clip", "decoder"), "drawing from a caption needs the part 'prior'; this model has clip, "
-                              "decoder"),
+        (
+            ("clip", "decoder"),
+            "drawing from a caption needs the part 'prior'; this model has clip, decoder",
+        ),
         (("clip", "prior"), "drawing a picture needs the part 'decoder'; this model has clip, "),
         (("prior",), "the prior needs the part 'clip'"),
     ],
@@ -280,8 +294,10 @@ ONE = FAST | {"prior": {"guidance": 2.0, "candidates": 1}}
 
 def noise_for(rows, seed=0):
     rng = np.random.default_rng(seed)
-    return {name: np.float32(rng.standard_normal((1 + STEPS, rows, *shape)))
-            for name, shape in SHAPES.items()}
+    return {
+        name: np.float32(rng.standard_normal((1 + STEPS, rows, *shape)))
+        for name, shape in SHAPES.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -332,7 +348,8 @@ def test_a_stage_without_given_noise_draws_its_own(noisy):
     z_i = noisy.draw_prior(["a red dot"] * 2, [3, 4], noise=noise, candidates=1)
     drawn = noisy.decode(z_i, ["a red dot"] * 2, [3, 4], noise=noise)
     np.testing.assert_array_equal(
-        drawn["upsampler_0"], noisy.decode(z_i, ["a red dot"] * 2, [3, 4])["upsampler_0"])
+        drawn["upsampler_0"], noisy.decode(z_i, ["a red dot"] * 2, [3, 4])["upsampler_0"]
+    )
 
 
 def test_noise_for_variations(noisy):
@@ -348,10 +365,16 @@ def test_noise_for_variations(noisy):
     ("noise", "prior", "said"),
     [
         ({"decodr": None}, 1, "unknown stage of noise 'decodr': did you mean 'decoder'"),
-        ({"prior": np.zeros((3, 2, 16))}, 1,
-         r"noise of prior has shape \(3, 2, 16\); expected \(3, 1, 16\): x_T, then one a step"),
-        ({"decoder": np.zeros((2, 1, 8, 8, 3))}, 1,
-         r"noise of decoder .* expected \(3, 1, 8, 8, 3\)"),
+        (
+            {"prior": np.zeros((3, 2, 16))},
+            1,
+            r"noise of prior has shape \(3, 2, 16\); expected \(3, 1, 16\): x_T, then one a step",
+        ),
+        (
+            {"decoder": np.zeros((2, 1, 8, 8, 3))},
+            1,
+            r"noise of decoder .* expected \(3, 1, 8, 8, 3\)",
+        ),
         ({"prior": np.zeros((3, 1, 16))}, 2, "noise for the prior with candidates=2"),
     ],
 )
@@ -385,11 +408,21 @@ def test_two_networks_share_one_upsampler(noisy):
 
 def test_a_decoder_that_reads_t5_needs_no_clip(parts):
     """Imagen's form: the caption through T5's own tokenizer (here bytes), and nothing else."""
-    t5_arch = {"vocab_size": 384, "width": 16, "mlp_width": 16, "head_dim": 8, "heads": 2,
-               "layers": 1}
+    t5_arch = {
+        "vocab_size": 384,
+        "width": 16,
+        "mlp_width": 16,
+        "head_dim": 8,
+        "heads": 2,
+        "layers": 1,
+    }
     t5 = FrozenT5(T5Encoder(**t5_arch))
     arch = dict(parts["decoder"].arch) | {
-        "use_z_i": False, "use_z_t": False, "text_context": 12, "learned_null_text": False}
+        "use_z_i": False,
+        "use_z_t": False,
+        "text_context": 12,
+        "learned_null_text": False,
+    }
     settings = dict(parts["decoder"].settings) | {"text_encoder": "t5"}
     task = tasks.make("decoder", arch, settings, t5=t5_arch)
     init = lambda function: shaken(jax.device_get(jax.jit(function)(jax.random.key(0))))
@@ -398,8 +431,7 @@ def test_a_decoder_that_reads_t5_needs_no_clip(parts):
     model = UnCLIP({"t5": t5_part, "decoder": decoder}, batch_size=2)
     drawn = model.generate(["a red dot", "a Red dot"], seed=4)  # T5 minds capitals
     assert drawn.images.shape == (2, 8, 8, 3) and not np.array_equal(*drawn.images)
-    np.testing.assert_array_equal(
-        model.generate("a Red dot", seed=4).images[0], drawn.images[1])
+    np.testing.assert_array_equal(model.generate("a Red dot", seed=4).images[0], drawn.images[1])
     with pytest.warns(UserWarning, match="11 fit"):  # T5's tokens end, they do not start
         model.generate("a red dot far away", seed=4)
     with pytest.raises(errors.ConfigError, match="the decoder needs the part 't5'"):

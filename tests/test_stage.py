@@ -68,10 +68,14 @@ def run(parts, spec, devices, rules="data", min_size=64):
     frozen = task.frozen()
     if frozen is not None:
         frozen = jax.tree.map(
-            jax.device_put, frozen,
-            sharding.shardings(frozen, mesh, sharding.PRESETS[rules], min_size=min_size))
-    step = jax.jit(stage.make_step(task, tx, schedule, config),
-                   out_shardings=(where, sharding.replicated(mesh)))
+            jax.device_put,
+            frozen,
+            sharding.shardings(frozen, mesh, sharding.PRESETS[rules], min_size=min_size),
+        )
+    step = jax.jit(
+        stage.make_step(task, tx, schedule, config),
+        out_shardings=(where, sharding.replicated(mesh)),
+    )
     losses = []
     for batch in batches:
         state, metrics = step(state, frozen, sharding.put_batch(batch, mesh))
@@ -176,8 +180,9 @@ def test_flops_do_not_depend_on_folding(tiny_config):
     """Counted on the unfolded model, and twice with sharpness-aware minimisation."""
     config = tiny_config("clip", {"arch.vision_layers": 2})
     plain = stage.model_flops(config, None)
-    folded = tiny_config("clip", {"arch.vision_layers": 2, "arch.fold": True,
-                                  "arch.remat": "nothing_saveable"})
+    folded = tiny_config(
+        "clip", {"arch.vision_layers": 2, "arch.fold": True, "arch.remat": "nothing_saveable"}
+    )
     assert stage.model_flops(folded, None) == plain > 1e5
     config.optim.sam_rho = 0.1
     assert stage.model_flops(config, None) == 2 * plain

@@ -42,8 +42,13 @@ def stop_at(monkeypatch, step):
 def decoder_config(tiny_config, run_of, shards):
     """A decoder with everything on: held-out loss, grids, a warm-up that shows in the metrics."""
     changes = {
-        "clip": run_of("clip"), "total_steps": 4, "save_steps": 3, "eval_steps": 2,
-        "sample_examples": 4, "input.held_out": (shards["held_out"],), "optim.warmup_steps": 4,
+        "clip": run_of("clip"),
+        "total_steps": 4,
+        "save_steps": 3,
+        "eval_steps": 2,
+        "sample_examples": 4,
+        "input.held_out": (shards["held_out"],),
+        "optim.warmup_steps": 4,
         "tensorboard": True,
     }
     return lambda **more: tiny_config("decoder", changes | more)
@@ -95,11 +100,14 @@ def test_a_resumed_run_ends_with_the_same_bits(
 
 @pytest.fixture(scope="module")
 def measured_clip(tiny_config, shards):
-    """A CLIP of four steps that is measured: loss after 2, retrieval after 1, 2 and 3, all after 4.
-    """
+    """A CLIP of four steps: its loss is measured after 2, retrieval after 1, 2, 3, all after 4."""
     changes = {
-        "total_steps": 4, "save_steps": 100, "eval_steps": 2, "metric_steps": 1,
-        "metric_examples": 6, "input.held_out": (shards["held_out"],),
+        "total_steps": 4,
+        "save_steps": 100,
+        "eval_steps": 2,
+        "metric_steps": 1,
+        "metric_examples": 6,
+        "input.held_out": (shards["held_out"],),
     }
     return lambda **more: tiny_config("clip", changes | more)
 
@@ -156,13 +164,19 @@ class Notes:
         self.written += values
 
 
-@pytest.mark.parametrize(("polls", "found"), [
-    (0, []), (1, []), (2, []), (3, ["a/figure"]), (4, ["a/figure"]), (5, ["a/figure"]),
-    (6, ["a/figure", "b/figure"]),
-])
-def test_a_stop_ends_evaluation_at_the_next_poll(
-    tiny_config, tmp_path, monkeypatch, polls, found
-):
+@pytest.mark.parametrize(
+    ("polls", "found"),
+    [
+        (0, []),
+        (1, []),
+        (2, []),
+        (3, ["a/figure"]),
+        (4, ["a/figure"]),
+        (5, ["a/figure"]),
+        (6, ["a/figure", "b/figure"]),
+    ],
+)
+def test_a_stop_ends_evaluation_at_the_next_poll(tiny_config, tmp_path, monkeypatch, polls, found):
     """Polls: one before each evaluator, one after each of its batches."""
     evaluators, writer = [Counted("a"), Counted("b")], Notes()
     config = tiny_config("clip", {"total_steps": 9, "metric_steps": 3})
@@ -200,8 +214,11 @@ def test_an_evaluation_cut_short_is_done_after_the_resume(
     train.train(measured_clip(), workdir)
     assert_same_state(measured, workdir)
     values = lambda run: sorted(
-        (line["step"], name, value) for line in lines(run) for name, value in line.items()
-        if "/" in name or name == "loss")
+        (line["step"], name, value)
+        for line in lines(run)
+        for name, value in line.items()
+        if "/" in name or name == "loss"
+    )
     assert values(workdir) == values(measured)
     # The run is over: nothing is measured twice, however often it is started.
     before = lines(workdir)
@@ -226,7 +243,8 @@ def test_what_a_run_leaves(whole, decoder_config):
     rates = series(whole, "learning_rate")
     peak = config.optim.learning_rate
     assert [rates[step] for step in (1, 2, 3, 4)] == pytest.approx(
-        [peak / 4, peak / 2, peak * 3 / 4, peak])
+        [peak / 4, peak / 2, peak * 3 / 4, peak]
+    )
     assert list((pathlib.Path(whole) / "tensorboard").iterdir())
 
 
@@ -234,7 +252,9 @@ def test_sample_grids_are_pictures(whole):
     """Four samples, drawn beside true, 8 pixels a side."""
     folder = pathlib.Path(whole) / "samples"
     assert sorted(p.name for p in folder.iterdir()) == [
-        "0000004-samples_held_out.png", "0000004-samples_train.png"]
+        "0000004-samples_held_out.png",
+        "0000004-samples_train.png",
+    ]
     for path in folder.iterdir():
         with Image.open(path) as picture:
             assert picture.size[0] >= 8 * 8 and picture.size[1] >= 8
@@ -245,19 +265,25 @@ def test_a_decoder_is_judged_by_its_own_clip(whole):
     """Once, at the end, on the eight held-out samples."""
     names = {name for line in lines(whole) for name in line if name.startswith("drawn/")}
     assert names == {
-        "drawn/mse", "drawn/clip_cosine", "drawn/clip_cosine_true", "drawn/clip_cosine_pictures",
-        "drawn/fd_clip_N8"}
+        "drawn/mse",
+        "drawn/clip_cosine",
+        "drawn/clip_cosine_true",
+        "drawn/clip_cosine_pictures",
+        "drawn/fd_clip_N8",
+    }
     for name in names:
         assert list(series(whole, name)) == [4] and np.isfinite(series(whole, name)[4])
     # The same eight samples are drawn for the grid, four of them at least.
     assert series(whole, "drawn/mse")[4] == pytest.approx(
-        series(whole, "samples_held_out/mse")[4], rel=0.5)
+        series(whole, "samples_held_out/mse")[4], rel=0.5
+    )
 
 
 def test_stored_embeddings_give_the_same_loss(whole, decoder_config, tmp_path):
     workdir = str(tmp_path / "stored")
     config = decoder_config(
-        stored_embeddings=True, sample_examples=0, eval_examples=0, metric_examples=0)
+        stored_embeddings=True, sample_examples=0, eval_examples=0, metric_examples=0
+    )
     train.train(config, workdir)
     assert len(list(pathlib.Path(workdir).glob("embeddings/*/*.z_i.npy"))) == 2
     want, got = series(whole, "loss"), series(workdir, "loss")
@@ -313,8 +339,10 @@ def test_no_checkpoint_yet_is_said(tiny_config, tmp_path):
     ("change", "said"),
     [
         ({"arch.vision_width": 48}, r"\(vision_width was 16, now 48\)"),
-        ({"arch.activation": "quick_gelu", "arch.context": 8},
-         r"\(activation was gelu, now quick_gelu, context was 16, now 8\)"),
+        (
+            {"arch.activation": "quick_gelu", "arch.context": 8},
+            r"\(activation was gelu, now quick_gelu, context was 16, now 8\)",
+        ),
     ],
 )
 def test_a_workdir_of_another_model_is_refused(run_of, tiny_config, change, said):
@@ -347,8 +375,9 @@ def test_a_workdir_that_never_saved_may_change_its_mind(tiny_config, tmp_path):
 
 
 def test_init_from_starts_with_those_parameters(run_of, tiny_config, tmp_path):
-    config = tiny_config("clip", {
-        "init_from": run_of("clip"), "total_steps": 1, "optim.learning_rate": 0.0})
+    config = tiny_config(
+        "clip", {"init_from": run_of("clip"), "total_steps": 1, "optim.learning_rate": 0.0}
+    )
     train.train(config, str(tmp_path))
     start, got = state_of(run_of("clip"))["ema"], state_of(tmp_path)
     jax.tree.map(np.testing.assert_array_equal, start, got["params"])
@@ -366,8 +395,11 @@ def test_init_from_another_model_lists_the_leaves(run_of, tiny_config):
 @pytest.mark.parametrize(
     ("change", "error", "said"),
     [
-        ({"batch_size": 12, "mesh.data": 8}, errors.ConfigError,
-         "batch_size 12 is not a multiple of 8"),
+        (
+            {"batch_size": 12, "mesh.data": 8},
+            errors.ConfigError,
+            "batch_size 12 is not a multiple of 8",
+        ),
         ({"accumulate": 2, "mesh.data": 8}, errors.ConfigError, "not a multiple of 16"),
         ({"sharding": "fsdb"}, errors.ConfigError, "'fsdb': did you mean 'fsdp'"),
         ({"mesh.data": 3}, errors.ConfigError, "mesh data=3"),
@@ -435,15 +467,24 @@ def start(folder, workdir, changes, prefix=""):
     (folder / "tiny.py").write_text(CONFIG)
     (folder / "tiny.json").write_text(json.dumps(changes))
     environment = os.environ | {
-        "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax-tests")}
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax-tests"),
+    }
     program = prefix + (
         "import sys; from absl import app; import unclip.train as t; from unclip import cli;"
-        "cli.run_app(t.main)")
+        "cli.run_app(t.main)"
+    )
     arguments = ["--config", str(folder / "tiny.py"), "--workdir", str(workdir)]
     return subprocess.Popen(
-        [sys.executable, "-c", program, *arguments], cwd=ROOT, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        [sys.executable, "-c", program, *arguments],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -453,7 +494,12 @@ def flat(tiny_config):
     def make(changes):
         config = tiny_config("clip")
         names = [f"arch.{n}" for n in config.arch] + [
-            "input.shards", "input.held_out", "input.threads", "sample_examples", "eval_steps"]
+            "input.shards",
+            "input.held_out",
+            "input.threads",
+            "sample_examples",
+            "eval_steps",
+        ]
         out = {}
         for name in names:
             value = config
@@ -467,8 +513,9 @@ def flat(tiny_config):
 
 def test_sigterm_saves_and_exits_with_75(flat, tmp_path):
     workdir = tmp_path / "run"
-    process = start(tmp_path, workdir, flat({
-        "total_steps": 100_000, "save_steps": 100_000, "batch_size": 2}))
+    process = start(
+        tmp_path, workdir, flat({"total_steps": 100_000, "save_steps": 100_000, "batch_size": 2})
+    )
     try:
         deadline = time.monotonic() + 120
         log = workdir / "metrics.jsonl"
@@ -494,8 +541,12 @@ def test_a_full_disk_is_one_line_and_loses_nothing(flat, run_of, tmp_path):
     shutil.copytree(run_of("clip"), workdir)
     before = state_of(workdir)
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000));"
-    process = start(tmp_path, workdir, flat({"total_steps": 4, "batch_size": 2, "save_steps": 3,
-                                             "tensorboard": False}), limit)
+    process = start(
+        tmp_path,
+        workdir,
+        flat({"total_steps": 4, "batch_size": 2, "save_steps": 3, "tensorboard": False}),
+        limit,
+    )
     _, said = process.communicate(timeout=120)
     assert process.returncode == 74, said
     assert "Traceback" not in said

@@ -35,11 +35,18 @@ def two_sets(shard_writer, tmp_path_factory):
 def test_a_streamed_and_weighted_run_resumes_bit_for_bit(
     tiny_config, two_sets, tmp_path, monkeypatch
 ):
-    config = tiny_config("clip", {
-        "total_steps": 4, "input.shards": two_sets, "input.weights": (0.75, 0.25),
-        "input.order": "streamed", "input.streams": 4, "input.window_examples": 5,
-        "input.filters": "caption_words=:5",
-    })
+    config = tiny_config(
+        "clip",
+        {
+            "total_steps": 4,
+            "input.shards": two_sets,
+            "input.weights": (0.75, 0.25),
+            "input.order": "streamed",
+            "input.streams": 4,
+            "input.window_examples": 5,
+            "input.filters": "caption_words=:5",
+        },
+    )
     whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
     train.train(config, whole)
     with monkeypatch.context() as patch:
@@ -53,8 +60,9 @@ def test_a_streamed_and_weighted_run_resumes_bit_for_bit(
 
 
 def test_samples_the_filters_reject_are_replaced_and_counted(tiny_config, two_sets, tmp_path):
-    config = tiny_config("clip", {
-        "input.shards": two_sets, "input.filters": "caption_chars=24:", "log_steps": 1})
+    config = tiny_config(
+        "clip", {"input.shards": two_sets, "input.filters": "caption_chars=24:", "log_steps": 1}
+    )
     data, _ = stage.collections(config)
     rejected = sum(len(data.read(i).text) < 24 for i in range(len(data)))
     assert 0 < rejected < len(data)
@@ -79,9 +87,18 @@ def damaged(shard_writer, tmp_path_factory):
 def damaged_run(tiny_config, damaged, tmp_path_factory):
     """A run over the damaged shards that bears with them."""
     workdir = tmp_path_factory.mktemp("damaged-run")
-    train.train(tiny_config("clip", {
-        "input.shards": damaged, "input.max_bad_fraction": 1.0, "total_steps": 3, "log_steps": 1,
-    }), str(workdir))
+    train.train(
+        tiny_config(
+            "clip",
+            {
+                "input.shards": damaged,
+                "input.max_bad_fraction": 1.0,
+                "total_steps": 3,
+                "log_steps": 1,
+            },
+        ),
+        str(workdir),
+    )
     return workdir
 
 
@@ -152,24 +169,29 @@ def test_streaming_trains_and_says_what_it_cannot(tiny_config, shards, two_sets,
         ({"input.order": "streamed"}, "need indexed shards"),
     ):
         with pytest.raises(errors.ConfigError, match=message):
-            stage.collections(tiny_config("clip", {
-                "input.shards": two_sets, "input.streaming": True} | changes))
+            stage.collections(
+                tiny_config("clip", {"input.shards": two_sets, "input.streaming": True} | changes)
+            )
 
 
 def test_a_prior_needs_indexed_shards_for_its_statistics(tiny_config, run_of, two_sets, tmp_path):
-    config = tiny_config("prior", {
-        "clip": run_of("clip"), "input.shards": two_sets, "input.streaming": True})
+    config = tiny_config(
+        "prior", {"clip": run_of("clip"), "input.shards": two_sets, "input.streaming": True}
+    )
     with pytest.raises(errors.ConfigError, match="statistics are measured on indexed shards"):
         train.train(config, str(tmp_path / "run"))
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"input.order": "sorted"}, "global"),
-    ({"input.weights": (1.0,)}, "1 weights for 2 patterns"),
-    ({"input.order": "streamed", "input.streams": 3}, "3 streams"),
-    ({"input.filters": "similarty=0.3:"}, "did you mean 'similarity'"),
-    ({"input.shards": ()}, "no training shards"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"input.order": "sorted"}, "global"),
+        ({"input.weights": (1.0,)}, "1 weights for 2 patterns"),
+        ({"input.order": "streamed", "input.streams": 3}, "3 streams"),
+        ({"input.filters": "similarty=0.3:"}, "did you mean 'similarity'"),
+        ({"input.shards": ()}, "no training shards"),
+    ],
+)
 def test_settings_that_do_not_fit_are_refused_before_the_run(
     tiny_config, two_sets, changes, message
 ):

@@ -17,18 +17,37 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 def verb(name, *arguments, timeout=200):
     environment = os.environ | {
-        "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax-tests")}
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax-tests"),
+    }
     return subprocess.run(
-        [sys.executable, "-m", f"unclip.{name}", *map(str, arguments)], cwd=ROOT, env=environment,
-        capture_output=True, text=True, timeout=timeout)
+        [sys.executable, "-m", f"unclip.{name}", *map(str, arguments)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
 
 
 def test_export_writes_the_averages(run_of, bundle_dir, tmp_path):
     done = verb(
-        "export", "--clip", run_of("clip"), "--prior", run_of("prior"), "--decoder",
-        run_of("decoder"), "--upsampler", run_of("upsampler_0"), "--upsampler",
-        run_of("upsampler_1"), "--out", tmp_path)
+        "export",
+        "--clip",
+        run_of("clip"),
+        "--prior",
+        run_of("prior"),
+        "--decoder",
+        run_of("decoder"),
+        "--upsampler",
+        run_of("upsampler_0"),
+        "--upsampler",
+        run_of("upsampler_1"),
+        "--out",
+        tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     written = bundle.describe(tmp_path)
     assert written["hash"] == bundle.describe(bundle_dir)["hash"] and written["hash"] in done.stdout
@@ -72,14 +91,36 @@ def test_parts_that_do_not_fit(bundle_dir):
 def test_generate_writes_pictures_that_say_how(bundle_dir, tmp_path):
     prompt = " ".join(["red"] * 20)
     done = verb(
-        "generate", "--model", bundle_dir, "--prompt", "a red dot", "--prompt", prompt, "--n", 2,
-        "--seed", 7, "--stages", 1, "--guidance", 2.5, "--batch_size", 2, "--out", tmp_path)
+        "generate",
+        "--model",
+        bundle_dir,
+        "--prompt",
+        "a red dot",
+        "--prompt",
+        prompt,
+        "--n",
+        2,
+        "--seed",
+        7,
+        "--stages",
+        1,
+        "--guidance",
+        2.5,
+        "--batch_size",
+        2,
+        "--out",
+        tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     paths = [pathlib.Path(line) for line in done.stdout.split("\n") if line.endswith(".png")]
     recipes = [images.read_recipe(path) for path in paths]
     made = [(path, r) for path, r in zip(paths, recipes) if r and "seed" in r]
     assert [(r["prompt"], r["seed"]) for _, r in made] == [
-        ("a red dot", 7), ("a red dot", 8), (prompt, 7), (prompt, 8)]
+        ("a red dot", 7),
+        ("a red dot", 8),
+        (prompt, 7),
+        (prompt, 8),
+    ]
     for path, recipe in made:
         assert recipe["guidance"]["decoder"] == 2.5
         assert recipe["model_hash"] == bundle.describe(bundle_dir)["hash"]
@@ -111,7 +152,14 @@ def test_generate_without_a_bundle(tmp_path):
 
 def test_generate_below_a_file(bundle_dir, tmp_path):
     (tmp_path / "file").write_text("kept")
-    done = verb("generate", "--model", bundle_dir, "--prompt", "a red dot", "--out",
-                tmp_path / "file" / "out")
+    done = verb(
+        "generate",
+        "--model",
+        bundle_dir,
+        "--prompt",
+        "a red dot",
+        "--out",
+        tmp_path / "file" / "out",
+    )
     assert done.returncode == 74 and "Traceback" not in done.stderr
     assert (tmp_path / "file").read_text() == "kept"

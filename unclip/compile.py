@@ -66,7 +66,7 @@ class Topology(NamedTuple):
 
 
 def parse_topology(text: str) -> Topology:
-    """"v5p:4x4x4" -> Topology("v5p", (4, 4, 4)).
+    """ "v5p:4x4x4" -> Topology("v5p", (4, 4, 4)).
 
     v4 and v5p have three dimensions (the last may be 1), v5e and v6e two. A host holds 2 x 2 chips,
     so a slice is made of those; one chip alone is 1x1 or 1x1x1.
@@ -288,7 +288,8 @@ def examine(
         except jax.errors.JaxRuntimeError as e:
             needed = _out_of_memory(str(e))
         out["compile_seconds"] |= {
-            "wall": round(time.perf_counter() - start, 2), "cpu": round(_cpu_seconds() - cpu, 2)
+            "wall": round(time.perf_counter() - start, 2),
+            "cpu": round(_cpu_seconds() - cpu, 2),
         }
     if hlo_file and program:
         with files.replacing(pathlib.Path(hlo_file)) as path:
@@ -371,8 +372,9 @@ def _measure(out: dict, memory: dict[str, int], program: str, chip) -> None:
             counted["model"], out["estimated_seconds"], [chip] * chips
         )
     if links:
-        moved = sum(c.bytes * (2 if kind == "all-reduce" else 1)
-                    for kind, c in found.collectives.items())
+        moved = sum(
+            c.bytes * (2 if kind == "all-reduce" else 1) for kind, c in found.collectives.items()
+        )
         out["communication_seconds"] = moved / links
 
 
@@ -388,8 +390,10 @@ def _problems(out: dict, config: ConfigDict) -> list[str]:
     rows = out["rows"] // ways // (config.accumulate if out["step"] == "train" else 1)
     if parts["arguments"] > parts["temporaries"]:
         if out["mesh"]["fsdp"] < out["devices"]["count"] or config.sharding == "data":
-            advice = ("--config.sharding=fsdp --config.mesh.data=1 --config.mesh.fsdp=-1 spreads "
-                      "parameters, average and moments over all chips")
+            advice = (
+                "--config.sharding=fsdp --config.mesh.data=1 --config.mesh.fsdp=-1 spreads "
+                "parameters, average and moments over all chips"
+            )
         else:
             advice = "they are spread over all chips already: a larger slice"
         return [f"{said}; arguments (parameters, average, moments) are most of it: {advice}"]
@@ -403,8 +407,10 @@ def _problems(out: dict, config: ConfigDict) -> list[str]:
     elif rows > 1:
         over = parts["temporaries"] / max(1, (limit or 1) - parts["arguments"])
         times = min(rows, 2 ** max(1, math.ceil(math.log2(max(over, 1)))))
-        advice = (f"{rows} rows are worked on at once: --config.accumulate="
-                  f"{config.accumulate * times}, a larger slice, or a smaller --config.batch_size")
+        advice = (
+            f"{rows} rows are worked on at once: --config.accumulate="
+            f"{config.accumulate * times}, a larger slice, or a smaller --config.batch_size"
+        )
     else:
         advice = "one row is worked on at a time already: a larger slice or a smaller model"
     return [f"{said}; temporaries are most of it: {advice}"]
@@ -471,8 +477,10 @@ def main(argv):
         hlo_file=_HLO.value,
         quick=_QUICK.value,
     )
-    print(json.dumps({"topology": _TOPOLOGY.value} | found, indent=1) if _JSON.value
-          else text(found), flush=True)
+    print(
+        json.dumps({"topology": _TOPOLOGY.value} | found, indent=1) if _JSON.value else text(found),
+        flush=True,
+    )
     code = errors.ConfigError.exit_code if _STRICT.value and found["problems"] else 0
     if _QUICK.value:  # the compiler still works in its thread, and would be waited for
         os._exit(code)

@@ -24,18 +24,26 @@ from unclip.throughput import STAGES, kept, measure
 _SIZE = flags.DEFINE_integer("size", 64, "pixels a side of the training pictures", lower_bound=1)
 _CROP = flags.DEFINE_enum("crop", "center", ["center", "random"], "which square of a picture")
 _FRACTION = flags.DEFINE_float(
-    "fraction", 1.0, "the square's side, of the shorter side", lower_bound=0.01, upper_bound=1.0)
+    "fraction", 1.0, "the square's side, of the shorter side", lower_bound=0.01, upper_bound=1.0
+)
 _MARGIN = flags.DEFINE_float(
-    "margin", 2.0, "JPEGs are decoded at no less than so many times --size; 1 is fastest",
-    lower_bound=1.0, upper_bound=8.0)
+    "margin",
+    2.0,
+    "JPEGs are decoded at no less than so many times --size; 1 is fastest",
+    lower_bound=1.0,
+    upper_bound=8.0,
+)
 _CAPTIONS = flags.DEFINE_list("captions", ["txt", "json:caption"], "of txt and json:FIELD")
 _FILTERS = flags.DEFINE_string(
-    "filters", "", "also say what part of the samples they keep, e.g. similarity=0.28:,aspect=:2")
+    "filters", "", "also say what part of the samples they keep, e.g. similarity=0.28:,aspect=:2"
+)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "samples a batch of this host", lower_bound=1)
 _THREADS = flags.DEFINE_integer(
-    "threads", None, "decoding threads; as many as there are cores if not given", lower_bound=1)
+    "threads", None, "decoding threads; as many as there are cores if not given", lower_bound=1
+)
 _WORKERS = flags.DEFINE_integer(
-    "workers", 0, "decoding processes instead of threads", lower_bound=0)
+    "workers", 0, "decoding processes instead of threads", lower_bound=0
+)
 _SECONDS = flags.DEFINE_float("seconds", 5.0, "of each measurement", lower_bound=0.01)
 _JSON = flags.DEFINE_bool("json", False, "print JSON and nothing else")
 _OUT = flags.DEFINE_string("out", None, "also write the JSON to this file")
@@ -47,14 +55,25 @@ def main(argv):
         raise errors.ConfigError("expected SHARDS: paths, globs or ranges such as a-{00..07}.tar")
     filters = Filters.parse(_FILTERS.value)
     transform = ImageText(
-        _SIZE.value, CONTEXT_LENGTH, crop=_CROP.value, fraction=_FRACTION.value,
-        captions=_CAPTIONS.value, margin=_MARGIN.value)
+        _SIZE.value,
+        CONTEXT_LENGTH,
+        crop=_CROP.value,
+        fraction=_FRACTION.value,
+        captions=_CAPTIONS.value,
+        margin=_MARGIN.value,
+    )
     collection = shards.index_shards(argv[1:])
     threads = _THREADS.value or len(os.sched_getaffinity(0))
     with progress.progress(len(STAGES) + 3, "data-bench", "measurement") as bar:
         found = measure(
-            collection, transform, batch_size=_BATCH_SIZE.value, threads=threads,
-            workers=_WORKERS.value, seconds=_SECONDS.value, tell=lambda _: bar.update())
+            collection,
+            transform,
+            batch_size=_BATCH_SIZE.value,
+            threads=threads,
+            workers=_WORKERS.value,
+            seconds=_SECONDS.value,
+            tell=lambda _: bar.update(),
+        )
     values = found.to_json() | {"size": _SIZE.value, "margin": _MARGIN.value}
     lines = [found.table()]
     if filters:

@@ -163,7 +163,8 @@ def _data(config, problems: list[str]) -> dict:
         if collection is None:
             continue
         out[name] = {
-            "samples": len(collection), "shards": len(collection.shard_names),
+            "samples": len(collection),
+            "shards": len(collection.shard_names),
             "problems": dict(collection.problems),
         }
         for reason, count in collection.problems.items():

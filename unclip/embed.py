@@ -22,19 +22,26 @@ from unclip.runtime.lock import DirectoryLock
 
 _MODEL = flags.DEFINE_string("model", None, "BUNDLE, or RUN of a CLIP", required=True)
 _SHARDS = flags.DEFINE_multi_string(
-    "shards", [], "paths, globs, ranges such as a-{00..07}.tar, an index folder or "
-    "tfds:NAME:SPLIT; may be repeated")
+    "shards",
+    [],
+    "paths, globs, ranges such as a-{00..07}.tar, an index folder or "
+    "tfds:NAME:SPLIT; may be repeated",
+)
 _OUT = flags.DEFINE_string("out", None, "folder of the embeddings", required=True)
 _DTYPE = flags.DEFINE_enum("dtype", "float32", stored.DTYPES, "of the files")
 _CAPTIONS = flags.DEFINE_list(
-    "captions", ["txt"], "where captions come from, txt or json:FIELD: the first that a sample has")
+    "captions", ["txt"], "where captions come from, txt or json:FIELD: the first that a sample has"
+)
 _BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", 256, "pictures on the devices of a process at once", lower_bound=1)
+    "batch_size", 256, "pictures on the devices of a process at once", lower_bound=1
+)
 _THREADS = flags.DEFINE_integer("threads", 4, "decoding threads of a process", lower_bound=1)
 _WORKERS = flags.DEFINE_integer(
-    "workers", 0, "decoding processes in place of threads", lower_bound=0)
+    "workers", 0, "decoding processes in place of threads", lower_bound=0
+)
 _CACHE = flags.DEFINE_string(
-    "cache", "", "folder for blocks of remote shards; without it a few are kept in memory")
+    "cache", "", "folder for blocks of remote shards; without it a few are kept in memory"
+)
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT, for processes started by hand")
 _PROCESSES = flags.DEFINE_integer("process_count", None, "how many processes, started by hand")
 _PROCESS = flags.DEFINE_integer("process_id", None, "which process this is, started by hand")
@@ -50,15 +57,25 @@ def main(argv):
     clip = runs.open_part(_MODEL.value, "clip")
     missing = {"vision", "text"} - set(clip.params)
     if missing:
-        raise errors.ConfigError(f"{_MODEL.value}: its CLIP has no {min(missing)} tower; both are "
-                                 "needed")
+        raise errors.ConfigError(
+            f"{_MODEL.value}: its CLIP has no {min(missing)} tower; both are needed"
+        )
     # A shard is read from one end to the other: of a remote one, in whole blocks.
     collection = shards.index_shards(
-        patterns, text=False, storage=Storage(_CACHE.value, whole_blocks=True))
+        patterns, text=False, storage=Storage(_CACHE.value, whole_blocks=True)
+    )
     job = embeddings.Job(
-        clip.arch, clip.params, runs.tree_hash(clip.params), collection, _OUT.value,
-        batch_size=_BATCH_SIZE.value, captions=_CAPTIONS.value, dtype=_DTYPE.value,
-        threads=_THREADS.value, workers=_WORKERS.value)
+        clip.arch,
+        clip.params,
+        runs.tree_hash(clip.params),
+        collection,
+        _OUT.value,
+        batch_size=_BATCH_SIZE.value,
+        captions=_CAPTIONS.value,
+        dtype=_DTYPE.value,
+        threads=_THREADS.value,
+        workers=_WORKERS.value,
+    )
     lock = None
     if distributed.is_main():
         try:
@@ -76,8 +93,10 @@ def main(argv):
 
 
 def _tell(store, collection) -> None:
-    print(f"{store.samples:,} samples in {len(store.shards):,} shards: {store.embedded:,} with "
-          f"z_i, {store.captioned:,} with z_t, {store.embed_dim} numbers each, {store.dtype}")
+    print(
+        f"{store.samples:,} samples in {len(store.shards):,} shards: {store.embedded:,} with "
+        f"z_i, {store.captioned:,} with z_t, {store.embed_dim} numbers each, {store.dtype}"
+    )
     for reason, count in sorted((store.bad + collection.problems).items()):
         print(f"  left out: {count:,} {reason}")
     print(f"{store.folder / stored.FILE}: CLIP {store.clip[:12]}")

@@ -37,8 +37,7 @@ class Sums:
         with: that shard would count twice.
     """
 
-    def __init__(self, folder: pathlib.Path, process: int, width: int,
-                 new: Container[str] = ()):
+    def __init__(self, folder: pathlib.Path, process: int, width: int, new: Container[str] = ()):
         self.path = folder / f"moments-{process:05d}.safetensors"
         found = _read(self.path, width)
         if found is None or any(digest in new for digest in found[1]):
@@ -103,8 +102,11 @@ def merge(store: Store, provenance: dict[str, Any]) -> bool:
     _write(store.folder / _MERGED, total, list(store.shards))
     for path in parts:
         path.unlink(missing_ok=True)
-    statistics = {FEATURES[kind]: moments.Statistics.of(sums, provenance)
-                  for kind, sums in total.items() if sums.count > 1}
+    statistics = {
+        FEATURES[kind]: moments.Statistics.of(sums, provenance)
+        for kind, sums in total.items()
+        if sums.count > 1
+    }
     if statistics:
         moments.write_statistics(store.folder / STATISTICS, statistics)
     return bool(statistics)
@@ -142,9 +144,11 @@ def _read(path: pathlib.Path, width: int) -> tuple[dict[str, moments.Moments], l
             sums[kind].count = int(about["counts"][kind])
             sums[kind].total = found[f"{kind}/total"].read()
             sums[kind].outer = found[f"{kind}/outer"].read()
-            sound = (sums[kind].total.shape == (width,)
-                     and sums[kind].outer.shape == (width, width)
-                     and np.isfinite(sums[kind].outer).all())
+            sound = (
+                sums[kind].total.shape == (width,)
+                and sums[kind].outer.shape == (width, width)
+                and np.isfinite(sums[kind].outer).all()
+            )
             if not sound:
                 return None
         digests = list(map(str, about["shards"]))

@@ -190,14 +190,23 @@ class Job:
 
     def describe(self, shards: Sequence[Shard], complete: bool, statistics: bool = False) -> None:
         """Writes embeddings.json."""
-        totals = {name: sum(getattr(shard, name) for shard in shards)
-                  for name in ("samples", "embedded", "captioned")}
+        totals = {
+            name: sum(getattr(shard, name) for shard in shards)
+            for name in ("samples", "embedded", "captioned")
+        }
         bad = sum((Counter(shard.bad) for shard in shards), Counter())
-        files.write_object(self.folder / stored.FILE, {
-            "format": stored.FORMAT, "complete": complete, **self.settings, **totals,
-            "bad": dict(bad), "statistics": stored.STATISTICS if statistics else None,
-            "shards": [shard._asdict() for shard in shards],
-        })
+        files.write_object(
+            self.folder / stored.FILE,
+            {
+                "format": stored.FORMAT,
+                "complete": complete,
+                **self.settings,
+                **totals,
+                "bad": dict(bad),
+                "statistics": stored.STATISTICS if statistics else None,
+                "shards": [shard._asdict() for shard in shards],
+            },
+        )
 
     def done(self, store: Store, number: int) -> Shard | None:
         """A shard that is embedded already: all of its files are there and fit; else None."""
@@ -225,7 +234,11 @@ class Job:
         return [number for number in numbers if self.done(store, number) is None]
 
     def own(
-        self, store: Store, process: int, todo: Sequence[int], *,
+        self,
+        store: Store,
+        process: int,
+        todo: Sequence[int],
+        *,
         should_stop: Callable[[], bool] = distributed.should_stop,
         update: Callable[[int], None] = lambda count: None,
     ) -> None:
@@ -242,7 +255,10 @@ class Job:
             return
         view = ShardBatches(self.collection, todo, self.batch_size)
         batches = source.make_eval_source(
-            view, self.transform, batch_size=self.batch_size, threads=self.threads,
+            view,
+            self.transform,
+            batch_size=self.batch_size,
+            threads=self.threads,
             workers=self.workers,
         )
         digests = {self.collection.shard_digest(number) for number in todo}
@@ -320,9 +336,15 @@ class Job:
             with files.replacing(path) as temporary, open(temporary, "wb") as file:
                 file.write(stored.header(*table.shape, self.dtype))
                 file.write(table.data)
-        files.write_object(self.folder / f"{shard.stem}.json", {
-            "format": stored.FORMAT, **shard._asdict(), "settings": self.settings, "listed": listed,
-        })
+        files.write_object(
+            self.folder / f"{shard.stem}.json",
+            {
+                "format": stored.FORMAT,
+                **shard._asdict(),
+                "settings": self.settings,
+                "listed": listed,
+            },
+        )
         return shard
 
     def finish(self, store: Store) -> Store:

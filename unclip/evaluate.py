@@ -25,7 +25,9 @@ _COUNT = flags.DEFINE_integer(
 )
 _FOLLOW = flags.DEFINE_string("follow", None, "RUN in training: score its checkpoints as they come")
 _TIMEOUT = flags.DEFINE_float(
-    "follow_timeout", 3600.0, "seconds without a new checkpoint after which --follow ends",
+    "follow_timeout",
+    3600.0,
+    "seconds without a new checkpoint after which --follow ends",
     lower_bound=0.0,
 )
 _DRY = flags.DEFINE_bool("dry_run", False, "list the cells and which are finished, draw nothing")

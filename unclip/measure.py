@@ -36,7 +36,7 @@ WEIGHTS = {
     "inception": f"FID's Inception network as --inception: {HELP} (give it --clip)",
     "clip": "a CLIP: give --clip, a BUNDLE or RUN that holds one",
     "dinov2": "DINOv2: give --dinov2, its folder or file, or a bundle (unclip convert --from "
-              "dinov2)",
+    "dinov2)",
 }
 
 
@@ -71,16 +71,23 @@ class Result:
         rows = [("metric", "value", "std", "95 % interval", "key")]
         for value in self.values:
             low, high = value.get("interval", (None, None))
-            rows.append((
-                value["metric"], f"{value['value']:.6g}",
-                f"{value['std']:.3g}" if "std" in value else "",
-                f"{low:.5g} … {high:.5g}" if low is not None else "", value["key"]))
+            rows.append(
+                (
+                    value["metric"],
+                    f"{value['value']:.6g}",
+                    f"{value['std']:.3g}" if "std" in value else "",
+                    f"{low:.5g} … {high:.5g}" if low is not None else "",
+                    value["key"],
+                )
+            )
         used = [k for k in range(5) if any(row[k] for row in rows[1:])]
         widths = {k: max(len(row[k]) for row in rows) for k in used}
         lines = [
-            "  ".join(row[k].rjust(widths[k]) if k in (1, 2) else row[k].ljust(widths[k])
-                      for k in used).rstrip()
-            for row in (rows if self.values else ())]
+            "  ".join(
+                row[k].rjust(widths[k]) if k in (1, 2) else row[k].ljust(widths[k]) for k in used
+            ).rstrip()
+            for row in (rows if self.values else ())
+        ]
         return "\n".join([*lines, *(f"warning: {text}" for text in self.warnings)])
 
 
@@ -131,15 +138,18 @@ def measure(
     check_needs(names, weights, real=real is not None, fake=fake is not None)
     settings = Settings(batch_size, allow, seed, candidates, bootstrap, protocol)
     run = Measurement(
-        real, fake, {name: METRICS[name] for name in names}, weights, captions, settings)
+        real, fake, {name: METRICS[name] for name in names}, weights, captions, settings
+    )
     values = []
     for name in names if fake is not None else ():
         values += [_labelled(run, name, row) for row in METRICS[name].compute(run, name)]
     if fake is not None and any(METRICS[name].real for name in names):
         counts = run.count("real"), run.count("fake")
         if None not in counts and counts[0] != counts[1]:
-            run.warnings.append(f"{counts[0]} real and {counts[1]} fake pictures: distances depend "
-                                "on both numbers and compare only at equal ones")
+            run.warnings.append(
+                f"{counts[0]} real and {counts[1]} fake pictures: distances depend "
+                "on both numbers and compare only at equal ones"
+            )
     warnings = list(dict.fromkeys(run.warnings))
     return Result(values, warnings, run.provenance(), *run.kept(), run.scores)
 
@@ -180,8 +190,13 @@ def _labelled(run: Measurement, name: str, row: dict[str, Any]) -> dict[str, Any
     count, protocol = run.count("fake"), run.settings.protocol
     parts = (shown, run.extractor(name).id, detail, protocol, f"N={count}")
     real = run.count("real") if METRICS[name].real else None
-    return {"metric": shown, "key": "/".join(filter(None, parts)), **row, "n_real": real,
-            "n_fake": count}
+    return {
+        "metric": shown,
+        "key": "/".join(filter(None, parts)),
+        **row,
+        "n_real": real,
+        "n_fake": count,
+    }
 
 
 # ============================================================ each metric
@@ -196,8 +211,10 @@ def _frechet(run: Measurement, name: str) -> list[dict[str, Any]]:
         rows = run.rows("fake", name)
         row["interval"] = list(frechet.bootstrap(rows, real, settings.bootstrap, settings.seed))
     elif settings.bootstrap:
-        run.warnings.append(f"{name}: no interval, {fake.count} pictures are fewer than twice the "
-                            f"{run.width(name)} features")
+        run.warnings.append(
+            f"{name}: no interval, {fake.count} pictures are fewer than twice the "
+            f"{run.width(name)} features"
+        )
     return [row]
 
 
@@ -215,7 +232,8 @@ def _warn_of_few(run: Measurement, name: str, real: Statistics) -> None:
         if count is not None and count < width:
             run.warnings.append(
                 f"{name}: {count} {which} pictures are fewer than the {width} features: the "
-                "covariance is singular and the distance is mostly bias")
+                "covariance is singular and the distance is mostly bias"
+            )
 
 
 def _score(run: Measurement, name: str) -> list[dict[str, Any]]:
@@ -228,8 +246,10 @@ def _score(run: Measurement, name: str) -> list[dict[str, Any]]:
         value, std = inception_score.openai(logits, IS_SPLIT_SIZE)
         detail, least = f"split_size={IS_SPLIT_SIZE}", count % IS_SPLIT_SIZE or IS_SPLIT_SIZE
     if least < IS_SPLIT_SIZE:
-        run.warnings.append(f"{name}: a split has only {least} pictures, the usual "
-                            f"{IS_SPLIT_SIZE}; the score rises with that number")
+        run.warnings.append(
+            f"{name}: a split has only {least} pictures, the usual "
+            f"{IS_SPLIT_SIZE}; the score rises with that number"
+        )
     return [{"value": value, "std": std, "detail": detail}]
 
 
@@ -246,16 +266,20 @@ def _pr(run: Measurement, name: str) -> list[dict[str, Any]]:
     real, fake = run.rows("real", name), run.rows("fake", name)
     values = neighbours.precision_recall(real, fake, PR_NEIGHBOURS)
     suffix = name.removeprefix("pr")  # "-clip" of another network than Inception
-    return [{"name": shown + suffix, "value": value, "detail": f"k={PR_NEIGHBOURS}"}
-            for shown, value in zip(("precision", "recall", "f_score"), values)]
+    return [
+        {"name": shown + suffix, "value": value, "detail": f"k={PR_NEIGHBOURS}"}
+        for shown, value in zip(("precision", "recall", "f_score"), values)
+    ]
 
 
 def _dc(run: Measurement, name: str) -> list[dict[str, Any]]:
     real, fake = run.rows("real", name), run.rows("fake", name)
     values = neighbours.density_coverage(real, fake, DC_NEIGHBOURS)
     suffix = name.removeprefix("dc")
-    return [{"name": shown + suffix, "value": value, "detail": f"k={DC_NEIGHBOURS}"}
-            for shown, value in zip(("density", "coverage"), values)]
+    return [
+        {"name": shown + suffix, "value": value, "detail": f"k={DC_NEIGHBOURS}"}
+        for shown, value in zip(("density", "coverage"), values)
+    ]
 
 
 def _cmmd(run: Measurement, name: str) -> list[dict[str, Any]]:
@@ -298,43 +322,64 @@ def _r_precision(run: Measurement, name: str) -> list[dict[str, Any]]:
     wanted, seed, distinct = run.settings.candidates, run.settings.seed, len(set(texts))
     candidates = min(wanted, distinct)
     if candidates < wanted:
-        run.warnings.append(f"{name}: {candidates} candidates, there are no {wanted} different "
-                            "captions")
+        run.warnings.append(
+            f"{name}: {candidates} candidates, there are no {wanted} different captions"
+        )
     value = clip_score.r_precision(
-        run.rows("fake", name), run.texts(), candidates, seed, captions=texts)
+        run.rows("fake", name), run.texts(), candidates, seed, captions=texts
+    )
     return [{"value": value, "detail": f"candidates={candidates}.seed={seed}"}]
 
 
 _frechet_on = functools.partial(Metric, compute=_frechet, real="statistics", fake="statistics")
 _text_on = functools.partial(Metric, output="z_i", real="", captions=1)
 METRICS: dict[str, Metric] = {
-    "fid": _frechet_on("Fréchet distance on Inception, TensorFlow's resize: the original FID",
-                       "inception.tf1", "pool3"),
+    "fid": _frechet_on(
+        "Fréchet distance on Inception, TensorFlow's resize: the original FID",
+        "inception.tf1",
+        "pool3",
+    ),
     "fid-clean": _frechet_on("FID with clean-fid's antialiased resize", "inception.clean", "pool3"),
     "fid-pytorch": _frechet_on("FID as pytorch-fid resizes", "inception.pytorch-fid", "pool3"),
-    "fid-infinity": Metric("FID extrapolated to infinitely many fake pictures", "inception.tf1",
-                           "pool3", _infinity, real="statistics"),
-    "sfid": _frechet_on("Fréchet distance on Inception's spatial features", "inception.tf1",
-                        "spatial"),
-    "is": Metric("Inception score, torch-fidelity's splits", "inception.tf1", "logits_unbiased",
-                 _score, real=""),
-    "is-openai": Metric("Inception score, OpenAI's splits", "inception.tf1", "logits_unbiased",
-                        _score, real=""),
+    "fid-infinity": Metric(
+        "FID extrapolated to infinitely many fake pictures",
+        "inception.tf1",
+        "pool3",
+        _infinity,
+        real="statistics",
+    ),
+    "sfid": _frechet_on(
+        "Fréchet distance on Inception's spatial features", "inception.tf1", "spatial"
+    ),
+    "is": Metric(
+        "Inception score, torch-fidelity's splits",
+        "inception.tf1",
+        "logits_unbiased",
+        _score,
+        real="",
+    ),
+    "is-openai": Metric(
+        "Inception score, OpenAI's splits", "inception.tf1", "logits_unbiased", _score, real=""
+    ),
     "kid": Metric("kernel Inception distance", "inception.tf1", "pool3", _kid),
-    "kid-clean": Metric("KID with clean-fid's antialiased resize", "inception.clean", "pool3",
-                        _kid),
+    "kid-clean": Metric(
+        "KID with clean-fid's antialiased resize", "inception.clean", "pool3", _kid
+    ),
     "pr": Metric("precision and recall on Inception", "inception.tf1", "pool3", _pr),
     "dc": Metric("density and coverage on Inception", "inception.tf1", "pool3", _dc),
     "pr-clip": Metric("precision and recall on CLIP", "clip.openai", "z_i", _pr),
     "dc-clip": Metric("density and coverage on CLIP", "clip.openai", "z_i", _dc),
     "clip_score": _text_on("CLIP score of Hessel et al.", "clip.openai", compute=_hessel),
-    "clip_score-torchmetrics": _text_on("CLIP score as torchmetrics has it", "clip.transformers",
-                                        compute=_torchmetrics),
+    "clip_score-torchmetrics": _text_on(
+        "CLIP score as torchmetrics has it", "clip.transformers", compute=_torchmetrics
+    ),
     "clip_cosine": _text_on("mean cosine of picture and caption", "clip.openai", compute=_cosine),
-    "ref_clip_score": _text_on("RefCLIPScore of Hessel et al.", "clip.openai",
-                               compute=_references, captions=2),
-    "r_precision": _text_on("how often CLIP picks a picture's own caption", "clip.openai",
-                            compute=_r_precision),
+    "ref_clip_score": _text_on(
+        "RefCLIPScore of Hessel et al.", "clip.openai", compute=_references, captions=2
+    ),
+    "r_precision": _text_on(
+        "how often CLIP picks a picture's own caption", "clip.openai", compute=_r_precision
+    ),
     "cmmd": Metric("maximum mean discrepancy on CLIP", "clip.cmmd", "z_i", _cmmd),
     "fd-clip": _frechet_on("Fréchet distance on CLIP; not an FID", "clip.openai", "z_i"),
     "fd-dinov2": _frechet_on("Fréchet distance on DINOv2", "dinov2.hub", "cls"),

@@ -103,8 +103,9 @@ class Measurement:
         self._sets = {which: p for which, p in used.items() if isinstance(p, PictureSet)}
         for which, pictures in self._sets.items():
             if len(pictures) < 2:
-                raise errors.ConfigError(f"{pictures.source}: {len(pictures)} {which} picture; "
-                                         "at least 2 are needed")
+                raise errors.ConfigError(
+                    f"{pictures.source}: {len(pictures)} {which} picture; at least 2 are needed"
+                )
         self._facts: dict[str, dict[str, Any]] = {}
         self._refuse_sizes({which: _probe(p) for which, p in self._sets.items()})
         self._weights = dict(weights)
@@ -158,7 +159,8 @@ class Measurement:
                 raise errors.ConfigError(
                     f"{name} compares picture by picture, but {self.real.path} holds only the mean "
                     f"and covariance of {self.feature(name)}: give the pictures, or write the file "
-                    f"again with --metrics {name}")
+                    f"again with --metrics {name}"
+                )
             return self.real.features[self.feature(name)]
         return self._found[which, metric.extractor].rows[metric.output]
 
@@ -175,8 +177,10 @@ class Measurement:
             self._texts[key] = np.split(rows, ends[:-1]) if references else rows
             cut = encoder.cut(flat, prefix=prefix)
             if cut:
-                self.warnings.append(f"{len(cut)} of {len(flat)} captions are longer than CLIP "
-                                     f"reads and were cut ({truncate})")
+                self.warnings.append(
+                    f"{len(cut)} of {len(flat)} captions are longer than CLIP "
+                    f"reads and were cut ({truncate})"
+                )
         return self._texts[key]
 
     def kept(self) -> tuple[dict[str, Statistics], dict[str, np.ndarray]]:
@@ -185,17 +189,20 @@ class Measurement:
             return {}, {}
         names = [name for name, metric in self.metrics.items() if metric.real]
         statistics = {self.feature(name): self.statistics("real", name) for name in names}
-        rows = {self.feature(name): self.rows("real", name) for name in names
-                if self.metrics[name].real == "rows"}
+        rows = {
+            self.feature(name): self.rows("real", name)
+            for name in names
+            if self.metrics[name].real == "rows"
+        }
         return statistics, rows
 
     def provenance(self) -> dict[str, Any]:
         """Everything that the values are of, JSON-able."""
         found = {
-            "unclip": unclip.__version__, "jax": jax.__version__,
+            "unclip": unclip.__version__,
+            "jax": jax.__version__,
             "devices": f"{jax.device_count()} {jax.devices()[0].platform}",
-            "settings": dataclasses.asdict(self.settings)
-            | {"allow": sorted(self.settings.allow)},
+            "settings": dataclasses.asdict(self.settings) | {"allow": sorted(self.settings.allow)},
             "extractors": {e.id: e.provenance for e in self._extractors.values()},
             "captions_sha256": None,
         }
@@ -204,7 +211,8 @@ class Measurement:
             found["captions_sha256"] = hashlib.sha256(text.encode()).hexdigest()
         if isinstance(self.real, StatisticsFile):
             found["real"] = {"source": str(self.real.path)} | {
-                name: one.provenance for name, one in self.real.statistics.items()}
+                name: one.provenance for name, one in self.real.statistics.items()
+            }
         for which in self._sets:
             facts = dict(self._facts[which])
             facts["sizes"] = {size: count for size, count in facts["sizes"].most_common(20)}
@@ -221,16 +229,21 @@ class Measurement:
                 continue
             keep = any(getattr(m, which) == "rows" for m in asked)
             found = self._found[which, name] = features.extract(
-                extractor, pictures, batch_size=self.settings.batch_size,
+                extractor,
+                pictures,
+                batch_size=self.settings.batch_size,
                 outputs=sorted({m.output for m in asked}),
-                keep=keep or (which == "fake" and self.settings.bootstrap > 0))
+                keep=keep or (which == "fake" and self.settings.bootstrap > 0),
+            )
             if which not in self._facts:
                 self._facts[which] = self._checked(which, pictures, found)
 
     def _checked(self, which: str, pictures: PictureSet, found) -> dict[str, Any]:
         """What was learnt of a set by reading it; refuses unreadable pictures."""
-        bad = [(name, ": ".join(reason.splitlines()))
-               for name, reason in (*pictures.damaged, *found.bad)]
+        bad = [
+            (name, ": ".join(reason.splitlines()))
+            for name, reason in (*pictures.damaged, *found.bad)
+        ]
         if bad and "corrupt" not in self.settings.allow:
             shown = ", ".join(f"{_plain(name)} ({reason})" for name, reason in bad[:_LISTED])
             table = "\n".join(f"  {_plain(name)}  {reason}" for name, reason in bad)
@@ -238,27 +251,37 @@ class Measurement:
                 f"{len(bad)} of {len(pictures) + len(pictures.damaged)} {which} pictures in "
                 f"{pictures.source} cannot be read: {shown}{', …' if len(bad) > _LISTED else ''}; "
                 "--allow corrupt leaves them out and counts them",
-                table if len(bad) > _LISTED else "")
+                table if len(bad) > _LISTED else "",
+            )
         if bad:
             self.warnings.append(f"{which}: {len(bad)} unreadable pictures were left out")
         if found.count < 2:
-            raise errors.ConfigError(f"{pictures.source}: {found.count} {which} picture can be "
-                                     "read; at least 2 are needed")
+            raise errors.ConfigError(
+                f"{pictures.source}: {found.count} {which} picture can be "
+                "read; at least 2 are needed"
+            )
         if which == "fake" and self.captions and found.bad:
             lost = {name for name, _ in found.bad}
-            self.captions = [texts for i, texts in enumerate(self.captions)
-                             if pictures.name(i) not in lost]
+            self.captions = [
+                texts for i, texts in enumerate(self.captions) if pictures.name(i) not in lost
+            ]
         notes = describe_notes(_everywhere(pictures.notes))
-        self.warnings += [f"{which}: {count} of {found.count} pictures are {what}"
-                          for what, count in notes.items()]
+        self.warnings += [
+            f"{which}: {count} of {found.count} pictures are {what}"
+            for what, count in notes.items()
+        ]
         if pictures.left_out:
-            self.warnings.append(f"{which}: {len(pictures.left_out)} grids of pictures were left "
-                                 f"out ({pictures.left_out[0]} …)")
+            self.warnings.append(
+                f"{which}: {len(pictures.left_out)} grids of pictures were left "
+                f"out ({pictures.left_out[0]} …)"
+            )
         return {
-            "source": pictures.source, "count": found.count,
+            "source": pictures.source,
+            "count": found.count,
             "listing_sha256": listing_hash(pictures),
             "sizes": Counter({_size(size): n for size, n in found.sizes.items()}),
-            "notes": notes, "unreadable": [[_plain(name), reason] for name, reason in bad],
+            "notes": notes,
+            "unreadable": [[_plain(name), reason] for name, reason in bad],
         }
 
     def _refuse_sizes(self, sizes: Mapping[str, Counter]) -> None:
@@ -266,14 +289,17 @@ class Measurement:
         if len(every) < 2:
             return
         told = "; ".join(
-            f"{which} " + ", ".join(f"{size} ({n})" for size, n in found.most_common(_LISTED))
+            f"{which} "
+            + ", ".join(f"{size} ({n})" for size, n in found.most_common(_LISTED))
             + (", …" if len(found) > _LISTED else "")
-            for which, found in sizes.items())
+            for which, found in sizes.items()
+        )
         tried = "" if self._facts else f", of {every.total()} looked at first"
         if "sizes" not in self.settings.allow:
             raise errors.ConfigError(
                 f"pictures have different sizes{tried}: {told}; --crop N makes the centre squares "
-                "one size, --allow sizes measures them as they are")
+                "one size, --allow sizes measures them as they are"
+            )
         if self._facts:  # all were read, not only some tried
             self.warnings.append(f"pictures have different sizes: {told}")
 
@@ -286,17 +312,22 @@ class Measurement:
         if captions is None:
             lists = caption_files.own(self.fake)
             if lists is None:
-                raise errors.ConfigError(f"{name} needs the caption of every picture, and "
-                                         f"{self.fake.source} has none: give --captions FILE")
+                raise errors.ConfigError(
+                    f"{name} needs the caption of every picture, and "
+                    f"{self.fake.source} has none: give --captions FILE"
+                )
         else:
             lists = [[texts] if isinstance(texts, str) else list(texts) for texts in captions]
         if len(lists) != len(self.fake):
-            raise errors.ConfigError(f"{len(lists)} captions for the {len(self.fake)} pictures of "
-                                     f"{self.fake.source}")
+            raise errors.ConfigError(
+                f"{len(lists)} captions for the {len(self.fake)} pictures of {self.fake.source}"
+            )
         few = sum(len(texts) < need[name] for texts in lists)
         if few:
-            raise errors.ConfigError(f"{name} needs a caption and references of every picture; "
-                                     f"{few} of {len(lists)} have fewer than 2 texts")
+            raise errors.ConfigError(
+                f"{name} needs a caption and references of every picture; "
+                f"{few} of {len(lists)} have fewer than 2 texts"
+            )
         return lists
 
     # ------------------------------------------------------------ statistics from a file
@@ -307,20 +338,28 @@ class Measurement:
         # Other tools' files have one set of names, however their pictures were resized.
         found = file.of(wanted if file.ours else self.metrics[name].output)
         theirs = found.provenance
-        for what, ours in (("extractor", extractor.id),
-                           ("weights_sha256", extractor.provenance.get("weights_sha256"))):
+        for what, ours in (
+            ("extractor", extractor.id),
+            ("weights_sha256", extractor.provenance.get("weights_sha256")),
+        ):
             if ours and theirs.get(what, ours) != ours:
                 raise errors.ConfigError(
-                    f"{file.path} was measured with {what} {theirs[what]}, {name} needs {ours}")
+                    f"{file.path} was measured with {what} {theirs[what]}, {name} needs {ours}"
+                )
         if len(found.mean) != self.width(name):
-            raise errors.ConfigError(f"{file.path}: {wanted} is {len(found.mean)} wide, "
-                                     f"expected {self.width(name)}")
+            raise errors.ConfigError(
+                f"{file.path}: {wanted} is {len(found.mean)} wide, expected {self.width(name)}"
+            )
         if not file.ours:
-            self.warnings.append(f"{file.path} does not say which resize its {wanted} was made "
-                                 f"with; {name} supposes {extractor.id}")
+            self.warnings.append(
+                f"{file.path} does not say which resize its {wanted} was made "
+                f"with; {name} supposes {extractor.id}"
+            )
         if found.count is None:
-            self.warnings.append(f"{file.path} does not say of how many pictures it is, and a "
-                                 "Fréchet distance depends on that")
+            self.warnings.append(
+                f"{file.path} does not say of how many pictures it is, and a "
+                "Fréchet distance depends on that"
+            )
         return found
 
     def _source(self, which: str, name: str) -> dict[str, Any]:

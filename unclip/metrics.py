@@ -21,35 +21,48 @@ from unclip.measure import ALIASES, ALLOW, METRICS, Result, check_needs, expand,
 from unclip.runtime import distributed
 
 _REAL = flags.DEFINE_string(
-    "real", None, "the reference: DIR, SHARDS, tfds:NAME:SPLIT, .npz of pictures or of statistics")
+    "real", None, "the reference: DIR, SHARDS, tfds:NAME:SPLIT, .npz of pictures or of statistics"
+)
 _FAKE = flags.DEFINE_string("fake", None, "pictures to judge: DIR, SHARDS, tfds:NAME:SPLIT or .npz")
 _METRICS = flags.DEFINE_list("metrics", None, f"of {', '.join([*METRICS, *ALIASES])}")
 _CAPTIONS = flags.DEFINE_string(
-    "captions", None, "captions of --fake by name: .jsonl, .json, .csv or .tsv; without it, those "
-    "that the pictures bring along: KEY.txt, the shards' or the prompts in PNGs of unclip generate")
+    "captions",
+    None,
+    "captions of --fake by name: .jsonl, .json, .csv or .tsv; without it, those "
+    "that the pictures bring along: KEY.txt, the shards' or the prompts in PNGs of unclip generate",
+)
 _INCEPTION = flags.DEFINE_string("inception", None, "FID's Inception network: FILE or BUNDLE")
 _CLIP = flags.DEFINE_string("clip", None, "the CLIP to judge by: BUNDLE or RUN")
 _DINOV2 = flags.DEFINE_string("dinov2", None, "DINOv2: BUNDLE, folder or file")
 _CROP = flags.DEFINE_integer(
-    "crop", None, "measure the centre squares, resized to so many pixels a side", lower_bound=1)
+    "crop", None, "measure the centre squares, resized to so many pixels a side", lower_bound=1
+)
 _FILTER = flags.DEFINE_enum("filter", "bicubic", ["bicubic", "box"], "of --crop; antialiased")
 _LIMIT = flags.DEFINE_integer("limit", None, "only the first so many of each set", lower_bound=2)
 _ALLOW = flags.DEFINE_list(
-    "allow", [], f"of {', '.join(ALLOW)}: leave unreadable pictures out; take several sizes")
+    "allow", [], f"of {', '.join(ALLOW)}: leave unreadable pictures out; take several sizes"
+)
 _BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", 64, "pictures on the devices at once; changes no value", lower_bound=1)
+    "batch_size", 64, "pictures on the devices at once; changes no value", lower_bound=1
+)
 _SEED = flags.DEFINE_integer("seed", 0, "of r_precision, fid-infinity and intervals", lower_bound=0)
 _CANDIDATES = flags.DEFINE_integer(
-    "candidates", 100, "captions that r_precision chooses from", lower_bound=2)
+    "candidates", 100, "captions that r_precision chooses from", lower_bound=2
+)
 _BOOTSTRAP = flags.DEFINE_integer(
-    "bootstrap", 0, "resamples for an interval of Fréchet distances; 200 are enough", lower_bound=0)
+    "bootstrap", 0, "resamples for an interval of Fréchet distances; 200 are enough", lower_bound=0
+)
 _PROTOCOL = flags.DEFINE_string(
-    "protocol", "", "id of how prompts and reference were chosen; becomes part of the keys")
+    "protocol", "", "id of how prompts and reference were chosen; becomes part of the keys"
+)
 _JSON = flags.DEFINE_bool("json", False, "print JSON, with provenance, and nothing else")
 _OUT = flags.DEFINE_string("out", None, "also write the JSON to this file")
 _SAVE = flags.DEFINE_string(
-    "save_statistics", None, "write what the metrics need of --real to this .npz, to be --real "
-    "another time; --fake may then be left out")
+    "save_statistics",
+    None,
+    "write what the metrics need of --real to this .npz, to be --real "
+    "another time; --fake may then be left out",
+)
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT, for processes started by hand")
 _PROCESSES = flags.DEFINE_integer("process_count", None, "how many processes, started by hand")
 _PROCESS = flags.DEFINE_integer("process_id", None, "which process this is, started by hand")
@@ -62,8 +75,9 @@ def main(argv):
     if not _METRICS.value:
         raise errors.ConfigError(f"expected --metrics, of {', '.join([*METRICS, *ALIASES])}")
     if _FAKE.value is None and not (_SAVE.value and _REAL.value):
-        raise errors.ConfigError("expected --fake, the pictures to judge (or --real with "
-                                 "--save_statistics)")
+        raise errors.ConfigError(
+            "expected --fake, the pictures to judge (or --real with --save_statistics)"
+        )
     if _SAVE.value and _REAL.value is None:
         raise errors.ConfigError("--save_statistics writes those of --real, which is not given")
     if _SAVE.value and not _SAVE.value.endswith(".npz"):
@@ -88,9 +102,18 @@ def _measured(names, weights) -> Result:
         raise errors.ConfigError(f"--save_statistics: {_REAL.value} is statistics already")
     fake, texts = (None, None) if _FAKE.value is None else _open_fake(names)
     return measure(
-        real, fake, names, captions=texts, batch_size=_BATCH_SIZE.value, allow=_ALLOW.value,
-        seed=_SEED.value, candidates=_CANDIDATES.value, bootstrap=_BOOTSTRAP.value,
-        protocol=_PROTOCOL.value, **weights)
+        real,
+        fake,
+        names,
+        captions=texts,
+        batch_size=_BATCH_SIZE.value,
+        allow=_ALLOW.value,
+        seed=_SEED.value,
+        candidates=_CANDIDATES.value,
+        bootstrap=_BOOTSTRAP.value,
+        protocol=_PROTOCOL.value,
+        **weights,
+    )
 
 
 @contextlib.contextmanager
@@ -159,8 +182,10 @@ def _tell(result: Result) -> None:
     if result.values or result.warnings:
         print(result.table())
     if _SAVE.value:
-        print(f"{_SAVE.value}: statistics of {', '.join(result.statistics)}"
-              f"{', rows too' if result.features else ''}")
+        print(
+            f"{_SAVE.value}: statistics of {', '.join(result.statistics)}"
+            f"{', rows too' if result.features else ''}"
+        )
 
 
 if __name__ == "__main__":

@@ -194,8 +194,10 @@ class UnCLIP:
         tokens, _ = self.tokenize(prompts)
         frozen = FrozenClip(self._tasks["clip"].model)
         run = lambda rows: self._call(
-            "z_t", lambda params, tokens: frozen.text(params, tokens)[0],
-            params=self._params["clip"], tokens=tokens[rows],
+            "z_t",
+            lambda params, tokens: frozen.text(params, tokens)[0],
+            params=self._params["clip"],
+            tokens=tokens[rows],
         )
         return self._rows(len(tokens), run)
 
@@ -232,9 +234,16 @@ class UnCLIP:
         keys = _keys(seeds, "prior")
         seam = self._seam(noise, "prior", static, (len(tokens), task.clip.model.embed_dim))
         run = lambda rows: self._call(
-            "prior", task.sample, static=static, params=self._params["prior"],
-            frozen=self._frozen, tokens=tokens[rows], mask=mask[rows], sample_keys=keys[rows],
-            **traced, **seam(rows),
+            "prior",
+            task.sample,
+            static=static,
+            params=self._params["prior"],
+            frozen=self._frozen,
+            tokens=tokens[rows],
+            mask=mask[rows],
+            sample_keys=keys[rows],
+            **traced,
+            **seam(rows),
         )
         return self._rows(len(tokens), run)
 
@@ -273,10 +282,17 @@ class UnCLIP:
         keys = _keys(seeds, "decoder")
         seam = self._seam(noise, "decoder", static, (len(seeds), *2 * (task.image_size,), 3))
         run = lambda rows: self._call(
-            "decoder", task.sample, static=static, params=self._params["decoder"],
+            "decoder",
+            task.sample,
+            static=static,
+            params=self._params["decoder"],
             frozen={other: self._frozen[other] for other in task.needs},
-            z_i=None if z_i is None else z_i[rows], tokens=tokens[rows], mask=mask[rows],
-            sample_keys=keys[rows], drop_image=np.full(len(rows), drop_image), **traced,
+            z_i=None if z_i is None else z_i[rows],
+            tokens=tokens[rows],
+            mask=mask[rows],
+            sample_keys=keys[rows],
+            drop_image=np.full(len(rows), drop_image),
+            **traced,
             **seam(rows),
         )
         out = {"decoder": self._rows(len(seeds), run)}
@@ -303,9 +319,15 @@ class UnCLIP:
         height, width = (side * task.factor for side in low.shape[1:3])
         seam = self._seam(noise, name, static, (len(low), height, width, 3))
         run = lambda rows: self._call(
-            name, task.sample, static=static, params=self._params[name],
-            last_params=self._params.get(name + LAST), low=low[rows], sample_keys=keys[rows],
-            **traced, **seam(rows),
+            name,
+            task.sample,
+            static=static,
+            params=self._params[name],
+            last_params=self._params.get(name + LAST),
+            low=low[rows],
+            sample_keys=keys[rows],
+            **traced,
+            **seam(rows),
         )
         return self._rows(len(low), run)
 
@@ -400,8 +422,14 @@ class UnCLIP:
         else:
             z_i = self.embed_text(wanted)
         drawn = self.decode(
-            z_i, wanted if caption else None, seeds, drop_image=embed == "none", decoder=decoder,
-            upsamplers=upsamplers, stages=stages, noise=noise,
+            z_i,
+            wanted if caption else None,
+            seeds,
+            drop_image=embed == "none",
+            decoder=decoder,
+            upsamplers=upsamplers,
+            stages=stages,
+            noise=noise,
         )
         settings = self._settings(chosen | dict(zip(self.upsamplers, upsamplers)), stages, noise)
         if embed not in (None, "prior"):
@@ -438,8 +466,13 @@ class UnCLIP:
         z_i = self.embed_image(for_clip(image, self._tasks["clip"].model.image_size)[None])
         seeds = _seeds(seed, n)
         drawn = self.decode(
-            np.repeat(z_i, n, axis=0), None, seeds,
-            decoder=decoder, upsamplers=upsamplers, stages=stages, noise=noise,
+            np.repeat(z_i, n, axis=0),
+            None,
+            seeds,
+            decoder=decoder,
+            upsamplers=upsamplers,
+            stages=stages,
+            noise=noise,
         )
         chosen = {"decoder": decoder or {}} | dict(zip(self.upsamplers, upsamplers))
         settings = self._settings(chosen, stages, noise)
@@ -451,9 +484,7 @@ class UnCLIP:
         z_i, z_t = jnp.asarray(self.embed_image(images)), jnp.asarray(self.embed_text(prompts))
         return np.asarray(jnp.sum(unit(z_i) * unit(z_t), axis=-1))
 
-    def _settings(
-        self, chosen: dict[str, dict], stages: int | None, noise: Noise | None
-    ) -> dict:
+    def _settings(self, chosen: dict[str, dict], stages: int | None, noise: Noise | None) -> dict:
         """Every setting in force, for a recipe: {setting: {stage: value}}."""
         count = min(stages or 1 + len(self.upsamplers), 1 + len(self.upsamplers))
         names = [n for n in ("prior", "decoder") if n in chosen] + self.upsamplers[: count - 1]
@@ -500,5 +531,3 @@ def _keys(seeds: Sequence[int], stage: str) -> jax.Array:
     """Typed keys [n], one a picture, different for every stage."""
     one = lambda s: jax.random.fold_in(jax.random.key(s), STAGE_TAGS[stage])
     return jax.vmap(one)(jnp.asarray(seeds, jnp.uint32))
-
-

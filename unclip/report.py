@@ -228,9 +228,7 @@ def _picture(image: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _svg(
-    series: Mapping, xlabel: str, ylabel: str, logy: bool, salt: str, labels: Mapping
-) -> str:
+def _svg(series: Mapping, xlabel: str, ylabel: str, logy: bool, salt: str, labels: Mapping) -> str:
     # Imported here: it takes a second, and a report may have no plot.
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG

@@ -129,9 +129,7 @@ def make_task(
         parts |= {"t5": t5.arch, "t5_params": t5.params}
     if config.stage == "prior":
         parts["statistics"] = statistics
-    task = tasks.make(
-        config.stage, config.arch.to_dict(), plain(config.task), **parts
-    )
+    task = tasks.make(config.stage, config.arch.to_dict(), plain(config.task), **parts)
     if stores_embeddings(config):
         if config.stage == "decoder" and not (task.use_z_i and task.embedding == "image"):
             raise errors.ConfigError("stored embeddings: this decoder is not given z_i")
@@ -289,8 +287,13 @@ def check_order(config: ConfigDict, data) -> None:
     filters.Filters.parse(config.input.filters)
     weights = config.input.weights
     order.make_order(
-        data.counts, config.seed, order=config.input.order, streams=config.input.streams,
-        groups=data.groups if weights else None, weights=weights, batch_size=config.batch_size,
+        data.counts,
+        config.seed,
+        order=config.input.order,
+        streams=config.input.streams,
+        groups=data.groups if weights else None,
+        weights=weights,
+        batch_size=config.batch_size,
         window=config.input.window_examples,
     )
 
@@ -308,19 +311,29 @@ def batches(config: ConfigDict, data, transform, *, start: int = 0, **rows):
     """
     given = config.input
     rows |= {
-        "batch_size": config.batch_size, "seed": config.seed, "start": start,
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+        "start": start,
         "filters": filters.Filters.parse(given.filters),
         "max_bad_fraction": given.max_bad_fraction,
         "max_consecutive_bad": given.max_consecutive_bad,
     }
     if given.streaming:
         return streaming.make_stream(
-            given.shards, transform, shuffle_samples=given.window_examples,
-            storage=storage(config), **rows,
+            given.shards,
+            transform,
+            shuffle_samples=given.window_examples,
+            storage=storage(config),
+            **rows,
         )
     return source.make_source(
-        data, transform, order=given.order, streams=given.streams, weights=given.weights,
-        window=given.window_examples, **rows,
+        data,
+        transform,
+        order=given.order,
+        streams=given.streams,
+        weights=given.weights,
+        window=given.window_examples,
+        **rows,
     )
 
 
@@ -335,8 +348,8 @@ def model_flops(
     with config.unlocked():
         config = config.copy_and_resolve_references()
         config.arch.fold, config.arch.remat = False, ""
-    shapes = lambda part: part and bundle.Part(
-        part.kind, part.arch, jax.eval_shape(lambda tree: tree, part.params)
+    shapes = lambda part: (
+        part and bundle.Part(part.kind, part.arch, jax.eval_shape(lambda tree: tree, part.params))
     )
     task = make_task(config, shapes(clip), t5=shapes(t5))
     if config.stage == "prior":

@@ -25,8 +25,13 @@ from unclip.input.source import make_source
 from unclip.input.transforms import ImageText
 
 STAGES = ("read", "decode", "resize", "tokenise", "batch")
-PAPER = {"clip": 32_768, "prior": 4096, "decoder": 2048, "upsampler 64→256": 1024,
-         "upsampler 256→1024": 512}
+PAPER = {
+    "clip": 32_768,
+    "prior": 4096,
+    "decoder": 2048,
+    "upsampler 64→256": 1024,
+    "upsampler 256→1024": 512,
+}
 _SAMPLES = 256
 _HELD_BYTES = 256 << 20  # of pictures kept in memory to time one stage alone
 
@@ -65,28 +70,53 @@ class Throughput:
     def to_json(self) -> dict[str, Any]:
         """All of it, with the paper's batches."""
         return dataclasses.asdict(self) | {
-            "cores_for_a_step_a_second": {n: self.cores_for(b, 1.0) for n, b in PAPER.items()}}
+            "cores_for_a_step_a_second": {n: self.cores_for(b, 1.0) for n, b in PAPER.items()}
+        }
 
     def table(self) -> str:
         """The same for people."""
         whole = sum(self.seconds.values())  # of a sample
         rows = [("stage", "ms a sample", "samples/s a core", "share")]
-        rows += [(name, f"{1e3 * s:.3f}", _rate(s), f"{s / whole:.0%}")
-                 for name, s in self.seconds.items()]
-        rows += [("sum of the stages", f"{1e3 * whole:.3f}", _rate(whole), "100%"),
-                 ("source, 1 thread", f"{1e3 / self.one_core:.3f}", f"{self.one_core:,.0f}",
-                  f"{1 / self.one_core / whole:.0%}")]
+        rows += [
+            (name, f"{1e3 * s:.3f}", _rate(s), f"{s / whole:.0%}")
+            for name, s in self.seconds.items()
+        ]
+        rows += [
+            ("sum of the stages", f"{1e3 * whole:.3f}", _rate(whole), "100%"),
+            (
+                "source, 1 thread",
+                f"{1e3 / self.one_core:.3f}",
+                f"{self.one_core:,.0f}",
+                f"{1 / self.one_core / whole:.0%}",
+            ),
+        ]
         how = _parallel(self.threads, self.workers)
-        lines = [f"{self.samples} samples, {sum(self.bad.values())} bad {self.bad or ''}".rstrip()
-                 + f"; a picture has {self.pixels / 1e6:.2f} megapixels in {self.encoded:,.0f} "
-                 "bytes", "", *_columns(rows), "",
-                 f"{self.total:,.0f} samples/s in total, {how}, {self.cores} cores", ""]
-        rows = [("training of the paper", "global batch", "least seconds a step, this host",
-                 "cores for a step a second")]
-        rows += [(name, f"{batch:,}", f"{self.sustained(batch):.2f}",
-                  f"{self.cores_for(batch, 1.0):,}") for name, batch in PAPER.items()]
-        feeds = ", ".join(f"{math.floor(seconds * self.total):,} samples in {seconds} s"
-                          for seconds in (0.1, 0.25, 1))
+        lines = [
+            f"{self.samples} samples, {sum(self.bad.values())} bad {self.bad or ''}".rstrip()
+            + f"; a picture has {self.pixels / 1e6:.2f} megapixels in {self.encoded:,.0f} "
+            "bytes",
+            "",
+            *_columns(rows),
+            "",
+            f"{self.total:,.0f} samples/s in total, {how}, {self.cores} cores",
+            "",
+        ]
+        rows = [
+            (
+                "training of the paper",
+                "global batch",
+                "least seconds a step, this host",
+                "cores for a step a second",
+            )
+        ]
+        rows += [
+            (name, f"{batch:,}", f"{self.sustained(batch):.2f}", f"{self.cores_for(batch, 1.0):,}")
+            for name, batch in PAPER.items()
+        ]
+        feeds = ", ".join(
+            f"{math.floor(seconds * self.total):,} samples in {seconds} s"
+            for seconds in (0.1, 0.25, 1)
+        )
         return "\n".join([*lines, *_columns(rows), "", f"this host feeds steps of {feeds}"])
 
 
@@ -96,13 +126,23 @@ def _rate(seconds: float) -> str:
 
 def _columns(rows: list[tuple[str, ...]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return ["  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))])
-            for row in rows]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))])
+        for row in rows
+    ]
 
 
-def measure(collection: Any, transform: ImageText, *, batch_size: int = 64, threads: int = 1,
-            workers: int = 0, seconds: float = 5.0, seed: int = 0,
-            tell: Callable[[str], Any] = lambda what: None) -> Throughput:
+def measure(
+    collection: Any,
+    transform: ImageText,
+    *,
+    batch_size: int = 64,
+    threads: int = 1,
+    workers: int = 0,
+    seconds: float = 5.0,
+    seed: int = 0,
+    tell: Callable[[str], Any] = lambda what: None,
+) -> Throughput:
     """Times the stages one by one on this thread, then the source with 1 and with all threads.
 
     What is read a second time comes from the operating system's memory, so "read" is what a page
@@ -138,10 +178,15 @@ def measure(collection: Any, transform: ImageText, *, batch_size: int = 64, thre
     work = {
         "read": lambda k: collection.read(usable[k].i),
         "decode": lambda k: pictures.decode(
-            usable[k].sample.image, target=transform.target, **transform.limits),
+            usable[k].sample.image, target=transform.target, **transform.limits
+        ),
         "resize": lambda k: pictures.resize_and_crop(
-            usable[k].decoded, transform.size, crop=transform.crop, fraction=transform.fraction,
-            rng=rng()),
+            usable[k].decoded,
+            transform.size,
+            crop=transform.crop,
+            fraction=transform.fraction,
+            rng=rng(),
+        ),
         "tokenise": lambda k: transform.tokenise([texts[k]], transform.context_length),
         "batch": lambda k: {name: np.stack([row[name]] * batch_size) for name in row},
     }
@@ -152,8 +197,15 @@ def measure(collection: Any, transform: ImageText, *, batch_size: int = 64, thre
         stages[stage] = taken / batch_size if stage == "batch" else taken
 
     def through_source(threads: int, workers: int) -> float:
-        with make_source(collection, transform, batch_size=batch_size, seed=seed, threads=threads,
-                         workers=workers, max_bad_fraction=1.0) as batches:
+        with make_source(
+            collection,
+            transform,
+            batch_size=batch_size,
+            seed=seed,
+            threads=threads,
+            workers=workers,
+            max_bad_fraction=1.0,
+        ) as batches:
             for _ in range(2 + 2 * workers):  # not what was prefetched while it started
                 next(batches)
             return batch_size / _each(lambda k: next(batches), 1, seconds)
@@ -162,11 +214,17 @@ def measure(collection: Any, transform: ImageText, *, batch_size: int = 64, thre
     one_core = through_source(1, 0)
     tell(f"source, {_parallel(threads, workers)}")
     return Throughput(
-        samples=len(usable) + sum(bad.values()), bad=dict(bad),
+        samples=len(usable) + sum(bad.values()),
+        bad=dict(bad),
         encoded=statistics.fmean(len(one.sample.image) for one in usable),
-        pixels=statistics.fmean(one.pixels for one in usable), seconds=stages, one_core=one_core,
+        pixels=statistics.fmean(one.pixels for one in usable),
+        seconds=stages,
+        one_core=one_core,
         total=one_core if (threads, workers) == (1, 0) else through_source(threads, workers),
-        threads=threads, workers=workers, cores=len(os.sched_getaffinity(0)))
+        threads=threads,
+        workers=workers,
+        cores=len(os.sched_getaffinity(0)),
+    )
 
 
 class _Usable(NamedTuple):

@@ -90,9 +90,7 @@ def train(config: ConfigDict, workdir: str) -> None:
             statistics = fit_statistics(config, clip, clip_name, data, mesh, folder)
         task = stage.make_task(config, clip, statistics and put(statistics), t5)
         if stage.stores_embeddings(config):
-            data, held_out = store_embeddings(
-                config, clip, clip_name, data, held_out, mesh, folder
-            )
+            data, held_out = store_embeddings(config, clip, clip_name, data, held_out, mesh, folder)
         frozen = task.frozen()
         fingerprint = "streaming" if data is None else data.fingerprint
 
@@ -222,9 +220,7 @@ class Loop:
         if first == 0 or not self.evaluators:
             return
         names = self.writer.restored_names
-        done = np.array(
-            [any(n.startswith(f"{e.prefix}/") for n in names) for e in self.evaluators]
-        )
+        done = np.array([any(n.startswith(f"{e.prefix}/") for n in names) for e in self.evaluators])
         done = embeddings.gather(done)[: len(done)]  # process 0, which writes the file, knows
         self.measured = {(first, e.prefix) for e, was in zip(self.evaluators, done) if was}
 
@@ -359,9 +355,7 @@ def initial_params(config: ConfigDict, abstract_params):
     params = part.params
     if bool(part.arch.get("fold", False)) != config.arch.fold:
         params = fold_params(params) if config.arch.fold else unfold_params(params)
-    table = checkpoint.difference(
-        sharding.tree_paths(params), sharding.tree_paths(abstract_params)
-    )
+    table = checkpoint.difference(sharding.tree_paths(params), sharding.tree_paths(abstract_params))
     if table:
         raise errors.ConfigError(f"init_from {config.init_from} is another model:", table)
     # A bundle may hold half precision; training keeps float32.
@@ -399,8 +393,13 @@ def fit_statistics(config, clip, name, data, mesh, folder) -> dict[str, np.ndarr
         statistics = task.fit(data.pairs(config.statistics_examples))
     else:
         stream = embeddings.embed(
-            clip.arch, clip.params, data, mesh, batch_size=config.batch_size,
-            captions=config.input.captions[:1], limit=config.statistics_examples,
+            clip.arch,
+            clip.params,
+            data,
+            mesh,
+            batch_size=config.batch_size,
+            captions=config.input.captions[:1],
+            limit=config.statistics_examples,
             threads=config.input.threads,
         )
         statistics = task.fit((z_i[valid], z_t[valid]) for z_i, z_t, valid in stream)
@@ -436,9 +435,14 @@ def store_embeddings(config, clip, name, data, held_out, mesh, folder):
             words = (collection.fingerprint[:12], name[:12], config.input.captions[0])
             place = folder / "embeddings" / re.sub(r"[^\w-]+", "-", "-".join(words))
             job = embeddings.Job(
-                clip.arch, on_host(clip.params), name, collection, place,
+                clip.arch,
+                on_host(clip.params),
+                name,
+                collection,
+                place,
                 batch_size=-(-config.batch_size // distributed.process_count()),
-                captions=config.input.captions[:1], threads=config.input.threads,
+                captions=config.input.captions[:1],
+                threads=config.input.threads,
                 devices=[d for d in mesh.devices.flat if d in jax.local_devices()],
             )
             out.append(embeddings.embed_shards(job).attach(collection))

@@ -115,7 +115,8 @@ def test_denoise_clips_x0_and_derives_eps_again(shape, parametrisation):
     kwargs = {"parametrisation": parametrisation}
     free = gaussian.make_denoise(lambda x, t: jnp.asarray(output), FULL, **kwargs)(x_t, T)
     np.testing.assert_allclose(
-        a**0.5 * np.asarray(free.x0, np.float64) + (1 - a) ** 0.5 * np.asarray(free.eps), x_t,
+        a**0.5 * np.asarray(free.x0, np.float64) + (1 - a) ** 0.5 * np.asarray(free.eps),
+        x_t,
         atol=1e-5,
     )
     assert free.log_variance.shape == (5,) + (1,) * (len(shape) - 1)

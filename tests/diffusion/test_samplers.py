@@ -38,9 +38,7 @@ def runner(n, sampler, eta=0.0):
     s = FULL.respace(n)
 
     def run(x_T, keys, noise=None):
-        return samplers.sample(
-            denoiser(s), s, x_T, keys, sampler=sampler, eta=eta, noise=noise
-        )
+        return samplers.sample(denoiser(s), s, x_T, keys, sampler=sampler, eta=eta, noise=noise)
 
     return jax.jit(run)
 
@@ -57,8 +55,13 @@ def ode_end(x_T, s=FULL):
 
 @pytest.mark.parametrize(
     ("sampler", "eta", "n"),
-    [("ddpm", 0.0, 250), ("ddim", 0.0, 250), ("ddim", 1.0, 250), ("ddim", 0.5, 250),
-     ("dpm++2m", 0.0, 40)],
+    [
+        ("ddpm", 0.0, 250),
+        ("ddim", 0.0, 250),
+        ("ddim", 1.0, 250),
+        ("ddim", 0.5, 250),
+        ("dpm++2m", 0.0, 40),
+    ],
 )
 def test_samples_have_the_datas_mean_and_variance(sampler, eta, n):
     count = 4000
@@ -125,7 +128,10 @@ def test_ancestral_loop_follows_the_equations():
     value = 0.3
     denoise = gaussian.make_denoise(
         lambda x, t: jnp.concatenate([exact_x0(FULL)(x, t), jnp.full_like(x, value)], -1),
-        s, parametrisation="x0", variance="learned_range", clip=0.8,
+        s,
+        parametrisation="x0",
+        variance="learned_range",
+        clip=0.8,
     )
     got = samplers.sample(denoise, s, x_T, None, noise=jnp.asarray(noise))
     x = x_T
@@ -205,9 +211,7 @@ def test_different_keys_change_only_random_samplers():
 def test_eta_can_be_traced():
     s, keys = FULL.respace(8), keys_of(2)
     x_T = draw_noise(keys, SHAPE)
-    run = jax.jit(
-        lambda eta: samplers.sample(denoiser(s), s, x_T, keys, sampler="ddim", eta=eta)
-    )
+    run = jax.jit(lambda eta: samplers.sample(denoiser(s), s, x_T, keys, sampler="ddim", eta=eta))
     np.testing.assert_allclose(run(0.0), runner(8, "ddim")(x_T, None), atol=1e-6)
     np.testing.assert_allclose(run(0.7), runner(8, "ddim", 0.7)(x_T, keys), atol=1e-6)
 
@@ -231,9 +235,7 @@ def test_gradients_through_a_sampling_are_finite(sampler, variance):
             return weight * jnp.concatenate([x, x], -1) if "learned" in variance else weight * x
 
         denoise = gaussian.make_denoise(model_fn, s, variance=variance, clip=1.0)
-        return samplers.sample(
-            denoise, s, jnp.ones((2, 3)), keys, sampler=sampler, eta=eta
-        ).sum()
+        return samplers.sample(denoise, s, jnp.ones((2, 3)), keys, sampler=sampler, eta=eta).sum()
 
     value, slope = jax.jit(jax.value_and_grad(total))(0.5)
     assert np.isfinite(value) and np.isfinite(slope)
@@ -257,9 +259,7 @@ def test_inversion_leads_back_to_the_picture():
 
     def error(n, iterations):
         s = FULL.respace(n)
-        x_T = jax.jit(
-            lambda x: samplers.ddim_invert(denoiser(s), s, x, iterations=iterations)
-        )(x_0)
+        x_T = jax.jit(lambda x: samplers.ddim_invert(denoiser(s), s, x, iterations=iterations))(x_0)
         return np.abs(np.asarray(runner(n, "ddim")(x_T, None)) - x_0).max(), x_T
 
     once, _ = error(20, 1)

@@ -71,7 +71,10 @@ def world():
     caption[:, 0] = 1 + np.arange(48)
     caption[20] = 0  # a sample without a caption
     rows = {
-        "image": image, "shown": image, "caption": caption, "valid": valid,
+        "image": image,
+        "shown": image,
+        "caption": caption,
+        "valid": valid,
         "sample": np.stack([np.zeros(48), np.arange(48)], 1).astype(np.uint32),
     }
     return rows, params
@@ -97,8 +100,9 @@ def figures(world, noise=0.0, devices=1, clip=True, **options):
 def test_figures_against_numpy(world):
     rows, params = world
     got = figures(world, 0.4, seed=7)
-    noise = np.asarray(keys.normal(
-        keys.sample_keys(jax.random.key(7), jnp.asarray(rows["sample"])), (3, 3, 3), 0))
+    noise = np.asarray(
+        keys.normal(keys.sample_keys(jax.random.key(7), jnp.asarray(rows["sample"])), (3, 3, 3), 0)
+    )
     true = np.float32(rows["image"]) / 127.5 - 1
     drawn = np.clip(true + np.float32(0.4) * noise, -1, 1)
     z = lambda pictures: np.asarray(Judge().image(params, jnp.asarray(pictures)))
@@ -174,12 +178,14 @@ def test_fid_is_of_all_pictures_once(world):
     """True pictures are looked at in the first run alone; the second gives the same figure."""
     rows, _ = world
     evaluator = Drawn(
-        Painter(), None, batches_of(rows), sharding.make_mesh({"data": -1}), inception=Means())
+        Painter(), None, batches_of(rows), sharding.make_mesh({"data": -1}), inception=Means()
+    )
     first = dict(evaluator.run(state(0.4), 1))
     kept = evaluator.true
     assert dict(evaluator.run(state(0.4), 2)) == first and evaluator.true is kept
-    noise = np.asarray(keys.normal(
-        keys.sample_keys(jax.random.key(0), jnp.asarray(rows["sample"])), (3, 3, 3), 0))
+    noise = np.asarray(
+        keys.normal(keys.sample_keys(jax.random.key(0), jnp.asarray(rows["sample"])), (3, 3, 3), 0)
+    )
     true = np.float32(rows["image"])
     drawn = np.round((np.clip(true / 127.5 - 1 + np.float32(0.4) * noise, -1, 1) + 1) * 127.5)
     look = lambda p: np.concatenate([p / 255, (p / 255) ** 2], -1).mean((1, 2))[rows["valid"]]
@@ -208,9 +214,15 @@ def made(config, task, frozen):
 
 @pytest.mark.parametrize("judged", [True, False])
 def test_an_upsampler_is_judged_by_the_clip_it_is_given(judged, run_of, tiny_config, shards):
-    config = tiny_config("upsampler", {
-        "metric_clip": run_of("clip") if judged else "", "eval_examples": 0, "metric_examples": 6,
-        "input.held_out": (shards["held_out"],)})
+    config = tiny_config(
+        "upsampler",
+        {
+            "metric_clip": run_of("clip") if judged else "",
+            "eval_examples": 0,
+            "metric_examples": 6,
+            "input.held_out": (shards["held_out"],),
+        },
+    )
     task = stage.make_task(config, None)
     (evaluator,) = made(config, task, None)
     state = {"ema": jax.jit(task.init)(jax.random.key(0))}
@@ -219,8 +231,12 @@ def test_an_upsampler_is_judged_by_the_clip_it_is_given(judged, run_of, tiny_con
         assert found.keys() == {"drawn/mse"}
         return
     assert found.keys() == {
-        "drawn/mse", "drawn/clip_cosine", "drawn/clip_cosine_true", "drawn/clip_cosine_pictures",
-        "drawn/fd_clip_N6"}
+        "drawn/mse",
+        "drawn/clip_cosine",
+        "drawn/clip_cosine_true",
+        "drawn/clip_cosine_pictures",
+        "drawn/fd_clip_N6",
+    }
     assert all(np.isfinite(value) for value in found.values())
     # The true pictures by the same CLIP, read and embedded apart.
     part = runs.open_part(run_of("clip"), "clip")
@@ -236,8 +252,9 @@ def test_an_upsampler_is_judged_by_the_clip_it_is_given(judged, run_of, tiny_con
 
 @pytest.mark.parametrize("change", [{"metric_examples": 0}, {"input.held_out": ()}])
 def test_no_examples_are_no_metrics(change, tiny_config, shards):
-    config = tiny_config("upsampler", {
-        "eval_examples": 0, "input.held_out": (shards["held_out"],)} | change)
+    config = tiny_config(
+        "upsampler", {"eval_examples": 0, "input.held_out": (shards["held_out"],)} | change
+    )
     assert made(config, stage.make_task(config, None), None) == []
 
 

@@ -22,9 +22,14 @@ class Toy:
         return loss, {"loss": loss, "scale": params["scale"] * frozen["one"]}
 
     def predict(self):
-        return {"sample": lambda params, frozen, batch, key: {
-            "pictures": 1 - batch["image"] / 127.5, "mse": base.mean(
-                batch["image"].astype(jnp.float32).mean((1, 2, 3)), batch["valid"])}}
+        return {
+            "sample": lambda params, frozen, batch, key: {
+                "pictures": 1 - batch["image"] / 127.5,
+                "mse": base.mean(
+                    batch["image"].astype(jnp.float32).mean((1, 2, 3)), batch["valid"]
+                ),
+            }
+        }
 
 
 FROZEN = {"one": np.float32(1)}
@@ -43,19 +48,22 @@ def passes():
     out = []
     for first in (0, 8):
         numbers = first + np.arange(8)
-        out.append({
-            "image": rng.integers(0, 256, (8, 4, 4, 3), np.uint8),
-            "sample": np.stack([np.zeros(8), numbers], 1).astype(np.uint32),
-            "valid": numbers < 11,
-        })
+        out.append(
+            {
+                "image": rng.integers(0, 256, (8, 4, 4, 3), np.uint8),
+                "sample": np.stack([np.zeros(8), numbers], 1).astype(np.uint32),
+                "valid": numbers < 11,
+            }
+        )
     return out
 
 
 def test_the_mean_is_over_valid_samples_of_all_batches(mesh, passes):
     evaluator = HeldOutLoss(Toy(), FROZEN, lambda: passes, mesh, seed=5)
     got = dict(evaluator.run(STATE, 1))
-    image, sample, valid = (np.concatenate([b[k] for b in passes]) for k in (
-        "image", "sample", "valid"))
+    image, sample, valid = (
+        np.concatenate([b[k] for b in passes]) for k in ("image", "sample", "valid")
+    )
     noise = np.asarray(keys.normal(keys.sample_keys(jax.random.key(5), sample), (), 0))
     want = (np.float64(image).mean((1, 2, 3)) * 2 + noise)[valid].mean()  # the average's scale
     assert got == {"held_out/loss": pytest.approx(want, rel=1e-6), "held_out/scale": 2.0}

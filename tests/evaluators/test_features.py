@@ -289,8 +289,13 @@ def test_where_the_weights_come_from(published, tmp_path):
         inception_extractor.inception_extractor(folder, "tf")
     with pytest.raises(errors.DataError, match=r"6726825d.*unclip convert .*fd-clip needs neither"):
         inception_extractor.inception_extractor(tmp_path / "none.pth", "tf1")
-    promising = bundle.Part("inception", part.arch, {"fc": part.params["fc"]}, {}, {
-        "source": "pt_inception-2015-12-05-6726825d.pth", "sha256": "12" * 32})
+    promising = bundle.Part(
+        "inception",
+        part.arch,
+        {"fc": part.params["fc"]},
+        {},
+        {"source": "pt_inception-2015-12-05-6726825d.pth", "sha256": "12" * 32},
+    )
     bundle.write(tmp_path / "other", {"inception": promising})
     with pytest.raises(errors.DataError, match=r"begins with 12121212, not 6726825d"):
         inception_extractor.inception_extractor(tmp_path / "other", "tf1")

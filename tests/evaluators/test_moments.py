@@ -155,8 +155,11 @@ def test_hostile_and_damaged_files(tmp_path, monkeypatch):
     huge, empty = shaped((10**6, 10**6)), shaped((0, 10**30))
     negative = shaped((-1, -3)) + bytes(24)
     call = _header("__import__('os').abort()\n")
-    about = lambda text: {"unclip": _bytes(np.frombuffer(text.encode(), np.uint8)), "mean_0": mu,
-                          "covariance_0": sigma}
+    about = lambda text: {
+        "unclip": _bytes(np.frombuffer(text.encode(), np.uint8)),
+        "mean_0": mu,
+        "covariance_0": sigma,
+    }
     for entries, message in [
         ({"mu": _bytes(np.array([Trap()], object)), "sigma": sigma}, "expected real numbers"),
         ({"mu": mu, "sigma": _bytes(np.array(["a"]))}, "expected real numbers"),

@@ -35,9 +35,12 @@ def test_figures_against_numpy(cone):
     rank = (similarity >= np.diag(similarity)[:, None]).sum(1)
     assert rank.max() > 3
     want = {
-        "cosine": cosine(drawn, z_i).mean(), "cosine_text": cosine(drawn, z_t).mean(),
-        "cosine_text_true": cosine(z_i, z_t).mean(), "median_rank": np.median(rank),
-        "candidates": 60, "norm_mean": np.linalg.norm(drawn, axis=1).mean(),
+        "cosine": cosine(drawn, z_i).mean(),
+        "cosine_text": cosine(drawn, z_t).mean(),
+        "cosine_text_true": cosine(z_i, z_t).mean(),
+        "median_rank": np.median(rank),
+        "candidates": 60,
+        "norm_mean": np.linalg.norm(drawn, axis=1).mean(),
         "norm_std": np.linalg.norm(drawn, axis=1).std(),
         "norm_true_mean": np.linalg.norm(z_i, axis=1).mean(),
         "norm_true_std": np.linalg.norm(z_i, axis=1).std(),
@@ -82,12 +85,25 @@ def test_one_caption_has_no_other(cone):
 # ============================================================ as an evaluator
 
 CLIP = {
-    "embed_dim": 8, "image_size": 8, "patch_size": 4, "vision_width": 8, "vision_layers": 1,
-    "vision_heads": 1, "text_width": 8, "text_layers": 1, "text_heads": 1, "context": 8,
+    "embed_dim": 8,
+    "image_size": 8,
+    "patch_size": 4,
+    "vision_width": 8,
+    "vision_layers": 1,
+    "vision_heads": 1,
+    "text_width": 8,
+    "text_layers": 1,
+    "text_heads": 1,
+    "context": 8,
     "vocab_size": 40,
 }
 ARCH = {
-    "embed_dim": 8, "context": 8, "text_width": 8, "width": 16, "layers": 1, "heads": 1,
+    "embed_dim": 8,
+    "context": 8,
+    "text_width": 8,
+    "width": 16,
+    "layers": 1,
+    "heads": 1,
     "head_dim": 16,
 }
 
@@ -98,7 +114,11 @@ def prior(quick_compiles):
     clip_params = jax.jit(tasks.make("clip", CLIP, {}).init)(jax.random.key(0))
     statistics = {"mean": jnp.zeros(8), "std": jnp.ones(8)}
     task = tasks.make(
-        "prior", ARCH, {"draw": {"steps": 2}}, clip=CLIP, clip_params=clip_params,
+        "prior",
+        ARCH,
+        {"draw": {"steps": 2}},
+        clip=CLIP,
+        clip_params=clip_params,
         statistics=statistics,
     )
     return task, jax.jit(task.init)(jax.random.key(1))
@@ -113,11 +133,15 @@ def batches():
         numbers = first + np.arange(8)
         tokens = np.zeros((8, 8), np.int32)
         tokens[:, 0], tokens[:, 1], tokens[:, 2], tokens[:, 3] = 38, numbers, numbers + 16, 39
-        out.append({
-            "image": rng.integers(0, 256, (8, 8, 8, 3), np.uint8), "tokens": tokens,
-            "text_mask": np.arange(8)[None].repeat(8, 0) < 4, "valid": numbers < 13,
-            "sample": np.stack([np.zeros(8), numbers], 1).astype(np.uint32),
-        })
+        out.append(
+            {
+                "image": rng.integers(0, 256, (8, 8, 8, 3), np.uint8),
+                "tokens": tokens,
+                "text_mask": np.arange(8)[None].repeat(8, 0) < 4,
+                "valid": numbers < 13,
+                "sample": np.stack([np.zeros(8), numbers], 1).astype(np.uint32),
+            }
+        )
     return out
 
 
@@ -143,11 +167,13 @@ def test_every_sample_counts_once_on_any_mesh(prior, batches, one):
     task = prior[0]
     frozen = task.frozen()
     z_i = np.concatenate([task.clip.image(frozen["clip"], b["image"])[b["valid"]] for b in batches])
-    z_t = np.concatenate([
-        task.clip.text(frozen["clip"], b["tokens"])[0][b["valid"]] for b in batches])
+    z_t = np.concatenate(
+        [task.clip.text(frozen["clip"], b["tokens"])[0][b["valid"]] for b in batches]
+    )
     assert one["prior/cosine_text_true"] == pytest.approx(cosine(z_i, z_t).mean(), rel=1e-4)
     assert one["prior/norm_true_mean"] == pytest.approx(
-        np.linalg.norm(z_i, axis=1).mean(), rel=1e-4)
+        np.linalg.norm(z_i, axis=1).mean(), rel=1e-4
+    )
 
 
 def test_draws_do_not_depend_on_the_batches(prior, batches, one):
@@ -162,7 +188,11 @@ def test_stored_embeddings_are_the_pictures(prior, batches, one):
     task, params = prior
     frozen = task.frozen()
     stored = tasks.make(
-        "prior", ARCH, {"draw": {"steps": 2}}, clip=CLIP, clip_params=frozen["clip"],
+        "prior",
+        ARCH,
+        {"draw": {"steps": 2}},
+        clip=CLIP,
+        clip_params=frozen["clip"],
         statistics=frozen["statistics"],
     )
     stored.stored = True

@@ -36,12 +36,20 @@ def by_loops(z_i, z_t, picture, caption):
 
     out = {}
     for name, ranks in (
-        ("image_to_text", [
-            rank(row, captions, lambda c, p=p: (p, c) in pairs, lambda i, j: similarity[i, j])
-            for p, row in pictures.items()]),
-        ("text_to_image", [
-            rank(row, pictures, lambda p, c=c: (p, c) in pairs, lambda j, i: similarity[i, j])
-            for c, row in captions.items()]),
+        (
+            "image_to_text",
+            [
+                rank(row, captions, lambda c, p=p: (p, c) in pairs, lambda i, j: similarity[i, j])
+                for p, row in pictures.items()
+            ],
+        ),
+        (
+            "text_to_image",
+            [
+                rank(row, pictures, lambda p, c=c: (p, c) in pairs, lambda j, i: similarity[i, j])
+                for c, row in captions.items()
+            ],
+        ),
     ):
         out |= {f"{name}_recall_{k}": np.mean([r <= k for r in ranks]) for k in (1, 5, 10)}
         out[f"{name}_median_rank"] = np.median(ranks)
@@ -70,8 +78,10 @@ def test_five_captions_a_picture_as_clip_benchmark_counts_them():
     scores = unit(z_t) @ unit(base).T
     right = picture[:, None] == np.arange(12)[None]
     for k in (1, 5, 10):
-        for name, score, hit in (("text_to_image", scores, right),
-                                 ("image_to_text", scores.T, right.T)):
+        for name, score, hit in (
+            ("text_to_image", scores, right),
+            ("image_to_text", scores.T, right.T),
+        ):
             top = np.argsort(-score, axis=1)[:, :k]
             want = np.take_along_axis(hit, top, 1).any(1).mean()
             assert got[f"{name}_recall_{k}"] == pytest.approx(want)
@@ -135,8 +145,10 @@ def samples():
     table = np.float32(image[:, 0].reshape(24, -1) / 255 + 0.3 * rng.standard_normal((24, 12)))
     valid = np.arange(24) < 22
     valid[7] = False  # a bad sample in the middle
-    batches = [{"image": image[s], "tokens": tokens[s], "valid": valid[s]}
-               for s in (slice(0, 8), slice(8, 16), slice(16, 24))]
+    batches = [
+        {"image": image[s], "tokens": tokens[s], "valid": valid[s]}
+        for s in (slice(0, 8), slice(8, 16), slice(16, 24))
+    ]
     return batches, {"table": table}
 
 
@@ -146,8 +158,9 @@ def test_every_valid_sample_counts_once_on_any_mesh(samples, devices):
     mesh = sharding.make_mesh({"data": devices}, jax.devices()[:devices])
     evaluator = Retrieval(Toy(), frozen, lambda: (batch for batch in batches), mesh)
     got = dict(evaluator.run(state(), 5))
-    image, tokens, valid = (np.concatenate([b[k] for b in batches]) for k in (
-        "image", "tokens", "valid"))
+    image, tokens, valid = (
+        np.concatenate([b[k] for b in batches]) for k in ("image", "tokens", "valid")
+    )
     z_i, z_t = image[:, 0].reshape(24, -1) / 255, frozen["table"][tokens[:, 1]]
     picture = np.where(np.arange(24) == 12, 5, np.arange(24))
     want = by_loops(z_i[valid], z_t[valid], picture[valid], tokens[valid, 1])
@@ -254,11 +267,19 @@ def test_two_processes_give_the_figures_of_one(shards):
 
     def start(address, index, devices):
         environment = os.environ | {
-            "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT),
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": str(devices),
+            "PYTHONPATH": str(ROOT),
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        }
         return subprocess.Popen(
-            [sys.executable, "-c", WORKER, address, str(index), shards["train"]], cwd=ROOT,
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            [sys.executable, "-c", WORKER, address, str(index), shards["train"]],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
     workers = [start(address, 0, 2), start(address, 1, 2), start("", 0, 1)]
     try:

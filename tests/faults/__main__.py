@@ -13,8 +13,16 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from table import table
 
-MODULES = ("truncation", "hostile_tars", "mutation", "bombs", "server", "array_records", "resume",
-           "workers")
+MODULES = (
+    "truncation",
+    "hostile_tars",
+    "mutation",
+    "bombs",
+    "server",
+    "array_records",
+    "resume",
+    "workers",
+)
 
 
 def main() -> int:

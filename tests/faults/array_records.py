@@ -75,18 +75,23 @@ def run(scale):
             out.close()
 
         for name, fault, exact, count in (
-                ("ArrayRecord file, one bit flipped", flip, True, 1000),
-                ("ArrayRecord file, 64 bytes overwritten", overwrite, True, 1000),
-                ("ArrayRecord file, cut off", cut, True, 1000),
-                ("ArrayRecord file, sound, of mutated examples", mutate, False, 250)):
+            ("ArrayRecord file, one bit flipped", flip, True, 1000),
+            ("ArrayRecord file, 64 bytes overwritten", overwrite, True, 1000),
+            ("ArrayRecord file, cut off", cut, True, 1000),
+            ("ArrayRecord file, sound, of mutated examples", mutate, False, 250),
+        ):
             rows.append(_tried(name, fault, made, folder, exact, max(2, round(count * scale))))
     return rows
 
 
 def _serialised(example_type, sample):
     example = example_type()
-    for name, value in (("image", sample.image), ("caption", sample.text.encode()),
-                        ("key", sample.key.encode()), ("json", json.dumps(sample.meta).encode())):
+    for name, value in (
+        ("image", sample.image),
+        ("caption", sample.text.encode()),
+        ("key", sample.key.encode()),
+        ("json", json.dumps(sample.meta).encode()),
+    ):
         example.features.feature[name].bytes_list.value.append(value)
     return example.SerializeToString()
 

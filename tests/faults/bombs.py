@@ -30,15 +30,27 @@ def run(scale: float) -> list[Row]:
         reasons = {name: reasons for name, (_, _, reasons) in found.items()}
         (pathlib.Path(folder) / "reasons.json").write_text(json.dumps(reasons))
         done = subprocess.run(
-            [sys.executable, "-W", "ignore", __file__, folder, str(repeats)], check=False,
-            capture_output=True, text=True, timeout=600)
+            [sys.executable, "-W", "ignore", __file__, folder, str(repeats)],
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
     if done.returncode:
         count = repeats * len(found)
         return [Row("bombs", count, 0, 0, count, time.monotonic() - began, done.stderr[-300:])]
     found = json.loads(done.stdout.splitlines()[-1])
-    return [Row("decompression bombs", found["tried"], 0, found["refused"], found["wrong"],
-                time.monotonic() - began,
-                f"+{found['mib']:.0f} MiB of at most {CAP_MIB}, slowest {found['slowest']:.2f} s")]
+    return [
+        Row(
+            "decompression bombs",
+            found["tried"],
+            0,
+            found["refused"],
+            found["wrong"],
+            time.monotonic() - began,
+            f"+{found['mib']:.0f} MiB of at most {CAP_MIB}, slowest {found['slowest']:.2f} s",
+        )
+    ]
 
 
 def bombs() -> dict[str, tuple[str, bytes, tuple[str, ...]]]:
@@ -51,10 +63,26 @@ def bombs() -> dict[str, tuple[str, bytes, tuple[str, ...]]]:
         "png-unfolding": ("png", _png(64, 64, b"\0" * (192 << 20)), ("corrupt", "truncated", "")),
         "png-ztxt": ("png", _png(8, 8, b"\0" * 200, _text(b"zTXt", 64 << 20)), ("corrupt",)),
         "png-itxt": ("png", _png(8, 8, b"\0" * 200, _text(b"iTXt", 64 << 20)), ("corrupt",)),
-        "png-ztxt-many": ("png", _png(8, 8, b"\0" * 200, b"".join(
-            _text(b"zTXt", 1_000_000, b"key %d" % k) for k in range(100))), ("corrupt",)),
-        "png-iccp": ("png", _png(8, 8, b"\0" * 200, _chunk(
-            b"iCCP", b"name\0\0" + zlib.compress(b"\0" * (64 << 20), 9))), ("corrupt", "")),
+        "png-ztxt-many": (
+            "png",
+            _png(
+                8,
+                8,
+                b"\0" * 200,
+                b"".join(_text(b"zTXt", 1_000_000, b"key %d" % k) for k in range(100)),
+            ),
+            ("corrupt",),
+        ),
+        "png-iccp": (
+            "png",
+            _png(
+                8,
+                8,
+                b"\0" * 200,
+                _chunk(b"iCCP", b"name\0\0" + zlib.compress(b"\0" * (64 << 20), 9)),
+            ),
+            ("corrupt", ""),
+        ),
         "jpeg-sides": ("jpg", _jpeg(65_500, 65_500), many),
         "jpeg-sides-progressive": ("jpg", _jpeg(65_500, 65_500, progressive=True), many),
         "jpeg-strip": ("jpg", _jpeg(65_500, 1100), many),
@@ -65,13 +93,15 @@ def bombs() -> dict[str, tuple[str, bytes, tuple[str, ...]]]:
     }
     deep = b"[" * 500_000 + b"]" * 500_000
     huge = b'{"n": ' + b"9" * 1_000_000 + b"}"
-    members = {"json-deep": ("json", b'{"a": ' + deep + b"}", ("json",)),
-               "json-objects": ("json", b'{"a":' * 150_000 + b"1" + b"}" * 150_000, ("json",)),
-               "json-number": ("json", huge, ("json",)),
-               "json-bytes": ("json", b'{"a": "' + b"x" * (2 << 20) + b'"}', ("too-many-bytes",)),
-               "caption-bytes": ("txt", b"word " * (1 << 19), ("too-many-bytes",)),
-               "caption-one-word": ("txt", b"x" * 1_000_000, ("",)),
-               "caption-emoji": ("txt", "😀".encode() * 250_000, ("",))}
+    members = {
+        "json-deep": ("json", b'{"a": ' + deep + b"}", ("json",)),
+        "json-objects": ("json", b'{"a":' * 150_000 + b"1" + b"}" * 150_000, ("json",)),
+        "json-number": ("json", huge, ("json",)),
+        "json-bytes": ("json", b'{"a": "' + b"x" * (2 << 20) + b'"}', ("too-many-bytes",)),
+        "caption-bytes": ("txt", b"word " * (1 << 19), ("too-many-bytes",)),
+        "caption-one-word": ("txt", b"x" * 1_000_000, ("",)),
+        "caption-emoji": ("txt", "😀".encode() * 250_000, ("",)),
+    }
     return found | members
 
 
@@ -81,8 +111,13 @@ def _chunk(kind, body):
 
 def _png(width, height, raw, extra=b"", *, depth=8, colour=2):
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    return (b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + extra
-            + _chunk(b"IDAT", zlib.compress(raw, 9)) + _chunk(b"IEND", b""))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + _chunk(b"IHDR", header)
+        + extra
+        + _chunk(b"IDAT", zlib.compress(raw, 9))
+        + _chunk(b"IEND", b"")
+    )
 
 
 def _text(kind, size, key=b"key"):
@@ -166,6 +201,7 @@ def _child(folder, repeats):
     from unclip.input.shards import index_shards
     from unclip.input.source import make_eval_source
     from unclip.input.transforms import ImageText
+
     expected = json.loads((pathlib.Path(folder) / "reasons.json").read_text())
     transform = ImageText(16, 77, captions=("txt",))
     options = {"batch_size": 1, "threads": 1, "prefetch": 1, "max_attempts": 500}
@@ -189,8 +225,17 @@ def _child(folder, repeats):
             wrong += bool(batch["valid"][0]) == bool(own)
     mib = _mib("VmHWM") - before
     wrong += (mib > CAP_MIB) + (slowest > SECONDS_EACH)
-    print(json.dumps({"tried": repeats * len(expected), "refused": refused, "wrong": int(wrong),
-                      "mib": mib, "slowest": slowest}))
+    print(
+        json.dumps(
+            {
+                "tried": repeats * len(expected),
+                "refused": refused,
+                "wrong": int(wrong),
+                "mib": mib,
+                "slowest": slowest,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -46,8 +46,13 @@ def links(archive, rng):
     """Symbolic and hard links to a secret, to a good member and to devices."""
     target = rng.choice(["secret.txt", "../secret.txt", "/etc/hostname", "first.txt", "/dev/zero"])
     add(archive, "x.jpg", b"picture x")
-    _header(archive, rng.choice([tarfile.SYMTYPE, tarfile.LNKTYPE]), rng.choice([0, 0, 1 << 20]),
-            "x.txt", target)  # a link carries no data, whatever its size says
+    _header(
+        archive,
+        rng.choice([tarfile.SYMTYPE, tarfile.LNKTYPE]),
+        rng.choice([0, 0, 1 << 20]),
+        "x.txt",
+        target,
+    )  # a link carries no data, whatever its size says
     return {"refused-link": 1}
 
 
@@ -55,8 +60,11 @@ def names(archive, rng):
     """Absolute names, `..` in any place, and names longer than any path."""
     name = rng.choice(["/etc/x", "../x", "a/../../x", "a/b/..", "/x", "y/../x", "n" * 5000])
     for extension in ("jpg", "txt"):
-        add(archive, f"{name}.{extension}" if not name.endswith("..") else f"{name}/x.{extension}",
-            SECRET)
+        add(
+            archive,
+            f"{name}.{extension}" if not name.endswith("..") else f"{name}/x.{extension}",
+            SECRET,
+        )
     return {"refused-name": 2}
 
 
@@ -72,8 +80,12 @@ def sparse(archive, rng):
     if rng.random() < 0.5:
         add(archive, "x.jpg", b"x" * 512, type=tarfile.GNUTYPE_SPARSE)
     else:
-        add(archive, "x.jpg", b"x" * 512, pax_headers={
-            "GNU.sparse.major": "1", "GNU.sparse.realsize": str(1 << 50)})
+        add(
+            archive,
+            "x.jpg",
+            b"x" * 512,
+            pax_headers={"GNU.sparse.major": "1", "GNU.sparse.realsize": str(1 << 50)},
+        )
     return {"refused-type": 1}
 
 
@@ -89,8 +101,11 @@ class _Runs:
 
 def pickles(archive, rng):
     """Pickled members, which other readers load, beside a good sample."""
-    add(archive, f"first.{rng.choice(['pkl', 'pickle', 'pyd', 'pth', 'pt', 'x.pth', 'PKL'])}",
-        pickle.dumps(_Runs("ran")))
+    add(
+        archive,
+        f"first.{rng.choice(['pkl', 'pickle', 'pyd', 'pth', 'pt', 'x.pth', 'PKL'])}",
+        pickle.dumps(_Runs("ran")),
+    )
     return {"refused-pickle": 1}
 
 
@@ -107,10 +122,18 @@ def long_names(archive, rng):
 
 def pax_records(archive, rng):
     """Pax headers with ten thousands of records, no record, absurd lengths or none at all."""
-    data = rng.choice([
-        b"".join(b"%d k%d=v\n" % (8 + len(str(k)) - 1, k) for k in range(10_000, 90_000)),
-        b"9" * 4000 + b" path=x\n", b"0 path=x\n", b"-5 path=x\n", b"\xff" * 512,
-        b"20 path=" + b"x" * 4000, b"12 size=a\n\n", b"10 path=x"])
+    data = rng.choice(
+        [
+            b"".join(b"%d k%d=v\n" % (8 + len(str(k)) - 1, k) for k in range(10_000, 90_000)),
+            b"9" * 4000 + b" path=x\n",
+            b"0 path=x\n",
+            b"-5 path=x\n",
+            b"\xff" * 512,
+            b"20 path=" + b"x" * 4000,
+            b"12 size=a\n\n",
+            b"10 path=x",
+        ]
+    )
     _header(archive, b"x", len(data))
     archive.fileobj.write(data.ljust(-(-len(data) // 512) * 512, b"\0"))
     archive.offset = archive.fileobj.tell()
@@ -139,10 +162,17 @@ def crowds(archive, rng):
 
 def texts(archive, rng):
     """JSON nested without end, crowded or with absurd numbers, and captions that are too long."""
-    kind, value = rng.choice([
-        ("json", b"[" * 1_000_000), ("json", b'{"a":' * 200_000), ("json", b"[[]," * 250_000),
-        ("json", b"9" * 1_000_000), ("txt", b"x" * ((1 << 20) + 1)),
-        ("json", b"[" + b"{}," * 340_000 + b"{}]"), ("json", b" " * ((1 << 20) + 1))])
+    kind, value = rng.choice(
+        [
+            ("json", b"[" * 1_000_000),
+            ("json", b'{"a":' * 200_000),
+            ("json", b"[[]," * 250_000),
+            ("json", b"9" * 1_000_000),
+            ("txt", b"x" * ((1 << 20) + 1)),
+            ("json", b"[" + b"{}," * 340_000 + b"{}]"),
+            ("json", b" " * ((1 << 20) + 1)),
+        ]
+    )
     add(archive, "x.jpg", b"picture x")
     add(archive, f"x.{kind}", value)
     return {"too-many-bytes": 1} if len(value) > 1 << 20 else {"no-text": 1}
@@ -153,16 +183,29 @@ def _header(archive, kind: bytes, size: int, name: str = "x.jpg", target: str = 
     info = tarfile.TarInfo(name)
     info.type, info.linkname = kind, target
     block = bytearray(info.tobuf(tarfile.GNU_FORMAT))
-    block[124:136] = (b"%011o\0" % size if 0 <= size < 8 ** 11 else
-                      bytes([0x80 if size > 0 else 0xFF]) + (size % 256 ** 11).to_bytes(11, "big"))
+    block[124:136] = (
+        b"%011o\0" % size
+        if 0 <= size < 8**11
+        else bytes([0x80 if size > 0 else 0xFF]) + (size % 256**11).to_bytes(11, "big")
+    )
     block[148:156] = b" " * 8
     block[148:156] = b"%06o\0 " % sum(block)
     archive.fileobj.write(block)
     archive.offset = archive.fileobj.tell()
 
 
-KINDS = {links: 1, names: 1, devices: 1, sparse: 1, pickles: 1, long_names: 0.1, pax_records: 0.5,
-         sizes: 1, crowds: 0.02, texts: 0.3}
+KINDS = {
+    links: 1,
+    names: 1,
+    devices: 1,
+    sparse: 1,
+    pickles: 1,
+    long_names: 0.1,
+    pax_records: 0.5,
+    sizes: 1,
+    crowds: 0.02,
+    texts: 0.3,
+}
 # Where damage ends the walk what comes after it is not found: the first sample remains, and that is
 # told; where the odd header was harmless after all, both do.
 ENDING = (long_names, pax_records, sizes)
@@ -198,14 +241,28 @@ def _tars(scale: float, folder: str) -> list[Row]:
             keys = [s.key for s in found]
             both = keys == ["first", "second"]
             fine = both or (kind in ENDING and keys == ["first"])
-            clean = all((s.image, s.text) == (b"picture " + s.key.encode(), "text " + s.key)
-                        for s in found if s.key in ("first", "second"))
-            told = both or bool(collection.problems) if expected is None else all(
-                collection.problems[reason] == count for reason, count in expected.items())
+            clean = all(
+                (s.image, s.text) == (b"picture " + s.key.encode(), "text " + s.key)
+                for s in found
+                if s.key in ("first", "second")
+            )
+            told = (
+                both or bool(collection.problems)
+                if expected is None
+                else all(collection.problems[reason] == count for reason, count in expected.items())
+            )
             leaked = any(SECRET in s.image or SECRET.decode() in s.text for s in found)
             refused += fine and clean and told and not leaked
-        rows.append(Row(f"tars with {kind.__name__.replace('_', ' ')}", trials, 0, refused,
-                        trials - refused, time.perf_counter() - start))
+        rows.append(
+            Row(
+                f"tars with {kind.__name__.replace('_', ' ')}",
+                trials,
+                0,
+                refused,
+                trials - refused,
+                time.perf_counter() - start,
+            )
+        )
     return rows
 
 
@@ -231,19 +288,37 @@ def _not_tars(scale: float, folder: str) -> list[Row]:
                 read(path)
             except UnclipError as error:
                 tally["refused"] += "compressed" in str(error)
-    rows = [Row("compressed tars", tally["tried"], 0, tally["refused"],
-                tally["tried"] - tally["refused"], time.perf_counter() - start)]
+    rows = [
+        Row(
+            "compressed tars",
+            tally["tried"],
+            0,
+            tally["refused"],
+            tally["tried"] - tally["refused"],
+            time.perf_counter() - start,
+        )
+    ]
 
     start, tally = time.perf_counter(), collections.Counter()
     mark = os.path.join(folder, "ran")
-    commands = [f"pipe:touch {mark}", f" PIPE:touch {mark}", f"pipe:touch {mark} #.tar",
-                f"simplecache::file://{folder}/a.tar", f"zip://a.tar::{folder}/a.zip",
-                f"ssh://host/{mark}", f"ftp://host/{mark}", "reference://x.tar", "data://x"]
+    commands = [
+        f"pipe:touch {mark}",
+        f" PIPE:touch {mark}",
+        f"pipe:touch {mark} #.tar",
+        f"simplecache::file://{folder}/a.tar",
+        f"zip://a.tar::{folder}/a.zip",
+        f"ssh://host/{mark}",
+        f"ftp://host/{mark}",
+        "reference://x.tar",
+        "data://x",
+    ]
     readers = {
         "index_shards": shards.index_shards,
         "index_folder": lambda spec: index_folder.index_folder(spec, folder + "/out", jobs=1),
         "make_stream": lambda spec: streaming.make_stream(
-            spec, lambda sample, rng: {}, batch_size=1, seed=0)}
+            spec, lambda sample, rng: {}, batch_size=1, seed=0
+        ),
+    }
     for spec in commands:
         for read in readers.values():
             tally["tried"] += 1
@@ -252,8 +327,16 @@ def _not_tars(scale: float, folder: str) -> list[Row]:
             except UnclipError:
                 tally["refused"] += 1
     wrong = tally["tried"] - tally["refused"] + os.path.exists(mark) + os.path.exists("ran")
-    rows.append(Row("commands, chains, other protocols", tally["tried"], 0, tally["refused"], wrong,
-                    time.perf_counter() - start))
+    rows.append(
+        Row(
+            "commands, chains, other protocols",
+            tally["tried"],
+            0,
+            tally["refused"],
+            wrong,
+            time.perf_counter() - start,
+        )
+    )
     return rows
 
 
@@ -292,18 +375,40 @@ def run(scale: float) -> list[Row]:
     start = time.perf_counter()
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     environment = os.environ | {"PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, os.path.abspath(__file__), str(scale)], timeout=600,
-                          env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, os.path.abspath(__file__), str(scale)],
+        timeout=600,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
     if done.returncode:
-        return [Row("hostile tars", 1, 0, 0, 1, time.perf_counter() - start,
-                    f"the process ended with {done.returncode}")]
+        return [
+            Row(
+                "hostile tars",
+                1,
+                0,
+                0,
+                1,
+                time.perf_counter() - start,
+                f"the process ended with {done.returncode}",
+            )
+        ]
     rows, grown, left = json.loads(done.stdout.splitlines()[-1])
     rows = [Row(*row) for row in rows]
-    rows.append(Row(
-        "memory while reading them", 1, 0, int(grown <= CAP), int(grown > CAP or bool(left)),
-        time.perf_counter() - start,
-        f"grew by {grown / 2**20:.0f} MiB of {CAP >> 20} allowed"
-        + (f"; left behind: {left}" if left else "")))
+    rows.append(
+        Row(
+            "memory while reading them",
+            1,
+            0,
+            int(grown <= CAP),
+            int(grown > CAP or bool(left)),
+            time.perf_counter() - start,
+            f"grew by {grown / 2**20:.0f} MiB of {CAP >> 20} allowed"
+            + (f"; left behind: {left}" if left else ""),
+        )
+    )
     return rows
 
 

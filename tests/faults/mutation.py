@@ -33,8 +33,11 @@ def run(scale: float) -> list[Row]:
         rows = [_through_source(pathlib.Path(folder), members)]
     mutated = [found["jpg"] for found in members.values() if "jpg" in found]
     headers = [_header_mutated(random.Random(k)) for k in range(count)]
-    return [*rows, _both_decoders("mutated jpeg, libjpeg-turbo against Pillow", mutated),
-            _both_decoders("mutated jpeg header, likewise", headers)]
+    return [
+        *rows,
+        _both_decoders("mutated jpeg, libjpeg-turbo against Pillow", mutated),
+        _both_decoders("mutated jpeg header, likewise", headers),
+    ]
 
 
 def tokenise(texts, length):
@@ -95,8 +98,11 @@ def _mutated(kind, rng):
     picture = extension if extension in ("jpg", "png", "webp") else "png"
     text = f"a caption, number {rng.randrange(1000)} “é”"
     meta = {"caption": f"another {rng.randrange(1000)}", "width": 56, "similarity": 0.3}
-    found = {picture: _picture(kind if picture == extension else "png", rng),
-             "txt": text.encode(), "json": json.dumps(meta).encode()}
+    found = {
+        picture: _picture(kind if picture == extension else "png", rng),
+        "txt": text.encode(),
+        "json": json.dumps(meta).encode(),
+    }
     return found | {extension: _mutate(found[extension], rng)}
 
 
@@ -128,8 +134,9 @@ def _through_source(folder, members):
     left_out = len(keys) - len(collection)
     wrong = int(left_out != sum(collection.problems.values()))
     good, listed, position = 0, {}, 0
-    with make_eval_source(collection, TRANSFORM, batch_size=BATCH, threads=2,
-                          max_attempts=200) as batches:
+    with make_eval_source(
+        collection, TRANSFORM, batch_size=BATCH, threads=2, max_attempts=200
+    ) as batches:
         for batch in batches:
             for row in range(BATCH):
                 g = position + row
@@ -148,8 +155,15 @@ def _through_source(folder, members):
     wrong += abs(good + len(listed) - len(collection))
     wrong += sum(not bad["reason"] or not bad["key"] for bad in listed.values())
     reasons = sorted({bad["reason"] for bad in listed.values()} | set(collection.problems))
-    return Row("mutated picture, caption or json", len(keys), good, left_out + len(listed), wrong,
-               time.monotonic() - began, ", ".join(reasons))
+    return Row(
+        "mutated picture, caption or json",
+        len(keys),
+        good,
+        left_out + len(listed),
+        wrong,
+        time.monotonic() - began,
+        ", ".join(reasons),
+    )
 
 
 def _header_mutated(rng):
@@ -157,12 +171,19 @@ def _header_mutated(rng):
     data, exif = _picture(rng.choice(("jpg", "progressive", "grey")), rng), Image.Exif()
     exif[271] = "maker"
     noise = rng.randbytes(30)
-    segments = {0xE0: b"JFXX\0" + noise, 0xE1: exif.tobytes(), 0xE2: b"ICC_PROFILE\0\1\1" + noise,
-                0xED: b"Photoshop 3.0\0008BIM" + noise, 0xEE: b"Adobe" + noise, 0xFE: noise}
+    segments = {
+        0xE0: b"JFXX\0" + noise,
+        0xE1: exif.tobytes(),
+        0xE2: b"ICC_PROFILE\0\1\1" + noise,
+        0xED: b"Photoshop 3.0\0008BIM" + noise,
+        0xEE: b"Adobe" + noise,
+        0xFE: noise,
+    }
     for marker in rng.sample(list(segments), 2):
         body = segments[marker][: rng.randint(4, 60)]
-        data = (data[:2] + bytes([0xFF, marker]) + (len(body) + 2).to_bytes(2, "big") + body
-                + data[2:])
+        data = (
+            data[:2] + bytes([0xFF, marker]) + (len(body) + 2).to_bytes(2, "big") + body + data[2:]
+        )
     at = data.index(b"\xff\xda") + 14
     return data[:2] + _mutate(data[2:at], rng) + data[at:]
 
@@ -178,8 +199,15 @@ def _both_decoders(fault, jpegs):
         wrong += not np.array_equal(both, by_pillow)
         good += not isinstance(both, str)
         quick += bool(header and jpeg.decode_plain(data, header, None) is not None)
-    return Row(fault, len(jpegs), good, len(jpegs) - good, wrong, time.monotonic() - began,
-               f"{quick} by libjpeg-turbo alone, strict")
+    return Row(
+        fault,
+        len(jpegs),
+        good,
+        len(jpegs) - good,
+        wrong,
+        time.monotonic() - began,
+        f"{quick} by libjpeg-turbo alone, strict",
+    )
 
 
 def _decoded(data, target):

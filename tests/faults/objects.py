@@ -8,20 +8,23 @@ import threading
 import time
 
 FAULTS = (
-    "500", "503", "429", "408",  # refusals that pass
-    "hang-up",   # closes before any answer
-    "reset",     # resets in the middle of the body
-    "cut",       # announces all bytes, sends half
-    "short",     # announces the range, its length and body are shorter
-    "more",      # sends more bytes than the range has
-    "endless",   # a body without end
-    "shifted",   # answers with another range
-    "bare",      # 206 without saying which range
-    "ignored",   # 200 with the whole object
-    "page",      # 200 with a page of words
-    "gzip",      # says the bytes are compressed
-    "stall",     # says nothing
-    "trickle",   # begins and then says nothing more
+    "500",
+    "503",
+    "429",
+    "408",  # refusals that pass
+    "hang-up",  # closes before any answer
+    "reset",  # resets in the middle of the body
+    "cut",  # announces all bytes, sends half
+    "short",  # announces the range, its length and body are shorter
+    "more",  # sends more bytes than the range has
+    "endless",  # a body without end
+    "shifted",  # answers with another range
+    "bare",  # 206 without saying which range
+    "ignored",  # 200 with the whole object
+    "page",  # 200 with a page of words
+    "gzip",  # says the bytes are compressed
+    "stall",  # says nothing
+    "trickle",  # begins and then says nothing more
 )
 
 
@@ -97,7 +100,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 self.wait()
             elif fault == "reset":  # a linger of 0 seconds makes close() send a reset
                 self.connection.setsockopt(
-                    socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+                )
             self.close_connection = True
         elif fault == "short":
             self.answer(206, body[:-1], said)

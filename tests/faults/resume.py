@@ -25,8 +25,10 @@ BATCH, STEPS, SEED = 16, 40, 7
 SHARDS = (30, 11, 25, 1, 20, 17)
 HOSTS, WORKERS = (1, 2, 4), (0, 1, 2)
 ORDERS = {
-    "global": {}, "streamed": {"order": "streamed", "streams": 4, "window": 8},
-    "weighted": {"order": "streamed", "streams": 4, "window": 8, "weights": (3, 1)}}
+    "global": {},
+    "streamed": {"order": "streamed", "streams": 4, "window": 8},
+    "weighted": {"order": "streamed", "streams": 4, "window": 8, "weights": (3, 1)},
+}
 
 
 def tokenise(texts, context_length):
@@ -46,8 +48,9 @@ class Numbered(ImageText):
 
 def transform() -> Numbered:
     """Draws a caption and a place of the crop for each sample."""
-    return Numbered(8, 12, tokenise, crop="random", fraction=0.6, with_crop=True,
-                    captions=("txt", "json:alt"))
+    return Numbered(
+        8, 12, tokenise, crop="random", fraction=0.6, with_crop=True, captions=("txt", "json:alt")
+    )
 
 
 def png(k: int) -> bytes:
@@ -74,8 +77,10 @@ def write(path: pathlib.Path, numbers, broken=frozenset()) -> str:
 def collection(folder: pathlib.Path, broken=frozenset()):
     """Shards of uneven sizes, as two patterns; sample i has the key i."""
     ends = list(itertools.accumulate(SHARDS))
-    paths = [write(folder / f"{s:02d}.tar", range(end - count, end), broken)
-             for s, (count, end) in enumerate(zip(SHARDS, ends))]
+    paths = [
+        write(folder / f"{s:02d}.tar", range(end - count, end), broken)
+        for s, (count, end) in enumerate(zip(SHARDS, ends))
+    ]
     first = ",".join(path for path in paths[:3])
     return index_shards([f"{{{first}}}", f"{{{','.join(paths[3:])}}}"])
 
@@ -84,21 +89,36 @@ def deliver(samples, start, steps, hosts, workers, options):
     """The hosts' rows of `steps` global batches from a position, put together, and the next one."""
     parts, ends = [], set()
     for host in range(hosts):
-        with make_source(samples, transform(), batch_size=BATCH, seed=SEED, start=start,
-                         process_index=host, process_count=hosts, workers=workers, threads=2,
-                         prefetch=1, max_bad_fraction=1.0, **options) as batches:
+        with make_source(
+            samples,
+            transform(),
+            batch_size=BATCH,
+            seed=SEED,
+            start=start,
+            process_index=host,
+            process_count=hosts,
+            workers=workers,
+            threads=2,
+            prefetch=1,
+            max_bad_fraction=1.0,
+            **options,
+        ) as batches:
             parts.append([next(batches) for _ in range(steps)])
             ends.add(batches.position)
     (end,) = ends
-    return [{name: np.concatenate([part[s][name] for part in parts]) for name in parts[0][s]}
-            for s in range(steps)], end
+    return [
+        {name: np.concatenate([part[s][name] for part in parts]) for name in parts[0][s]}
+        for s in range(steps)
+    ], end
 
 
 def same(ours, theirs) -> bool:
     """Whether two lists of batches have the same bits."""
     return len(ours) == len(theirs) and all(
-        a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and np.array_equal(a[k], b[k])
-                                     for k in a) for a, b in zip(ours, theirs))
+        a.keys() == b.keys()
+        and all(a[k].dtype == b[k].dtype and np.array_equal(a[k], b[k]) for k in a)
+        for a, b in zip(ours, theirs)
+    )
 
 
 def complete(reference, samples, options) -> bool:
@@ -116,7 +136,8 @@ def complete(reference, samples, options) -> bool:
         if seen.max() - seen.min() > slack:
             return False
         if not options.get("weights") and any(
-                len(set(own[e : e + n].tolist())) != n for e in range(0, len(own) - n + 1, n)):
+            len(set(own[e : e + n].tolist())) != n for e in range(0, len(own) - n + 1, n)
+        ):
             return False
     return True
 
@@ -139,18 +160,34 @@ def run(scale: float) -> list[Row]:
                 stop = int(rng.integers(STEPS - 3))
                 steps, hosts = int(rng.integers(1, 4)), int(rng.choice(HOSTS))
                 wrong += not _resumed(samples, reference, stop, steps, hosts, 0, options)
-            rows.append(Row(f"stopped at a random step, {name} order", tries, tries - wrong, 0,
-                            wrong, time.perf_counter() - begin,
-                            f"{STEPS} steps of {BATCH}, {len(samples)} samples, 1, 2 or 4 hosts"))
+            rows.append(
+                Row(
+                    f"stopped at a random step, {name} order",
+                    tries,
+                    tries - wrong,
+                    0,
+                    wrong,
+                    time.perf_counter() - begin,
+                    f"{STEPS} steps of {BATCH}, {len(samples)} samples, 1, 2 or 4 hosts",
+                )
+            )
             begin, wrong = time.perf_counter(), 0
             pairs = sorted(itertools.product(HOSTS, WORKERS[1:]), key=np.prod)
             pairs = pairs[: max(1, round(len(pairs) * scale))]
             for hosts, workers in pairs:
                 stop = int(rng.integers(STEPS - 3))
                 wrong += not _resumed(samples, reference, stop, 3, hosts, workers, options)
-            rows.append(Row(f"resumed by worker processes, {name} order", len(pairs),
-                            len(pairs) - wrong, 0, wrong, time.perf_counter() - begin,
-                            "1 or 2 workers on each of 1, 2 or 4 hosts"))
+            rows.append(
+                Row(
+                    f"resumed by worker processes, {name} order",
+                    len(pairs),
+                    len(pairs) - wrong,
+                    0,
+                    wrong,
+                    time.perf_counter() - begin,
+                    "1 or 2 workers on each of 1, 2 or 4 hosts",
+                )
+            )
     return rows
 
 

@@ -27,8 +27,14 @@ _THREADS = 24
 def run(scale: float) -> list[Row]:
     """Reads random ranges while the server breaks most answers; then three that never get well."""
     count = max(len(FAULTS), round(1000 * scale))
-    return [_ranges(count, whole_blocks=False), _ranges(count, whole_blocks=True), _dead(),
-            _killed(max(1, round(10 * scale))), _changed(), _large()]
+    return [
+        _ranges(count, whole_blocks=False),
+        _ranges(count, whole_blocks=True),
+        _dead(),
+        _killed(max(1, round(10 * scale))),
+        _changed(),
+        _large(),
+    ]
 
 
 class _Injector:
@@ -81,13 +87,16 @@ def _ranges(count, *, whole_blocks):
         # aiohttp itself asks once more where a kept connection was closed under it.
         seen = counts["retries"] >= count - inject.dealt["hang-up"]
         wrong += not seen or set(inject.dealt) != set(FAULTS)
-        note = (f"{reads} reads, {counts['requests']} requests, {counts['retries']} retries, "
-                f"{counts['bytes'] / 1e6:.1f} MB, worst {worst:.1f} s")
+        note = (
+            f"{reads} reads, {counts['requests']} requests, {counts['retries']} retries, "
+            f"{counts['bytes'] / 1e6:.1f} MB, worst {worst:.1f} s"
+        )
         if whole_blocks:
             note += f", cache at most {largest} of {CAP} bytes, {counts['cache_hits']} hits"
     mode = "blocks" if whole_blocks else "ranges"
-    return Row(f"object server, {mode}", count, count - wrong, 0, wrong,
-               time.monotonic() - began, note)
+    return Row(
+        f"object server, {mode}", count, count - wrong, 0, wrong, time.monotonic() - began, note
+    )
 
 
 def _dead():
@@ -99,7 +108,8 @@ def _dead():
             start = time.monotonic()
             try:
                 Storage(attempts=3, timeout_seconds=0.5).read(
-                    server.address("a.tar"), 10, 500, (len(data), ""))
+                    server.address("a.tar"), 10, 500, (len(data), "")
+                )
             except DataError as error:
                 named = all(word in str(error) for word in ("a.tar", "10 to 509", "attempts"))
                 return named and time.monotonic() - start < 2.5
@@ -107,8 +117,14 @@ def _dead():
 
     with ThreadPoolExecutor(len(FAULTS)) as pool:
         good = sum(pool.map(refused, FAULTS))
-    return Row("object server, never gets well", len(FAULTS), 0, good, len(FAULTS) - good,
-               time.monotonic() - began)
+    return Row(
+        "object server, never gets well",
+        len(FAULTS),
+        0,
+        good,
+        len(FAULTS) - good,
+        time.monotonic() - began,
+    )
 
 
 def _killed(rounds):
@@ -120,8 +136,12 @@ def _killed(rounds):
             # The victim has no end of its own; the other counts its reads.
             ready, others = context.Event(), []
             for reads in (1 << 40, 300):
-                others.append(context.Process(target=_fill, args=(
-                    folder, server.address("a.tar"), data, reads, number, ready)))
+                others.append(
+                    context.Process(
+                        target=_fill,
+                        args=(folder, server.address("a.tar"), data, reads, number, ready),
+                    )
+                )
                 others[-1].start()
             ready.wait(60)
             time.sleep(rng.uniform(0.0, 0.3))
@@ -136,8 +156,15 @@ def _killed(rounds):
         for n in range(2 * CAP // BLOCK):
             wrong += not left.put(blocks.block_name("b", "", 1, BLOCK, n), bytes(BLOCK))
         wrong += bool(list(pathlib.Path(folder).glob(".*.tmp"))) or _size(folder) > CAP
-    return Row("reader killed beside a shared cache", rounds, rounds - wrong, 0, wrong,
-               time.monotonic() - began, f"cache at most {largest} of {CAP} bytes")
+    return Row(
+        "reader killed beside a shared cache",
+        rounds,
+        rounds - wrong,
+        0,
+        wrong,
+        time.monotonic() - began,
+        f"cache at most {largest} of {CAP} bytes",
+    )
 
 
 def _fill(folder, address, data, reads, seed, ready):
@@ -163,8 +190,9 @@ def _changed():
                 storage.read(server.address("a.tar"), 100, 100)
             except DataError as error:
                 refused += "has changed" in str(error)
-    return Row("object replaced while it is read", 3, 0, refused, 3 - refused,
-               time.monotonic() - began)
+    return Row(
+        "object replaced while it is read", 3, 0, refused, 3 - refused, time.monotonic() - began
+    )
 
 
 def _large():
@@ -174,13 +202,21 @@ def _large():
         with ObjectServer({"a.tar": bytes(size)}, lambda *_, fault=fault: fault) as server:
             try:
                 Storage(attempts=1, timeout_seconds=5.0).read(
-                    server.address("a.tar"), 0, 1000, (size, ""))
+                    server.address("a.tar"), 0, 1000, (size, "")
+                )
             except DataError:
                 time.sleep(0.2)  # what the kernel had taken over is counted too
                 sent.append(server.sent)
     good = sum(n < 16 << 20 for n in sent)
-    return Row("more bytes than asked for", 3, 0, good, 3 - good, time.monotonic() - began,
-               f"at most {max(sent, default=0) / 1e6:.1f} MB of 67 taken by the sockets")
+    return Row(
+        "more bytes than asked for",
+        3,
+        0,
+        good,
+        3 - good,
+        time.monotonic() - began,
+        f"at most {max(sent, default=0) / 1e6:.1f} MB of 67 taken by the sockets",
+    )
 
 
 def _size(folder):

@@ -28,10 +28,22 @@ class Row(NamedTuple):
 def table(rows: list[Row]) -> str:
     """The rows as text, right-aligned counts."""
     lines = [("fault", "tried", "good", "refused", "wrong", "seconds", "note")]
-    lines += [(r.fault, f"{r.tried:,}", f"{r.good:,}", f"{r.refused:,}", f"{r.wrong:,}",
-               f"{r.seconds:.1f}", r.note) for r in rows]
+    lines += [
+        (
+            r.fault,
+            f"{r.tried:,}",
+            f"{r.good:,}",
+            f"{r.refused:,}",
+            f"{r.wrong:,}",
+            f"{r.seconds:.1f}",
+            r.note,
+        )
+        for r in rows
+    ]
     widths = [max(len(line[column]) for line in lines) for column in range(6)]
     return "\n".join(
         f"{line[0]:<{widths[0]}}  "
         + "  ".join(f"{cell:>{width}}" for cell, width in zip(line[1:6], widths[1:]))
-        + f"  {line[6]}".rstrip() for line in lines)
+        + f"  {line[6]}".rstrip()
+        for line in lines
+    )

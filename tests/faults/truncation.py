@@ -31,8 +31,10 @@ def members(tag: str) -> list[tuple[str, bytes]]:
     """The three samples' members: sizes below, at and above a block; the last has no json."""
     found = []
     for number, key in enumerate(KEYS):
-        found += [(f"{key}.jpg", f"{tag} {number} picture ".encode() * (40 + 37 * number)),
-                  (f"{key}.txt", f"{tag} {number} text".encode())]
+        found += [
+            (f"{key}.jpg", f"{tag} {number} picture ".encode() * (40 + 37 * number)),
+            (f"{key}.txt", f"{tag} {number} text".encode()),
+        ]
         if number < 2:
             meta = json.dumps({"tag": f"{tag} {number}"}).encode()
             found.append((f"{key}.json", meta.ljust(512) if number else meta))
@@ -109,19 +111,31 @@ class AsBytes:
         def array(data):
             return np.frombuffer(data.ljust(4096, b"\0"), np.uint8)
 
-        return {"image": array(sample.image), "text": array(sample.text.encode()),
-                "meta": array(json.dumps(sample.meta).encode())}
+        return {
+            "image": array(sample.image),
+            "text": array(sample.text.encode()),
+            "meta": array(json.dumps(sample.meta).encode()),
+        }
 
 
 def through_stream(paths: list[str], folder: str):
     """One pass of the streaming mode."""
     found = []
-    with make_stream(paths, AsBytes(), batch_size=2, seed=0, passes=1, shuffle_samples=0,
-                     threads=1, max_bad_fraction=1) as stream:
+    with make_stream(
+        paths,
+        AsBytes(),
+        batch_size=2,
+        seed=0,
+        passes=1,
+        shuffle_samples=0,
+        threads=1,
+        max_bad_fraction=1,
+    ) as stream:
         for batch in stream:
             for row in np.flatnonzero(batch["valid"]):
-                image, text, meta = (batch[name][row].tobytes().rstrip(b"\0")
-                                     for name in ("image", "text", "meta"))
+                image, text, meta = (
+                    batch[name][row].tobytes().rstrip(b"\0") for name in ("image", "text", "meta")
+                )
                 found.append((image, text.decode(), json.loads(meta)))
         return found, Counter(stream.problems)
 
@@ -138,32 +152,52 @@ def run(scale: float) -> list[Row]:
                 data = file.read()
             end = max(end for _, end in places.values()) + 2048  # past it there are zeros alone
             for boundary in range(0, end, 512):
-                cases += [(data[:size], places) for size in (boundary - 1, boundary, boundary + 1)
-                          if size >= 0]
+                cases += [
+                    (data[:size], places)
+                    for size in (boundary - 1, boundary, boundary + 1)
+                    if size >= 0
+                ]
         write(second, "B", tarfile.GNU_FORMAT)
         whole = {tag: whole_samples(tag) for tag in "AB"}
         some = max(1, round(0.1 / scale))
-        for name, read, step in (("walked", through_walk, 1), ("indexed", through_index, some),
-                                 ("streamed", through_stream, some)):
+        for name, read, step in (
+            ("walked", through_walk, 1),
+            ("indexed", through_index, some),
+            ("streamed", through_stream, some),
+        ):
             start, tally = time.perf_counter(), Counter()
             for data, places in cases[::step]:
                 with open(cut, "wb") as file:
                     file.write(data)
                 tally[judge(read, [cut, second], folder, data, places, whole)] += 1
-            rows.append(Row(f"shard cut off anywhere, {name}", tally.total(), tally["good"],
-                            tally["refused"], tally["wrong"], time.perf_counter() - start))
+            rows.append(
+                Row(
+                    f"shard cut off anywhere, {name}",
+                    tally.total(),
+                    tally["good"],
+                    tally["refused"],
+                    tally["wrong"],
+                    time.perf_counter() - start,
+                )
+            )
     return rows
 
 
 def whole_samples(tag: str) -> dict[str, tuple[bytes, str, dict]]:
     """key -> what its sample holds."""
     by_name = dict(members(tag))
-    return {key: (by_name[f"{key}.jpg"], by_name[f"{key}.txt"].decode(),
-                  json.loads(by_name.get(f"{key}.json", b"{}"))) for key in KEYS}
+    return {
+        key: (
+            by_name[f"{key}.jpg"],
+            by_name[f"{key}.txt"].decode(),
+            json.loads(by_name.get(f"{key}.json", b"{}")),
+        )
+        for key in KEYS
+    }
 
 
 def judge(read, paths, folder, data, places, whole) -> str:
-    """"good": nothing was missing; "refused": exactly what was is counted; or "wrong"."""
+    """ "good": nothing was missing; "refused": exactly what was is counted; or "wrong"."""
     keys, problems = expected(places, len(data))
     samples = []
     for key in keys:

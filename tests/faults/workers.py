@@ -38,8 +38,10 @@ def run(scale: float) -> list[Row]:
     """Kills, then limits."""
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
-        return [_kills(folder, max(1, round(14 * scale))),
-                _limits(folder, max(6, round(60 * scale)))]
+        return [
+            _kills(folder, max(1, round(14 * scale))),
+            _limits(folder, max(6, round(60 * scale))),
+        ]
 
 
 def _kills(folder: pathlib.Path, tries: int) -> Row:
@@ -54,8 +56,15 @@ def _kills(folder: pathlib.Path, tries: int) -> Row:
         delay = float(rng.uniform(0, 0.5) if k < 3 else rng.uniform(0, 1.5))
         late, right = _killed(samples, options, reference, delay, k >= 3, rng)
         slowest, wrong = max(slowest, late), wrong + (not right)
-    return Row("decoding worker killed", tries, 0, tries - wrong, wrong,
-               time.perf_counter() - begin, f"slowest error after {slowest:.1f} s, then resumed")
+    return Row(
+        "decoding worker killed",
+        tries,
+        0,
+        tries - wrong,
+        wrong,
+        time.perf_counter() - begin,
+        f"slowest error after {slowest:.1f} s, then resumed",
+    )
 
 
 def _killed(samples, options, reference, delay, running, rng) -> tuple[float, bool]:
@@ -94,8 +103,14 @@ def _killed(samples, options, reference, delay, running, rng) -> tuple[float, bo
     start = step * resume.BATCH
     with make_source(samples, Slow(), threads=16, start=start, **options) as batches:
         rest = [next(batches) for _ in range(STEPS - step)]
-    right = (named and seconds < LIMIT_SECONDS and not left and head
-             and position == len(done) * resume.BATCH and resume.same(rest, reference[step:]))
+    right = (
+        named
+        and seconds < LIMIT_SECONDS
+        and not left
+        and head
+        and position == len(done) * resume.BATCH
+        and resume.same(rest, reference[step:])
+    )
     return seconds, right
 
 
@@ -112,9 +127,17 @@ def _limits(folder: pathlib.Path, tries: int) -> Row:
         inside.mkdir()
         samples = resume.collection(inside, broken)
         expected = _stops_after(n, broken, limit, row)
-        with make_source(samples, resume.transform(), batch_size=resume.BATCH, seed=0, threads=2,
-                         shuffle=False, max_bad_fraction=limit, min_seen=2 * resume.BATCH,
-                         max_consecutive_bad=row) as batches:
+        with make_source(
+            samples,
+            resume.transform(),
+            batch_size=resume.BATCH,
+            seed=0,
+            threads=2,
+            shuffle=False,
+            max_bad_fraction=limit,
+            min_seen=2 * resume.BATCH,
+            max_consecutive_bad=row,
+        ) as batches:
             steps = 0
             try:
                 while steps < 6:
@@ -131,8 +154,15 @@ def _limits(folder: pathlib.Path, tries: int) -> Row:
         wrong += not right
         refused += right and found is not None
         good += right and found is None
-    return Row("share of bad samples beside its limit", tries, good, refused, wrong,
-               time.perf_counter() - begin, "or several in a row; each bad one listed by its key")
+    return Row(
+        "share of bad samples beside its limit",
+        tries,
+        good,
+        refused,
+        wrong,
+        time.perf_counter() - begin,
+        "or several in a row; each bad one listed by its key",
+    )
 
 
 def _stops_after(n: int, broken: frozenset, limit: float, row: int) -> int | None:

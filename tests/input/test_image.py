@@ -20,7 +20,8 @@ from unclip.input.image import BadPicture, decode
 def encode(picture, form, **options):
     buffer = io.BytesIO()
     (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(
-        buffer, form, **options)
+        buffer, form, **options
+    )
     return buffer.getvalue()
 
 
@@ -45,9 +46,16 @@ def close(a, b, tolerance):
     assert np.abs(a.astype(int) - b).max() <= tolerance
 
 
-@pytest.mark.parametrize("form, options, tolerance", [
-    ("PNG", {}, 0), ("WEBP", {"lossless": True}, 0), ("JPEG", {"quality": 95}, 8),
-    ("WEBP", {"quality": 95}, 12), ("JPEG", {"quality": 95, "progressive": True}, 8)])
+@pytest.mark.parametrize(
+    "form, options, tolerance",
+    [
+        ("PNG", {}, 0),
+        ("WEBP", {"lossless": True}, 0),
+        ("JPEG", {"quality": 95}, 8),
+        ("WEBP", {"quality": 95}, 12),
+        ("JPEG", {"quality": 95, "progressive": True}, 8),
+    ],
+)
 def test_formats(smooth, form, options, tolerance):
     close(decode(encode(smooth, form, **options)), smooth, tolerance)
 
@@ -85,17 +93,22 @@ def test_alpha_lies_on_white():
 
 def png(array, colour, *, depth=8, chunks=()):
     """A PNG by its specification: array [H, W, channels] of samples, colour type, extra chunks."""
+
     def chunk(kind, body):
-        return (struct.pack(">I", len(body)) + kind + body
-                + struct.pack(">I", zlib.crc32(kind + body)))
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
 
     height, width = array.shape[:2]
     rows = np.asarray(array, ">u2" if depth == 16 else np.uint8).reshape(height, -1)
     raw = b"".join(b"\0" + row.tobytes() for row in rows)
-    return (b"\x89PNG\r\n\x1a\n"
-            + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
-            + b"".join(chunk(*c) for c in chunks) + chunk(b"IDAT", zlib.compress(raw))
-            + chunk(b"IEND", b""))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
+        + b"".join(chunk(*c) for c in chunks)
+        + chunk(b"IDAT", zlib.compress(raw))
+        + chunk(b"IEND", b"")
+    )
 
 
 @pytest.mark.parametrize("depth", [8, 16])
@@ -110,18 +123,26 @@ def test_png_of_every_colour_type_against_its_specification(depth):
 
     close(decode(png(grey, 0, depth=depth)), np.tile(eight(grey), 3), 0)
     close(decode(png(colour, 2, depth=depth)), eight(colour), depth // 16)
-    close(decode(png(np.concatenate([grey, alpha], -1), 4, depth=depth)),
-          np.tile(eight(grey, alpha), 3), 2)
-    close(decode(png(np.concatenate([colour, alpha], -1), 6, depth=depth)),
-          eight(colour, alpha), 2)
+    close(
+        decode(png(np.concatenate([grey, alpha], -1), 4, depth=depth)),
+        np.tile(eight(grey, alpha), 3),
+        2,
+    )
+    close(decode(png(np.concatenate([colour, alpha], -1), 6, depth=depth)), eight(colour, alpha), 2)
 
 
 def test_png_palette_with_alpha_and_one_bit():
     indices = np.array([[0, 1, 2], [2, 1, 0]])
     palette = np.array([[10, 20, 30], [200, 100, 0], [1, 2, 3]])
     opacity = np.array([255, 128, 0])
-    data = png(indices, 3, chunks=[(b"PLTE", palette.astype(np.uint8).tobytes()),
-                                   (b"tRNS", opacity.astype(np.uint8).tobytes())])
+    data = png(
+        indices,
+        3,
+        chunks=[
+            (b"PLTE", palette.astype(np.uint8).tobytes()),
+            (b"tRNS", opacity.astype(np.uint8).tobytes()),
+        ],
+    )
     over_white = np.rint((palette * opacity[:, None] + 255 * (255 - opacity[:, None])) / 255)
     close(decode(data), over_white[indices], 1)
     assert decode(png(np.array([[0b10100000]]), 0, depth=1, chunks=[])).tolist() == [[[255] * 3]]
@@ -149,9 +170,16 @@ def test_animated_png_gives_its_first_frame(smooth):
 
 
 UPRIGHT = {  # EXIF 2.3, tag 274: how the stored picture is turned to be seen upright
-    1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
-    5: lambda a: a.swapaxes(0, 1), 6: lambda a: np.rot90(a, -1),
-    7: lambda a: np.rot90(a, 2).swapaxes(0, 1), 8: lambda a: np.rot90(a, 1), 99: lambda a: a}
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.rot90(a, 2).swapaxes(0, 1),
+    8: lambda a: np.rot90(a, 1),
+    99: lambda a: a,
+}
 
 
 @pytest.mark.parametrize("orientation", UPRIGHT)
@@ -229,8 +257,14 @@ def bombs():
     at = jpeg.index(b"\xff\xc0") + 5
     jpeg[at : at + 4] = struct.pack(">HH", 65_000, 65_000)
     yield bytes(jpeg)
-    webp = bytearray(encode(np.zeros((8, 8, 4), np.uint8), "WEBP", save_all=True,
-                            append_images=[Image.new("RGBA", (8, 8), "red")]))
+    webp = bytearray(
+        encode(
+            np.zeros((8, 8, 4), np.uint8),
+            "WEBP",
+            save_all=True,
+            append_images=[Image.new("RGBA", (8, 8), "red")],
+        )
+    )
     assert webp[12:16] == b"VP8X"
     webp[24:30] = (16_000 - 1).to_bytes(3, "little") * 2
     yield bytes(webp)
@@ -280,10 +314,17 @@ def photograph(k, height=160, width=208):
 
 
 JPEGS = {
-    "4:4:4": {"subsampling": 0}, "4:2:2": {"subsampling": 1}, "4:2:0": {"subsampling": 2},
-    "progressive": {"progressive": True}, "optimised": {"optimize": True}, "rough": {"quality": 5},
-    "restarts": {"restart_marker_blocks": 3}, "rgb": {"keep_rgb": True}, "grey": {},
-    "comment": {"comment": b"\xff\xda" * 9, "icc_profile": b"\xff\xd9\xff\xc0" * 99}}
+    "4:4:4": {"subsampling": 0},
+    "4:2:2": {"subsampling": 1},
+    "4:2:0": {"subsampling": 2},
+    "progressive": {"progressive": True},
+    "optimised": {"optimize": True},
+    "rough": {"quality": 5},
+    "restarts": {"restart_marker_blocks": 3},
+    "rgb": {"keep_rgb": True},
+    "grey": {},
+    "comment": {"comment": b"\xff\xda" * 9, "icc_profile": b"\xff\xd9\xff\xc0" * 99},
+}
 
 
 @pytest.mark.parametrize("kind", JPEGS)
@@ -314,8 +355,13 @@ def test_what_is_not_plain_is_left_to_pillow(smooth, monkeypatch):
     assert not jpeg.read_header(encode(smooth, "JPEG", xmp=xmp)).plain
     assert decode(encode(smooth, "JPEG", xmp=xmp)).shape == (56, 40, 3)
     assert not jpeg.read_header(encode(Image.fromarray(smooth).convert("CMYK"), "JPEG")).plain
-    for segment in (b"\xff\xe0\0\6JFIF", b"\xff\xee\0\7Adobe", b"\xff\xe2\0\x0dICC_PROFILE",
-                    b"\xff\xed\0\x10Photoshop 3.0\0", b"\xff\xe2\0\x20MPF\0" + bytes(26)):
+    for segment in (
+        b"\xff\xe0\0\6JFIF",
+        b"\xff\xee\0\7Adobe",
+        b"\xff\xe2\0\x0dICC_PROFILE",
+        b"\xff\xed\0\x10Photoshop 3.0\0",
+        b"\xff\xe2\0\x20MPF\0" + bytes(26),
+    ):
         odd = plain[:2] + segment + plain[2:]
         assert not jpeg.read_header(odd).plain  # Pillow refuses most of these
     for data in (encode(smooth, "PNG"), b"", plain[:100], b"\xff\xd8" + plain[3:]):
@@ -384,8 +430,11 @@ def test_crop_box_is_what_was_resized(smooth):
         if crop == "center":
             assert (left + right, upper + lower) == (56, 40)
         alone = Image.fromarray(smooth[upper:lower, left:right])
-        close(cropped[1:-1, 1:-1],
-              np.array(alone.resize((12, 12), Image.Resampling.BICUBIC)).astype(int)[1:-1, 1:-1], 3)
+        close(
+            cropped[1:-1, 1:-1],
+            np.array(alone.resize((12, 12), Image.Resampling.BICUBIC)).astype(int)[1:-1, 1:-1],
+            3,
+        )
         seen.add(box)
     assert len(seen) > 12
     with pytest.raises(ConfigError, match="unknown crop"):
@@ -413,8 +462,12 @@ def test_downsample_is_the_area_mean():
 def test_blur_is_the_two_dimensional_convolution(kernel, sigma):
     noise = np.random.default_rng(0).integers(0, 256, (9, 11, 3), np.uint8)
     r = kernel // 2
-    window = np.array([[np.exp(-(a * a + b * b) / (2 * sigma**2)) for b in range(-r, r + 1)]
-                       for a in range(-r, r + 1)])
+    window = np.array(
+        [
+            [np.exp(-(a * a + b * b) / (2 * sigma**2)) for b in range(-r, r + 1)]
+            for a in range(-r, r + 1)
+        ]
+    )
     window /= window.sum()
     expected = np.zeros(noise.shape)
     for y in range(9):
@@ -461,6 +514,7 @@ def test_bsr_takes_its_steps_in_every_order(smooth, monkeypatch):
         def record(image, rng):
             current.append(name)
             return image
+
         return record
 
     for name in im.DEGRADATIONS:
@@ -474,6 +528,7 @@ def test_bsr_takes_its_steps_in_every_order(smooth, monkeypatch):
 
 def test_sensor_noise_grows_with_light_in_linear_space():
     """Shot noise: the linear variance is shot x light + read^2, so it is affine in the light."""
+
     def linear(v):
         v = v / 255.0
         return np.where(v <= 0.04045, v / 12.92, ((v + 0.055) / 1.055) ** 2.4)

@@ -46,11 +46,19 @@ def walked(path, **options):
 @pytest.fixture
 def folder(tmp_path):
     """Three shards of 4, 0 and 3 captioned samples, with faults."""
-    write(tmp_path / "a.tar", [
-        *sample("d/0"), *sample("d/1", text=False),
-        *sample("d/2", text=False, meta={"caption": "c"}),
-        *sample("ключ"), ("twice.jpg", b"1"), ("twice.jpg", b"2"), ("x.pkl", b"p"),
-        *sample("d/3", meta={"n": 1})])
+    write(
+        tmp_path / "a.tar",
+        [
+            *sample("d/0"),
+            *sample("d/1", text=False),
+            *sample("d/2", text=False, meta={"caption": "c"}),
+            *sample("ключ"),
+            ("twice.jpg", b"1"),
+            ("twice.jpg", b"2"),
+            ("x.pkl", b"p"),
+            *sample("d/3", meta={"n": 1}),
+        ],
+    )
     write(tmp_path / "b.tar", [("no.txt", b"picture")])
     write(tmp_path / "c.tar", [m for k in range(3) for m in sample(f"{k}")])
     return tmp_path
@@ -65,11 +73,14 @@ def contents(collection):
 def test_walked_and_mapped_are_the_same_collection(folder, text, checksums):
     plain = index_shards(str(folder / "*.tar"), text=text)
     summary = index_folder.index_folder(
-        str(folder / "*.tar"), folder / "index", checksums=checksums, jobs=1)
+        str(folder / "*.tar"), folder / "index", checksums=checksums, jobs=1
+    )
     assert summary[:5] == (3, 8, 7, 3, 0)
     assert summary.problems == {"duplicate": 1, "refused-pickle": 1, "no-picture": 1}
-    beside, whole = index_shards(str(folder / "*.tar"), text=text), index_shards(
-        str(folder / "index"), text=text)
+    beside, whole = (
+        index_shards(str(folder / "*.tar"), text=text),
+        index_shards(str(folder / "index"), text=text),
+    )
     keys = ["d/0", "d/2", "ключ", "d/3", *([] if text else ["d/1"]), "0", "1", "2"]
     for collection in (plain, beside, whole, pickle.loads(pickle.dumps(whole))):
         assert [collection.key(i) for i in range(len(collection))] == keys
@@ -88,7 +99,10 @@ def test_walked_and_mapped_are_the_same_collection(folder, text, checksums):
             whole.locate(wrong)
     listed = [json.loads(line) for line in (folder / "index" / "problems.jsonl").open()]
     assert [(e["reason"], e["what"]) for e in listed] == [
-        ("refused-pickle", "x.pkl"), ("duplicate", "twice"), ("no-picture", "no")]
+        ("refused-pickle", "x.pkl"),
+        ("duplicate", "twice"),
+        ("no-picture", "no"),
+    ]
 
 
 def test_the_digest_names_the_samples_not_the_place(folder):
@@ -105,10 +119,21 @@ def test_the_digest_names_the_samples_not_the_place(folder):
 
 
 def test_parts_of_different_samples_and_surprises(tmp_path):
-    path = write(tmp_path / "a.tar", [
-        *sample("f/1", meta={"key": "1"}), *sample("2", meta={"key": "3"}),
-        *sample("3", meta={"key": "elsewhere"}), ("5.jpg", b"p"), ("4.jpg", b"p"), ("4.txt", b"t"),
-        ("5.txt", b"t"), ("4.cls", b"7"), ("5.tokens.pt", b"z"), ("6.PICKLE", b"z")])
+    path = write(
+        tmp_path / "a.tar",
+        [
+            *sample("f/1", meta={"key": "1"}),
+            *sample("2", meta={"key": "3"}),
+            *sample("3", meta={"key": "elsewhere"}),
+            ("5.jpg", b"p"),
+            ("4.jpg", b"p"),
+            ("4.txt", b"t"),
+            ("5.txt", b"t"),
+            ("4.cls", b"7"),
+            ("5.tokens.pt", b"z"),
+            ("6.PICKLE", b"z"),
+        ],
+    )
     with open(path, "ab") as file:
         file.write((tmp_path / "a.tar").read_bytes())
     index = walked(path)
@@ -131,7 +156,7 @@ def test_changed_bytes_are_noticed(folder):
     assert error.value.reason == "checksum"
     found = index_folder.check_index(str(folder / "index"), jobs=1)
     assert found == [("c.tar", "the bytes of 1 samples have changed")]
-    data[data.index(b"2.txt"):][:5] = b"9.txt"
+    data[data.index(b"2.txt") :][:5] = b"9.txt"
     (folder / "a.tar").write_bytes(data)
     found = dict(index_folder.check_index(str(folder / "plain"), jobs=1))
     assert found.keys() == {"a.tar"} and "another size" in found["a.tar"]
@@ -154,8 +179,14 @@ def test_a_second_run_reads_only_what_is_new(folder, monkeypatch):
     index_folder.index_folder(pattern, out, jobs=1, checksums=False)
     seen = []
     real = index_folder.walk_path
-    monkeypatch.setattr(index_folder, "walk_path", lambda path, *args, **options: (
-        seen.append(os.path.basename(path)), real(path, *args, **options))[1])
+    monkeypatch.setattr(
+        index_folder,
+        "walk_path",
+        lambda path, *args, **options: (
+            seen.append(os.path.basename(path)),
+            real(path, *args, **options),
+        )[1],
+    )
 
     def run(**options):
         seen.clear()
@@ -189,7 +220,8 @@ def test_processes_make_the_same_files(folder):
             counted.append("closed")
 
     index_folder.index_folder(
-        pattern, folder / "two", jobs=2, progress=lambda total: counted.append(total) or Bar())
+        pattern, folder / "two", jobs=2, progress=lambda total: counted.append(total) or Bar()
+    )
     assert counted == [3, 1, 1, 1, "closed"]
     for name in ("a.idx", "b.idx", "c.idx", "problems.jsonl", "index.json"):
         assert (folder / "one" / name).read_bytes() == (folder / "two" / name).read_bytes()
@@ -301,12 +333,21 @@ def test_a_table_of_shards_that_is_damaged_or_of_another_run(folder):
 
     def opening(**changes):
         first = {**table["shards"][0], **changes.pop("first", {})}
-        (out / "index.json").write_text(json.dumps(
-            {**table, "shards": [first, *table["shards"][1:]], **changes}))
+        (out / "index.json").write_text(
+            json.dumps({**table, "shards": [first, *table["shards"][1:]], **changes})
+        )
         return index_shards(str(out))
 
-    for wrong in ({"file": "../a.idx"}, {"file": "a.tar"}, {"samples": -1}, {"size": "1"},
-                  {"digest": "0"}, {"problems": []}, {"path": None}, {"captioned": 99}):
+    for wrong in (
+        {"file": "../a.idx"},
+        {"file": "a.tar"},
+        {"samples": -1},
+        {"size": "1"},
+        {"digest": "0"},
+        {"problems": []},
+        {"path": None},
+        {"captioned": 99},
+    ):
         with pytest.raises(DataError, match="damaged"):
             opening(first=wrong)
     with pytest.raises(DataError, match="version 2"):
@@ -334,8 +375,10 @@ def test_more_mapped_shards_than_are_kept_open(tmp_path, monkeypatch):
 
 def test_groups_subsets_and_counts(tmp_path):
     for k in range(4):
-        write(tmp_path / f"{k}.tar", [m for n in range(k + 1) for m in sample(f"{k}-{n}", meta={
-            "even": n % 2 == 0})])
+        write(
+            tmp_path / f"{k}.tar",
+            [m for n in range(k + 1) for m in sample(f"{k}-{n}", meta={"even": n % 2 == 0})],
+        )
     patterns = [str(tmp_path / "{2,3}.tar"), str(tmp_path / "*.tar")]
     collection = index_shards(patterns)
     assert collection.groups.tolist() == [0, 7, 10]  # a shard belongs to the first that names it
@@ -364,20 +407,26 @@ def test_groups_subsets_and_counts(tmp_path):
 
 
 def test_a_filter_passes_no_broken_json(tmp_path):
-    path = write(tmp_path / "a.tar", [
-        *sample("0", meta={"g": 1}), *sample("1"), ("1.json", b"{"), *sample("2", meta={"g": 1})])
+    path = write(
+        tmp_path / "a.tar",
+        [*sample("0", meta={"g": 1}), *sample("1"), ("1.json", b"{"), *sample("2", meta={"g": 1})],
+    )
     found = index_shards(path).subset(where={"g": 1})
     assert [s.key for s in contents(found)] == ["0", "2"] and found.problems == {"json": 1}
 
 
 def test_members_far_apart_are_read_one_by_one(tmp_path):
-    path = write(tmp_path / "a.tar", [
-        ("0.jpg", b"first"), ("1.jpg", b"x" * 200_000), ("1.txt", b"one"), ("0.txt", b"zero")])
+    path = write(
+        tmp_path / "a.tar",
+        [("0.jpg", b"first"), ("1.jpg", b"x" * 200_000), ("1.txt", b"one"), ("0.txt", b"zero")],
+    )
     collection = index_shards(path)
     asked = []
     real = collection.storage.read
     collection.storage.read = lambda path, offset, size, expected: (
-        asked.append(size), real(path, offset, size, expected))[1]
+        asked.append(size),
+        real(path, offset, size, expected),
+    )[1]
     assert collection.read(0)[:3] == ("0", b"first", "zero") and asked == [5, 4]
     asked.clear()
     assert collection.read(1)[:3] == ("1", b"x" * 200_000, "one") and len(asked) == 1
@@ -425,9 +474,11 @@ def test_too_many_members_end_the_walk(tmp_path, monkeypatch):
 
 def test_opening_an_index_imports_nothing_heavy(folder):
     index_folder.index_folder(str(folder / "*.tar"), folder / "index", jobs=1)
-    program = ("import sys; from unclip.input import shards; c = shards.index_shards(sys.argv[1]); "
-               "c.read(0); bad = {'jax', 'grain', 'fsspec', 'webdataset', 'tensorflow', 'PIL', "
-               "'tensorflow_datasets', 'array_record'} & set(sys.modules); assert not bad, bad")
+    program = (
+        "import sys; from unclip.input import shards; c = shards.index_shards(sys.argv[1]); "
+        "c.read(0); bad = {'jax', 'grain', 'fsspec', 'webdataset', 'tensorflow', 'PIL', "
+        "'tensorflow_datasets', 'array_record'} & set(sys.modules); assert not bad, bad"
+    )
     subprocess.run([sys.executable, "-c", program, str(folder / "index")], check=True, timeout=60)
 
 
@@ -436,10 +487,11 @@ def test_a_table_that_was_tampered_with_is_refused(tmp_path, shard_writer):
     index_folder.index_folder(str(tmp_path / "a.tar"), tmp_path / "index", jobs=1)
     table = json.loads((tmp_path / "index" / "index.json").read_text())
     (entry,) = table["shards"]
-    for damaged, field in ((entry | {"digest": "z" * 64}, "digest"),
-                           (entry | {"path": "a\0.tar"}, "path")):
-        (tmp_path / "index" / "index.json").write_text(
-            json.dumps(table | {"shards": [damaged]}))
+    for damaged, field in (
+        (entry | {"digest": "z" * 64}, "digest"),
+        (entry | {"path": "a\0.tar"}, "path"),
+    ):
+        (tmp_path / "index" / "index.json").write_text(json.dumps(table | {"shards": [damaged]}))
         with pytest.raises(DataError, match=f"damaged.*'{field}'.*index the shards again"):
             index_folder.read_index(str(tmp_path / "index"))
 

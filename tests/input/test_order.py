@@ -32,11 +32,14 @@ def test_the_global_order_is_grains_shuffle(n, seed):
 
 
 @pytest.mark.parametrize("window", [1, 16, 8192])
-@pytest.mark.parametrize("streams, batch_size", [
-    (1, 8), (4, 8), (8, 8), (4, 16), (16, 64), (64, 64), (512, 512), (32, 4096)])
+@pytest.mark.parametrize(
+    "streams, batch_size",
+    [(1, 8), (4, 8), (8, 8), (4, 16), (16, 64), (64, 64), (512, 512), (32, 4096)],
+)
 def test_streams_hold_every_sample_once_an_epoch(streams, batch_size, window):
-    order = make_order(COUNTS, 3, order="streamed", streams=streams, batch_size=batch_size,
-                       window=window)
+    order = make_order(
+        COUNTS, 3, order="streamed", streams=streams, batch_size=batch_size, window=window
+    )
     epochs = [[order(g) for g in range(e * N, (e + 1) * N)] for e in (0, 1, 2, 10**6)]
     assert all(sorted(epoch) == list(range(N)) for epoch in epochs)
     assert len(set(map(tuple, epochs))) == 4
@@ -49,8 +52,16 @@ def test_a_host_reads_its_own_shards_only(hosts, weights):
     counts = np.full(64, 100)
     batch_size, streams = 64, 16
     groups = [0, 3200, 6400] if weights else None
-    order = make_order(counts, 1, order="streamed", streams=streams, batch_size=batch_size,
-                       window=150, weights=weights, groups=groups)
+    order = make_order(
+        counts,
+        1,
+        order="streamed",
+        streams=streams,
+        batch_size=batch_size,
+        window=150,
+        weights=weights,
+        groups=groups,
+    )
     local = batch_size // hosts
     touched = {}
     for g in range(4 * 6400):
@@ -87,8 +98,16 @@ def test_streams_are_shuffled_and_mixed():
 @pytest.mark.parametrize("order", ["global", "streamed"])
 @pytest.mark.parametrize("weights", [(), (1, 2, 0.3)])
 def test_orders_are_pure(order, weights):
-    make = lambda: make_order(COUNTS, 5, order=order, streams=4, batch_size=16, window=32,
-                              weights=weights, groups=GROUPS if weights else None)
+    make = lambda: make_order(
+        COUNTS,
+        5,
+        order=order,
+        streams=4,
+        batch_size=16,
+        window=32,
+        weights=weights,
+        groups=GROUPS if weights else None,
+    )
     numbers = [*range(60), 10**7, *range(9 * N, 9 * N + 60)]
     first = make()
     expected = [first(g) for g in numbers]
@@ -112,8 +131,16 @@ def test_orders_are_pure(order, weights):
 def test_mixtures_keep_their_proportions(order, streams, weights):
     batch_size = 64
     counts, groups = 100 * COUNTS, 100 * GROUPS  # grain's shuffle is slow where there is little
-    mixed = make_order(counts, 5, order=order, streams=streams, batch_size=batch_size, window=32,
-                       weights=weights, groups=groups)
+    mixed = make_order(
+        counts,
+        5,
+        order=order,
+        streams=streams,
+        batch_size=batch_size,
+        window=32,
+        weights=weights,
+        groups=groups,
+    )
     rows = 256 * batch_size
     owner = np.searchsorted(groups, [mixed(g) for g in range(rows)], "right") - 1
     wanted = np.array(weights) / sum(weights)
@@ -127,8 +154,16 @@ def test_mixtures_keep_their_proportions(order, streams, weights):
 
 @pytest.mark.parametrize("order, streams", [("global", 0), ("streamed", 4)])
 def test_a_part_of_a_mixture_is_seen_whole_in_each_of_its_epochs(order, streams):
-    mixed = make_order(COUNTS, 5, order=order, streams=streams, batch_size=16, window=32,
-                       weights=(1, 2, 0.5), groups=GROUPS)
+    mixed = make_order(
+        COUNTS,
+        5,
+        order=order,
+        streams=streams,
+        batch_size=16,
+        window=32,
+        weights=(1, 2, 0.5),
+        groups=GROUPS,
+    )
     seen = {k: {} for k in range(3)}
     for g in range(3000):
         k, own = mixed.component(g)
@@ -145,8 +180,9 @@ def test_a_part_of_a_mixture_is_seen_whole_in_each_of_its_epochs(order, streams)
 
 def test_parts_of_one_size_have_orders_of_their_own():
     mixed = make_order([500, 500], 5, weights=(1, 1), groups=[0, 500, 1000], batch_size=8)
-    first, second = ([mixed(g) - 500 * k for g in range(1000) if mixed.component(g)[0] == k]
-                     for k in range(2))
+    first, second = (
+        [mixed(g) - 500 * k for g in range(1000) if mixed.component(g)[0] == k] for k in range(2)
+    )
     assert sum(a == b for a, b in zip(first, second)) < 20
 
 
@@ -154,8 +190,9 @@ def test_stand_ins_come_from_near_or_from_the_same_part():
     plain = make_order(COUNTS, 5)
     assert plain.span(3, True) == plain.span(3, False) == (0, N)
     ends = np.cumsum(COUNTS)
-    order = make_order(COUNTS, 5, order="streamed", streams=4, batch_size=16, weights=(1, 2, 3),
-                       groups=GROUPS)
+    order = make_order(
+        COUNTS, 5, order="streamed", streams=4, batch_size=16, weights=(1, 2, 3), groups=GROUPS
+    )
     spans = Counter()
     for g in range(500):
         i = order(g)
@@ -173,9 +210,16 @@ def test_stand_ins_come_from_near_or_from_the_same_part():
 def test_a_hundred_million_samples_need_no_table():
     counts = np.full(10_000, 10_000)
     start = time.perf_counter()
-    for options in ({}, {"order": "streamed", "streams": 64},
-                    {"order": "streamed", "streams": 64, "weights": (1, 3),
-                     "groups": [0, 30_000_000, 100_000_000]}):
+    for options in (
+        {},
+        {"order": "streamed", "streams": 64},
+        {
+            "order": "streamed",
+            "streams": 64,
+            "weights": (1, 3),
+            "groups": [0, 30_000_000, 100_000_000],
+        },
+    ):
         order = make_order(counts, 3, batch_size=2048, **options)
         assert len({order(g) for g in range(2048)}) == 2048
         assert len(pickle.dumps(order)) < 1_000_000
@@ -185,22 +229,28 @@ def test_a_hundred_million_samples_need_no_table():
 def test_the_usual_streams():
     assert [default_streams(b) for b in (1, 6, 32, 48, 2048, 4097)] == [1, 2, 32, 16, 64, 1]
     assert default_streams(48, 6) == 6
-    usual, named = (make_order(COUNTS, 5, order="streamed", batch_size=48, streams=streams)
-                    for streams in (0, 16))
+    usual, named = (
+        make_order(COUNTS, 5, order="streamed", batch_size=48, streams=streams)
+        for streams in (0, 16)
+    )
     assert [usual(g) for g in range(N)] == [named(g) for g in range(N)]
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"order": "random"}, "unknown order 'random'.*global, streamed"),
-    ({"order": "streamed", "streams": 3, "batch_size": 8}, "3 streams"),
-    ({"order": "streamed", "streams": -1, "batch_size": 8}, "-1 streams"),
-    ({"order": "streamed", "batch_size": 8, "window": 0}, "window 0"),
-    ({"weights": (1, 2), "groups": GROUPS}, "2 weights for 3 patterns"),
-    ({"weights": (1, 2, 0), "groups": GROUPS}, "above 0"),
-    ({"weights": (1, 2, float("nan")), "groups": GROUPS}, "above 0"),
-    ({"weights": (1, 1, 1e-9), "groups": GROUPS}, "below 1/65536"),
-    ({"weights": (1, 1), "groups": [0, 0, N]}, "pattern 0 of the shards has no sample"),
-    ({"seed": None, "order": "streamed", "batch_size": 8}, "without shuffling")])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"order": "random"}, "unknown order 'random'.*global, streamed"),
+        ({"order": "streamed", "streams": 3, "batch_size": 8}, "3 streams"),
+        ({"order": "streamed", "streams": -1, "batch_size": 8}, "-1 streams"),
+        ({"order": "streamed", "batch_size": 8, "window": 0}, "window 0"),
+        ({"weights": (1, 2), "groups": GROUPS}, "2 weights for 3 patterns"),
+        ({"weights": (1, 2, 0), "groups": GROUPS}, "above 0"),
+        ({"weights": (1, 2, float("nan")), "groups": GROUPS}, "above 0"),
+        ({"weights": (1, 1, 1e-9), "groups": GROUPS}, "below 1/65536"),
+        ({"weights": (1, 1), "groups": [0, 0, N]}, "pattern 0 of the shards has no sample"),
+        ({"seed": None, "order": "streamed", "batch_size": 8}, "without shuffling"),
+    ],
+)
 def test_orders_that_cannot_be(options, message):
     with pytest.raises(ConfigError, match=message):
         make_order(COUNTS, **{"seed": 3, **options})

@@ -252,10 +252,18 @@ def named(*names):
         ("c.json", '{"b": "two", "a": ["one"]}'),
         ("c.csv", 'file_name,caption\nb.png,two\na.png,"one"\n'),
         ("c.tsv", "image\tprompt\na\tone\nb\ttwo\n"),
-        ("c.json", json.dumps({
-            "images": [{"id": 7, "file_name": "a.png"}, {"id": 3, "file_name": "b.png"}],
-            "annotations": [{"image_id": 3, "caption": "two"}, {"image_id": 7, "caption": "one"}],
-        })),
+        (
+            "c.json",
+            json.dumps(
+                {
+                    "images": [{"id": 7, "file_name": "a.png"}, {"id": 3, "file_name": "b.png"}],
+                    "annotations": [
+                        {"image_id": 3, "caption": "two"},
+                        {"image_id": 7, "caption": "one"},
+                    ],
+                }
+            ),
+        ),
     ],
 )
 def test_caption_files(tmp_path, name, text):

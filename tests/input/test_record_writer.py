@@ -40,9 +40,11 @@ def tars(tmp_path):
         key, format = f"k/{i:03d}", ("PNG", "JPEG", "WEBP")[i % 3]
         extension = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}[format]
         meta = json.dumps({"width": 7, "score": i / 3, "big": 1 << 70, "odd": "\ud800", "é": [1]})
-        members += [(f"{key}.{extension}", encoded(format, i)),
-                    (f"{key}.txt", f"\ufeffnumber {i}\n".encode()),
-                    (f"{key}.json", b"{" if i == 7 else meta.encode())]
+        members += [
+            (f"{key}.{extension}", encoded(format, i)),
+            (f"{key}.txt", f"\ufeffnumber {i}\n".encode()),
+            (f"{key}.json", b"{" if i == 7 else meta.encode()),
+        ]
     members[0] = ("k/\udcff.png", members[0][1])
     members[1] = ("k/\udcff.txt", members[1][1])
     del members[2]
@@ -53,11 +55,18 @@ def test_written_sets_are_read_back_by_both(tars, tmp_path):
     collection = shards.index_shards(tars)
     folder = tmp_path / "sets" / "foxes" / "1.0.0"
     told = []
-    info = records.write_array_record(collection, folder, name="foxes", split="train",
-                                      shard_samples=4, progress=told.append)
+    info = records.write_array_record(
+        collection, folder, name="foxes", split="train", shard_samples=4, progress=told.append
+    )
     good = [i for i in range(10) if collection.key(i) != "k/007"]
-    assert info == {"folder": str(folder), "files": 3, "written": 3, "samples": 9,
-                    "bytes": info["bytes"], "left_out": {"json": 1}}
+    assert info == {
+        "folder": str(folder),
+        "files": 3,
+        "written": 3,
+        "samples": 9,
+        "bytes": info["bytes"],
+        "left_out": {"json": 1},
+    }
     assert sum(told) == 10
     ours = records.RecordCollection(f"tfds:{folder}:train")
     expected = [collection.read(i) for i in good]
@@ -65,7 +74,8 @@ def test_written_sets_are_read_back_by_both(tars, tmp_path):
     assert [ours.key(i) for i in range(9)] == [sample.key for sample in expected]
     assert {sample.image[:4] for sample in expected} >= {b"RIFF", b"\x89PNG"}
     theirs = tfds.builder_from_directory(str(folder)).as_data_source(
-        split="train", decoders={"image": tfds.decode.SkipDecoding()})
+        split="train", decoders={"image": tfds.decode.SkipDecoding()}
+    )
     assert len(theirs) == 9
     for i, sample in enumerate(expected):
         assert theirs[i]["image"] == sample.image
@@ -104,9 +114,12 @@ def test_training_sees_the_same_batches(tars, tmp_path, workers):
         expected = sorted(sum(map(ord, tarred.read(i).text)) for i in range(8))
         for epoch in (rows[:2], rows[2:]):
             assert sorted(np.concatenate(epoch)) == expected
-    with (source.make_source(made, transform, batch_size=4, seed=5,
-                             filters={"score": (100, None)}) as found,
-          pytest.raises(DataError, match="rejected by filters")):
+    with (
+        source.make_source(
+            made, transform, batch_size=4, seed=5, filters={"score": (100, None)}
+        ) as found,
+        pytest.raises(DataError, match="rejected by filters"),
+    ):
         next(found)
 
 
@@ -156,14 +169,15 @@ def test_writing_is_resumed_by_file_to_the_same_bits(tars, tmp_path):
     half = collection.subset(count=3)
     write(half, "cut", split="held_out")
     both = tfds.builder_from_directory(str(tmp_path / "cut")).info.splits
-    assert {name: split.num_examples for name, split in both.items()} == {
-        "train": 9, "held_out": 3}
-    for given, options, told in ((half, {}, "of another collection: source"),
-                                  (collection, {"shard_samples": 5}, "shard_samples 4, now 5"),
-                                  (half, {"name": "cats", "split": "x"}, "another data set: name"),
-                                  (half, {"name": "a-b"}, "expected such as foxes"),
-                                  (half, {"version": "1"}, "expected such as 1.0.0"),
-                                  (half, {"shard_samples": 0}, "at least 1")):
+    assert {name: split.num_examples for name, split in both.items()} == {"train": 9, "held_out": 3}
+    for given, options, told in (
+        (half, {}, "of another collection: source"),
+        (collection, {"shard_samples": 5}, "shard_samples 4, now 5"),
+        (half, {"name": "cats", "split": "x"}, "another data set: name"),
+        (half, {"name": "a-b"}, "expected such as foxes"),
+        (half, {"version": "1"}, "expected such as 1.0.0"),
+        (half, {"shard_samples": 0}, "at least 1"),
+    ):
         with pytest.raises(ConfigError, match=told):
             write(given, "cut", **options)
 
@@ -173,8 +187,9 @@ def test_a_file_may_lose_all_its_samples(tmp_path):
     for i in range(6):
         members += [(f"{i}.png", encoded()), (f"{i}.txt", b"\xff" if i in (2, 3) else b"t")]
     collection = shards.index_shards(tar(tmp_path / "a.tar", members))
-    info = records.write_array_record(collection, tmp_path / "set", name="s", split="train",
-                                      shard_samples=2)
+    info = records.write_array_record(
+        collection, tmp_path / "set", name="s", split="train", shard_samples=2
+    )
     assert (info["samples"], info["left_out"]) == (4, {"encoding": 2})
     found = records.RecordCollection(f"tfds:{tmp_path / 'set'}:train")
     assert [found.key(i) for i in range(4)] == ["0", "1", "4", "5"]
@@ -198,6 +213,7 @@ def test_the_disk_is_full(tars, tmp_path, monkeypatch):
     module.ArrayRecordWriter = Full
     monkeypatch.setattr(prepared, "array_record", lambda: module)
     with pytest.raises(DataError, match=r"cannot write .*No space left on device"):
-        records.write_array_record(shards.index_shards(tars), tmp_path / "set", name="s",
-                                   split="train")
+        records.write_array_record(
+            shards.index_shards(tars), tmp_path / "set", name="s", split="train"
+        )
     assert not [path for path in (tmp_path / "set").iterdir() if "array_record" in path.name]

@@ -46,9 +46,19 @@ def prepare(folder, features, examples, split="train", files=2, name="made"):
             writer.write(features.serialize_example(example))
         writer.close()
         first += length
-    info = {"name": name, "version": "1.0.0", "fileFormat": "array_record", "splits": [
-        {"name": split, "shardLengths": [str(n) for n in lengths], "numBytes": "1",
-         "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"}]}
+    info = {
+        "name": name,
+        "version": "1.0.0",
+        "fileFormat": "array_record",
+        "splits": [
+            {
+                "name": split,
+                "shardLengths": [str(n) for n in lengths],
+                "numBytes": "1",
+                "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+            }
+        ],
+    }
     (folder / "dataset_info.json").write_text(json.dumps(info))
     features.save_config(str(folder))
     return f"tfds:{folder}:{split}"
@@ -67,8 +77,13 @@ def coco(i):
     captions = [{"id": 10 * i - k, "text": f"caption {k} of {i}, é"} for k in range(1 + i % 3)]
     captions = [] if i == 4 else [{"id": 1, "text": "  "}, *captions] if i == 5 else captions
     box = F.BBox(0.1, 0.2, 0.3, 0.4)
-    return {"image": encoded("JPEG", i), "image/filename": f"{i:012d}.jpg", "image/id": 100 + i,
-            "captions": captions, "objects": [{"area": 3, "bbox": box, "is_crowd": False}] * i}
+    return {
+        "image": encoded("JPEG", i),
+        "image/filename": f"{i:012d}.jpg",
+        "image/id": 100 + i,
+        "captions": captions,
+        "objects": [{"area": 3, "bbox": box, "is_crowd": False}] * i,
+    }
 
 
 @pytest.fixture
@@ -103,39 +118,64 @@ def test_no_tensorflow_no_torch(coco_spec):
         "assert found.read(3).text\n"
         f"records.write_array_record(found, sys.argv[1], name='x', split='y')\n"
         "heavy = {m.split('.')[0] for m in sys.modules} & {'tensorflow', 'torch', 'jax'}\n"
-        "assert not heavy, heavy\n")
+        "assert not heavy, heavy\n"
+    )
     out = coco_spec.split(":")[1] + "-copy"
-    done = subprocess.run([sys.executable, "-c", program, out], capture_output=True, text=True,
-                          timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", program, out], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
 
 
 def test_which_feature_is_what(tmp_path):
     image, other = {"image": F.Image()}, {"photo": F.Image(), "mask": F.LabeledImage(labels=2)}
-    row = {"image": encoded(), "photo": encoded(), "text": "t", "title": "a title", "alt": "an alt",
-           "label": 1, "id": 5, "ok": True, "score": 0.5, "mask": encoded(),
-           "vector": np.ones(3, np.float32), "file_name": "f.png", "names": ["x", "y"]}
+    row = {
+        "image": encoded(),
+        "photo": encoded(),
+        "text": "t",
+        "title": "a title",
+        "alt": "an alt",
+        "label": 1,
+        "id": 5,
+        "ok": True,
+        "score": 0.5,
+        "mask": encoded(),
+        "vector": np.ones(3, np.float32),
+        "file_name": "f.png",
+        "names": ["x", "y"],
+    }
     cases = [
         (image | {"text": F.Text(), "title": F.Text()}, "t"),
         (image | {"title": F.Text(), "file_name": F.Text()}, "a title"),
         (image | {"title": F.Text(), "alt": F.Text()}, ""),
         (image | {"label": F.ClassLabel(names=["cat", "dog"])}, ""),
         (image | {"names": F.Sequence(F.Text())}, "x"),
-        (other | {"title": F.Text(), "id": np.int64, "ok": np.bool_, "score": np.float32,
-                  "vector": F.Tensor(shape=(3,), dtype=np.float32)}, "a title"),
+        (
+            other
+            | {
+                "title": F.Text(),
+                "id": np.int64,
+                "ok": np.bool_,
+                "score": np.float32,
+                "vector": F.Tensor(shape=(3,), dtype=np.float32),
+            },
+            "a title",
+        ),
     ]
     for number, (features, text) in enumerate(cases):
         example = {name: row[name] for name in features}
         spec = prepare(tmp_path / str(number), features, [example], files=1)
         sample = records.RecordCollection(spec).read(0)
         assert (sample.image, sample.text) == (row["photo"], text)
-        expected = {name: row[name] for name in features
-                    if name not in ("image", "photo", "mask", "vector")}
+        expected = {
+            name: row[name] for name in features if name not in ("image", "photo", "mask", "vector")
+        }
         expected |= {"label": "dog"} if "label" in features else {}
         expected |= {"captions": ["x", "y"]} if "names" in features else {}
         assert sample.meta == expected
         assert [type(v) for v in sample.meta.values()] == [
-            type(expected[name]) for name in sample.meta]
+            type(expected[name]) for name in sample.meta
+        ]
     assert sample.key == "5"
     chosen = records.RecordCollection(f"tfds:{tmp_path / '2'}:train", caption="alt")
     assert chosen.read(0).text == "an alt" and chosen.key(0) == "0000000"
@@ -184,9 +224,11 @@ def test_subsets(coco_spec):
     assert (len(last), last.key(0)) == (1, whole.key(3))
     assert len({whole.fingerprint, odd.fingerprint, last.fingerprint}) == 3
     assert whole.subset(count=3).fingerprint == whole.subset(count=3).fingerprint
-    for options, told in (({"keys": ["000000000001.jpeg"]}, "nearest: .*000000000001.jpg"),
-                          ({"where": {"image/id": 7}}, "there are: 100, 101"),
-                          ({"count": 0}, "empty")):
+    for options, told in (
+        ({"keys": ["000000000001.jpeg"]}, "nearest: .*000000000001.jpg"),
+        ({"where": {"image/id": 7}}, "there are: 100, 101"),
+        ({"count": 0}, "empty"),
+    ):
         with pytest.raises(DataError, match=told):
             whole.subset(**options)
 
@@ -259,7 +301,7 @@ def test_any_damage_is_told_never_served(coco_spec):
         data = bytearray(whole)
         at = int(rng.integers(20_000 if trial % 3 else len(data)))
         if trial % 3 == 0:
-            data = data[: at]
+            data = data[:at]
         else:
             data[at : at + 8] = rng.bytes(8)
         path.write_bytes(data)
@@ -277,8 +319,12 @@ def test_examples_that_cannot_be_used(tmp_path, monkeypatch):
     monkeypatch.setattr(samples, "MAX_TEXT_BYTES", 50)
     monkeypatch.setattr(samples, "MAX_PICTURE_BYTES", 500)
     image = encoded()
-    examples = [(b"", b"t", "no-picture"), (image, b"\xff\xfe", "encoding"),
-                (image, b"t" * 51, "too-many-bytes"), (image * 9, b"t", "too-many-bytes")]
+    examples = [
+        (b"", b"t", "no-picture"),
+        (image, b"\xff\xfe", "encoding"),
+        (image, b"t" * 51, "too-many-bytes"),
+        (image * 9, b"t", "too-many-bytes"),
+    ]
     features = {"image": F.Image(), "text": F.Text()}
     spec = prepare(tmp_path, features, [{"image": i, "text": t} for i, t, _ in examples])
     found = records.RecordCollection(spec)
@@ -365,10 +411,13 @@ def test_code_of_other_packages_is_never_imported(coco_spec, tmp_path):
     old = {"type": plain["pythonClassName"], "proto_cls": "tensorflow_datasets.FeaturesDict"}
     sys.path.insert(0, str(tmp_path))
     try:
-        for document in ({"pythonClassName": evil}, {"type": evil, "content": {}},
-                         {**plain, "featuresDict": {"features": nested}},
-                         {**old, "content": {"features": nested}},
-                         {**old, "content": json.dumps({"features": nested})}):
+        for document in (
+            {"pythonClassName": evil},
+            {"type": evil, "content": {}},
+            {**plain, "featuresDict": {"features": nested}},
+            {**old, "content": {"features": nested}},
+            {**old, "content": json.dumps({"features": nested})},
+        ):
             (folder / "features.json").write_text(json.dumps(document))
             with pytest.raises(ConfigError, match=r"is .evil_features\.Image., which is code"):
                 records.RecordCollection(coco_spec)
@@ -408,10 +457,13 @@ def test_the_newest_version_is_read(tmp_path, monkeypatch):
     for version in ("1.9.0", "1.10.0"):
         row = [{"image": encoded(), "text": version}]
         prepare(tmp_path / "coco_captions" / "2014" / version, features, row, files=1)
-    for spec, version in (("coco_captions", "1.10.0"), ("coco_captions/2014", "1.10.0"),
-                          ("coco_captions:1.9.0", "1.9.0"),
-                          (tmp_path / "coco_captions" / "2014", "1.10.0"),
-                          (tmp_path / "coco_captions" / "2014" / "1.9.0", "1.9.0")):
+    for spec, version in (
+        ("coco_captions", "1.10.0"),
+        ("coco_captions/2014", "1.10.0"),
+        ("coco_captions:1.9.0", "1.9.0"),
+        (tmp_path / "coco_captions" / "2014", "1.10.0"),
+        (tmp_path / "coco_captions" / "2014" / "1.9.0", "1.9.0"),
+    ):
         assert records.RecordCollection(f"tfds:{spec}:train[:1]").read(0).text == version
 
 
@@ -426,8 +478,10 @@ def test_other_formats_and_missing_packages(coco_spec, monkeypatch):
         records.RecordCollection(coco_spec)
     info.write_text(text)
     found = records.RecordCollection(coco_spec)
-    for module, read in (("tensorflow_datasets", lambda: records.RecordCollection(coco_spec)),
-                         ("array_record.python", lambda: found.read(0))):
+    for module, read in (
+        ("tensorflow_datasets", lambda: records.RecordCollection(coco_spec)),
+        ("array_record.python", lambda: found.read(0)),
+    ):
         with monkeypatch.context() as patched:
             patched.setitem(sys.modules, module, None)
             with pytest.raises(ConfigError, match=r"pip install unclip\[data\]"):

@@ -32,9 +32,17 @@ def pair(key, tag):
 
 def test_reads_what_was_written(tmp_path):
     meta = {"caption": "from json", "group": "food"}
-    path = write(tmp_path / "a.tar", [
-        *pair("x/y.z/0001", "one"), ("0002.json", json.dumps(meta).encode()), ("0002.PNG", b"two"),
-        ("README.md", b"no sample"), ("._0002.png", b"no sample"), ("LICENSE", b"no sample")])
+    path = write(
+        tmp_path / "a.tar",
+        [
+            *pair("x/y.z/0001", "one"),
+            ("0002.json", json.dumps(meta).encode()),
+            ("0002.PNG", b"two"),
+            ("README.md", b"no sample"),
+            ("._0002.png", b"no sample"),
+            ("LICENSE", b"no sample"),
+        ],
+    )
     collection = index_shards(path)
     assert len(collection) == 2 and not collection.problems
     assert collection.read(0) == ("x/y.z/0001", b"picture one" * 60, "text one", {})
@@ -53,12 +61,19 @@ def test_long_and_non_ascii_names(tmp_path, form):
 def test_agrees_with_webdataset(tmp_path):
     with webdataset.TarWriter(str(tmp_path / "a.tar"), mtime=0) as writer:
         for k in range(5):
-            writer.write({"__key__": f"f/{k:03d}.a"[:-2], "jpg": bytes([k]) * (600 * k + 1),
-                          "txt": f"t{k}", "json": {"k": k}})
+            writer.write(
+                {
+                    "__key__": f"f/{k:03d}.a"[:-2],
+                    "jpg": bytes([k]) * (600 * k + 1),
+                    "txt": f"t{k}",
+                    "json": {"k": k},
+                }
+            )
     theirs = list(webdataset.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False))
     ours = index_shards(str(tmp_path / "a.tar"))
     assert [(s["__key__"], s["jpg"], s["txt"].decode()) for s in theirs] == [
-        tuple(ours.read(i))[:3] for i in range(len(ours))]
+        tuple(ours.read(i))[:3] for i in range(len(ours))
+    ]
 
 
 def test_truncation_at_every_block(tmp_path):
@@ -88,17 +103,37 @@ def test_truncation_at_every_block(tmp_path):
 
 def test_incomplete_ambiguous_and_large_are_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(walk, "MAX_PICTURE_BYTES", 2000)
-    path = write(tmp_path / "a.tar", [
-        *pair("good", "g"), ("lonely.jpg", b"j"), ("silent.txt", b"t"), ("empty.jpg", b""),
-        ("empty.txt", b"t"), *pair("twice", "1"), *pair("twice", "2"), ("big.jpg", b"j" * 2001),
-        ("big.txt", b"t"), ("blank.jpg", b"j"), ("blank.json", b'{"caption": " "}'),
-        ("odd.jpg", b"j"), ("odd.json", b"[1"), ("late.txt", b"late"), ("x.jpg", b"x"),
-        ("x.txt", b"x"), ("late.jpg", b"picture")])
+    path = write(
+        tmp_path / "a.tar",
+        [
+            *pair("good", "g"),
+            ("lonely.jpg", b"j"),
+            ("silent.txt", b"t"),
+            ("empty.jpg", b""),
+            ("empty.txt", b"t"),
+            *pair("twice", "1"),
+            *pair("twice", "2"),
+            ("big.jpg", b"j" * 2001),
+            ("big.txt", b"t"),
+            ("blank.jpg", b"j"),
+            ("blank.json", b'{"caption": " "}'),
+            ("odd.jpg", b"j"),
+            ("odd.json", b"[1"),
+            ("late.txt", b"late"),
+            ("x.jpg", b"x"),
+            ("x.txt", b"x"),
+            ("late.jpg", b"picture"),
+        ],
+    )
     collection = index_shards(path)
     assert [collection.key(i) for i in range(len(collection))] == ["good", "late", "x"]
     assert collection.read(1).text == "late"
     assert collection.problems == {
-        "no-text": 3, "no-picture": 2, "duplicate": 1, "too-many-bytes": 1}
+        "no-text": 3,
+        "no-picture": 2,
+        "duplicate": 1,
+        "too-many-bytes": 1,
+    }
     assert collection.examples["duplicate"] == ["a.tar: twice"]
     assert len(index_shards(path, text=False)) == 6
 
@@ -111,15 +146,30 @@ def test_links_and_escaping_names_are_refused(tmp_path):
     hard.type, hard.linkname = tarfile.LNKTYPE, "good.txt"
     fifo = tarfile.TarInfo("f.txt")
     fifo.type = tarfile.FIFOTYPE
-    path = write(tmp_path / "a.tar", [
-        *pair("good", "g"), ("l.jpg", b"j"), (link, b""), ("h.jpg", b"j"), (hard, b""),
-        ("f.jpg", b"j"), (fifo, b""), *pair("../up", "u"), *pair("/etc/abs", "a"),
-        *pair("a/../../up", "u")])
+    path = write(
+        tmp_path / "a.tar",
+        [
+            *pair("good", "g"),
+            ("l.jpg", b"j"),
+            (link, b""),
+            ("h.jpg", b"j"),
+            (hard, b""),
+            ("f.jpg", b"j"),
+            (fifo, b""),
+            *pair("../up", "u"),
+            *pair("/etc/abs", "a"),
+            *pair("a/../../up", "u"),
+        ],
+    )
     before = sorted(os.listdir(tmp_path))
     collection = index_shards(path)
     assert [collection.key(i) for i in range(len(collection))] == ["good"]
     assert collection.problems == {
-        "refused-link": 2, "refused-type": 1, "refused-name": 6, "no-text": 3}
+        "refused-link": 2,
+        "refused-type": 1,
+        "refused-name": 6,
+        "no-text": 3,
+    }
     assert sorted(os.listdir(tmp_path)) == before
 
 
@@ -152,6 +202,7 @@ def test_damaged_headers_never_crash(tmp_path):
     first = data[: data.index(b"0001.jpg")]
     (tmp_path / "a.tar").write_bytes(first + info.tobuf(tarfile.GNU_FORMAT))
     with open(path, "rb") as file:
+
         def read(offset, size):
             assert offset + size <= os.path.getsize(path)
             return os.pread(file.fileno(), size, offset)
@@ -191,9 +242,17 @@ def test_subset_and_fingerprint(tmp_path):
 
 
 def test_bad_text_is_the_samples_fault_and_a_changed_shard_is_not(tmp_path):
-    path = write(tmp_path / "a.tar", [
-        ("0.jpg", b"j"), ("0.txt", b"\xff\xfe"), ("1.jpg", b"j"), ("1.txt", b"t"),
-        ("1.json", b"[" * 100_000), *pair("2", "2")])
+    path = write(
+        tmp_path / "a.tar",
+        [
+            ("0.jpg", b"j"),
+            ("0.txt", b"\xff\xfe"),
+            ("1.jpg", b"j"),
+            ("1.txt", b"t"),
+            ("1.json", b"[" * 100_000),
+            *pair("2", "2"),
+        ],
+    )
     collection = index_shards(path)
     for i, reason in enumerate(["encoding", "json"]):
         with pytest.raises(BadSample) as error:

@@ -77,36 +77,61 @@ def partly_bad(tmp_path_factory):
 def several(tmp_path_factory):
     """Six shards of ten: samples with a similarity, one bad in three shards."""
     folder = tmp_path_factory.mktemp("several")
-    return index_shards([
-        shard(folder / f"{s}.tar", [
-            (f"{s}{k}", b"no picture" if k == 4 and s % 2 else png(10 * s + k),
-             b"text %d" % (10 * s + k)) for k in range(10)],
-            similarity=lambda key: int(key) / 100) for s in range(6)])
+    return index_shards(
+        [
+            shard(
+                folder / f"{s}.tar",
+                [
+                    (
+                        f"{s}{k}",
+                        b"no picture" if k == 4 and s % 2 else png(10 * s + k),
+                        b"text %d" % (10 * s + k),
+                    )
+                    for k in range(10)
+                ],
+                similarity=lambda key: int(key) / 100,
+            )
+            for s in range(6)
+        ]
+    )
 
 
 @functools.cache
 def transform():
-    return ImageText(8, 10, tokenise, crop="random", fraction=0.75, captions=("txt", "json:alt"),
-                     with_crop=True)
+    return ImageText(
+        8, 10, tokenise, crop="random", fraction=0.75, captions=("txt", "json:alt"), with_crop=True
+    )
 
 
 def take(collection, steps, *, process_count=1, batch_size=8, start=0, seed=5, **options):
     """`steps` global batches: the processes' rows one below the other, as on a pod."""
     parts, end = [], set()
     for p in range(process_count):
-        with make_source(collection, transform(), batch_size=batch_size, seed=seed, start=start,
-                         process_index=p, process_count=process_count, **options) as batches:
+        with make_source(
+            collection,
+            transform(),
+            batch_size=batch_size,
+            seed=seed,
+            start=start,
+            process_index=p,
+            process_count=process_count,
+            **options,
+        ) as batches:
             parts.append([next(batches) for _ in range(steps)])
             end.add(batches.position)
     assert end == {start + steps * batch_size}
-    return [{name: np.concatenate([part[s][name] for part in parts]) for name in parts[0][s]}
-            for s in range(steps)]
+    return [
+        {name: np.concatenate([part[s][name] for part in parts]) for name in parts[0][s]}
+        for s in range(steps)
+    ]
 
 
 def equal(a, b):
     return len(a) == len(b) and all(
-        x.keys() == y.keys() and all(x[k].dtype == y[k].dtype and np.array_equal(x[k], y[k])
-                                     for k in x) for x, y in zip(a, b))
+        x.keys() == y.keys()
+        and all(x[k].dtype == y[k].dtype and np.array_equal(x[k], y[k]) for k in x)
+        for x, y in zip(a, b)
+    )
 
 
 def numbers(batch):
@@ -117,9 +142,13 @@ def test_batch_spec(collection):
     (batch,) = take(collection, 1)
     spec = {name: (array.dtype.name, array.shape) for name, array in batch.items()}
     assert spec == {
-        "image": ("uint8", (8, 8, 8, 3)), "tokens": ("int32", (8, 10)),
-        "text_mask": ("bool", (8, 10)), "crop": ("float32", (8, 4)),
-        "sample": ("uint32", (8, 2)), "valid": ("bool", (8,))}
+        "image": ("uint8", (8, 8, 8, 3)),
+        "tokens": ("int32", (8, 10)),
+        "text_mask": ("bool", (8, 10)),
+        "crop": ("float32", (8, 4)),
+        "sample": ("uint32", (8, 2)),
+        "valid": ("bool", (8,)),
+    }
     assert numbers(batch) == list(range(8)) and batch["valid"].all()
 
 
@@ -172,12 +201,12 @@ def test_resume_at_any_position_on_any_process_count(collection):
     odd = take(collection, 4, start=5)  # another batch size's position
     assert [g for b in odd for g in numbers(b)] == list(range(5, 37))
     at = {g: b["image"][r] for b in whole for r, g in enumerate(numbers(b))}
-    assert all(np.array_equal(at[g], b["image"][r])
-               for b in odd for r, g in enumerate(numbers(b)))
+    assert all(np.array_equal(at[g], b["image"][r]) for b in odd for r, g in enumerate(numbers(b)))
 
 
-@pytest.mark.parametrize("options", [
-    {"threads": 0}, {"threads": 1}, {"threads": 7, "prefetch": 3}, {"prefetch": 0}])
+@pytest.mark.parametrize(
+    "options", [{"threads": 0}, {"threads": 1}, {"threads": 7, "prefetch": 3}, {"prefetch": 0}]
+)
 def test_threads_change_nothing(collection, options):
     assert equal(take(collection, 4), take(collection, 4, **options))
 
@@ -185,8 +214,15 @@ def test_threads_change_nothing(collection, options):
 @pytest.mark.parametrize("workers", [2])
 def test_worker_processes_change_nothing(partly_bad, workers):
     here = take(partly_bad, 4, start=8, max_bad_fraction=1.0)
-    with make_source(partly_bad, transform(), batch_size=8, seed=5, start=8, workers=workers,
-                     max_bad_fraction=1.0) as batches:
+    with make_source(
+        partly_bad,
+        transform(),
+        batch_size=8,
+        seed=5,
+        start=8,
+        workers=workers,
+        max_bad_fraction=1.0,
+    ) as batches:
         there = [next(batches) for _ in range(2)]
         children = [c for c in multiprocessing.active_children() if "prefetch" in c.name]
         assert len(children) == workers
@@ -201,8 +237,9 @@ def test_worker_processes_change_nothing(partly_bad, workers):
                 next(batches)
     assert not any(child.is_alive() for child in children)
     assert equal(here, there)
-    with make_source(partly_bad, transform(), batch_size=8, seed=5, start=8,
-                     max_bad_fraction=1.0) as batches:
+    with make_source(
+        partly_bad, transform(), batch_size=8, seed=5, start=8, max_bad_fraction=1.0
+    ) as batches:
         for _ in range(4):
             next(batches)
         assert counted == batches.problems and counted.total() > 0
@@ -247,8 +284,12 @@ def test_a_worker_killed_amid_a_batch_is_an_error_soon(collection, tmp_path):
 def test_a_worker_that_ends_in_silence_is_an_error_too(collection, tmp_path, monkeypatch):
     monkeypatch.setattr(worker_processes, "_PATIENCE_SECONDS", 0.5)
     monkeypatch.setattr(worker_processes, "_CLOSE_SECONDS", 0.5)
-    with (make_source(collection, Slow(tmp_path, ends_at=3), batch_size=8, seed=5, workers=1)
-          as batches, pytest.raises(DataError, match="worker process was killed")):
+    with (
+        make_source(
+            collection, Slow(tmp_path, ends_at=3), batch_size=8, seed=5, workers=1
+        ) as batches,
+        pytest.raises(DataError, match="worker process was killed"),
+    ):
         for _ in range(4):
             next(batches)
 
@@ -305,8 +346,9 @@ def test_replacements_spread_over_the_collection():
 
 
 def test_too_many_bad_samples_stop_the_run(partly_bad):
-    with make_source(partly_bad, transform(), batch_size=8, seed=5, max_bad_fraction=0.1,
-                     min_seen=24) as batches:
+    with make_source(
+        partly_bad, transform(), batch_size=8, seed=5, max_bad_fraction=0.1, min_seen=24
+    ) as batches:
         next(batches), next(batches)
         with pytest.raises(DataError, match=r"of 24 samples are bad.*fraction=0.1") as error:
             next(batches)
@@ -316,8 +358,10 @@ def test_too_many_bad_samples_stop_the_run(partly_bad):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_collection_of_bad_samples_stops_at_once(tmp_path, workers):
     bad = index_shards(shard(tmp_path / "a.tar", [(f"{k}", b"junk", b"t") for k in range(4)]))
-    with (make_source(bad, transform(), batch_size=2, seed=0, workers=workers) as batches,
-          pytest.raises(DataError, match=r"15 replacements.*format")):
+    with (
+        make_source(bad, transform(), batch_size=2, seed=0, workers=workers) as batches,
+        pytest.raises(DataError, match=r"15 replacements.*format"),
+    ):
         next(batches)
 
 
@@ -325,8 +369,10 @@ def test_a_lost_shard_stops_the_run_by_name(tmp_path):
     path = shard(tmp_path / "a.tar", [(f"{k}", png(k), b"t") for k in range(4)])
     lost = index_shards(path)
     (tmp_path / "a.tar").unlink()
-    with (make_source(lost, transform(), batch_size=2, seed=0) as batches,
-          pytest.raises(DataError, match=r"a\.tar")):
+    with (
+        make_source(lost, transform(), batch_size=2, seed=0) as batches,
+        pytest.raises(DataError, match=r"a\.tar"),
+    ):
         next(batches)
 
 
@@ -334,12 +380,20 @@ def test_a_lost_shard_stops_the_run_by_name(tmp_path):
 def test_evaluation_sees_every_sample_once(collection, process_count):
     rows = []
     for p in range(process_count):
-        with make_eval_source(collection, ImageText(8, 10, tokenise), batch_size=8,
-                              process_index=p, process_count=process_count) as batches:
+        with make_eval_source(
+            collection,
+            ImageText(8, 10, tokenise),
+            batch_size=8,
+            process_index=p,
+            process_count=process_count,
+        ) as batches:
             done = list(batches)
         assert len(done) == 2 and all(len(b["valid"]) == 8 // process_count for b in done)
-        rows += [(g, bool(b["valid"][row]), words(b, row))
-                 for b in done for row, g in enumerate(numbers(b))]
+        rows += [
+            (g, bool(b["valid"][row]), words(b, row))
+            for b in done
+            for row, g in enumerate(numbers(b))
+        ]
         assert batches.seen == sum(ok for b in done for ok in b["valid"])
     rows.sort()
     assert [g for g, _, _ in rows] == list(range(16))
@@ -360,32 +414,44 @@ def test_finite_epochs_end_and_resume(collection):
         done = list(batches)
     seen = [Order(N, 1)(g) for b in done for g, ok in zip(numbers(b), b["valid"]) if ok]
     assert sorted(seen) == sorted(2 * list(range(N))) and len(done) == 4
-    with make_source(collection, transform(), batch_size=8, seed=1, num_epochs=2,
-                     start=24) as batches:
+    with make_source(
+        collection, transform(), batch_size=8, seed=1, num_epochs=2, start=24
+    ) as batches:
         assert equal(done[3:], list(batches))
-    with make_source(collection, transform(), batch_size=8, seed=1, num_epochs=2,
-                     start=batches.position) as after:
+    with make_source(
+        collection, transform(), batch_size=8, seed=1, num_epochs=2, start=batches.position
+    ) as after:
         assert list(after) == []
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"batch_size": 6, "process_count": 4}, "multiple of the process count"),
-    ({"process_index": 1}, "process 1 of 1"), ({"start": -1}, "start -1"),
-    ({"seed": -1}, "seed -1"), ({"workers": -1}, "workers -1"),
-    ({"num_epochs": 0}, "num_epochs 0"), ({"max_consecutive_bad": -1}, "consecutive_bad -1"),
-    ({"num_epochs": 1, "weights": (1,)}, "weights"), ({"weights": (1, 2)}, "2 weights"),
-    ({"order": "streamed", "streams": 2, "process_count": 4}, "2 streams for 4 processes"),
-    ({"order": "streamed", "shuffle": False}, "without shuffling"),
-    ({"order": "sorted"}, "unknown order")])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"batch_size": 6, "process_count": 4}, "multiple of the process count"),
+        ({"process_index": 1}, "process 1 of 1"),
+        ({"start": -1}, "start -1"),
+        ({"seed": -1}, "seed -1"),
+        ({"workers": -1}, "workers -1"),
+        ({"num_epochs": 0}, "num_epochs 0"),
+        ({"max_consecutive_bad": -1}, "consecutive_bad -1"),
+        ({"num_epochs": 1, "weights": (1,)}, "weights"),
+        ({"weights": (1, 2)}, "2 weights"),
+        ({"order": "streamed", "streams": 2, "process_count": 4}, "2 streams for 4 processes"),
+        ({"order": "streamed", "shuffle": False}, "without shuffling"),
+        ({"order": "sorted"}, "unknown order"),
+    ],
+)
 def test_sizes_that_do_not_fit(collection, options, message):
     with pytest.raises(ConfigError, match=message):
         make_source(collection, transform(), **{"batch_size": 8, "seed": 0, **options})
 
 
 KINDS = {
-    "global": {}, "streamed": {"order": "streamed", "streams": 4, "window": 4},
+    "global": {},
+    "streamed": {"order": "streamed", "streams": 4, "window": 4},
     "weighted": {"weights": (2, 1, 1, 1, 1, 3)},
-    "both": {"order": "streamed", "streams": 4, "weights": (2, 1, 1, 1, 1, 3)}}
+    "both": {"order": "streamed", "streams": 4, "weights": (2, 1, 1, 1, 1, 3)},
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -397,17 +463,24 @@ def test_any_order_resumes_on_any_process_count(several, kind):
         assert equal(whole[step:], rest), (step, process_count)
     assert [g for b in whole for g in numbers(b)] == list(range(128))
     if "weights" not in options:
-        with make_source(several, lambda sample, rng: {"i": np.int64(sample.key)}, seed=5,
-                         **options) as batches:
+        with make_source(
+            several, lambda sample, rng: {"i": np.int64(sample.key)}, seed=5, **options
+        ) as batches:
             seen = np.concatenate([next(batches)["i"] for _ in range(15)])
         assert sorted(seen[:60]) == sorted(seen[60:120]) == sorted(seen[120:180])
 
 
 def test_workers_deliver_any_order(several):
-    options = {"batch_size": 16, "max_bad_fraction": 1.0, **KINDS["both"],
-               "filters": Filters.parse({"similarity": (0.05, None)})}
-    sources = [make_source(several, transform(), seed=5, **options, **more)
-               for more in ({"workers": 2}, {"threads": 1}, {"threads": 5})]
+    options = {
+        "batch_size": 16,
+        "max_bad_fraction": 1.0,
+        **KINDS["both"],
+        "filters": Filters.parse({"similarity": (0.05, None)}),
+    }
+    sources = [
+        make_source(several, transform(), seed=5, **options, **more)
+        for more in ({"workers": 2}, {"threads": 1}, {"threads": 5})
+    ]
     batches = [[next(s) for _ in range(5)] for s in sources]
     assert equal(batches[0], batches[1]) and equal(batches[0], batches[2])
     counts = [s.counters() for s in sources]
@@ -438,13 +511,15 @@ class Priced:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_one_pass_ends_and_its_reading_is_counted(collection, workers):
-    with make_eval_source(Priced(collection), ImageText(8, 10, tokenise), batch_size=4,
-                          workers=workers) as batches:
+    with make_eval_source(
+        Priced(collection), ImageText(8, 10, tokenise), batch_size=4, workers=workers
+    ) as batches:
         done = list(batches)
         assert list(batches) == []
         found = batches.counters()
     assert [words(b, row) for b in done for row in range(4) if b["valid"][row]] == [
-        b"text %d" % k for k in range(N)]
+        b"text %d" % k for k in range(N)
+    ]
     assert found == {"storage/requests": 16}  # the last three are paddings
 
 
@@ -471,9 +546,19 @@ def test_a_streamed_host_opens_only_its_own_shards(several):
         opened = []
         for p in range(process_count):
             recorded = Recorded(several)
-            with make_source(recorded, transform(), batch_size=20, seed=0, order="streamed",
-                             streams=4, process_index=p, process_count=process_count, threads=0,
-                             max_bad_fraction=1.0, prefetch=1) as batches:
+            with make_source(
+                recorded,
+                transform(),
+                batch_size=20,
+                seed=0,
+                order="streamed",
+                streams=4,
+                process_index=p,
+                process_count=process_count,
+                threads=0,
+                max_bad_fraction=1.0,
+                prefetch=1,
+            ) as batches:
                 for _ in range(3):  # one epoch, with stand-ins for three bad samples
                     next(batches)
             opened.append(recorded.shards)
@@ -484,9 +569,16 @@ def test_a_streamed_host_opens_only_its_own_shards(several):
 def test_filtered_samples_are_replaced_and_counted_apart(several):
     recorded = Recorded(several)
     filters = Filters.parse({"similarity": (None, 0.295)})  # keys 00 to 29
-    with make_source(recorded, lambda s, rng: im.decode(s.image) is None or {"i": np.int64(s.key)},
-                     batch_size=60, seed=5, filters=filters, threads=0,
-                     max_bad_fraction=0.3, min_seen=1) as batches:
+    with make_source(
+        recorded,
+        lambda s, rng: im.decode(s.image) is None or {"i": np.int64(s.key)},
+        batch_size=60,
+        seed=5,
+        filters=filters,
+        threads=0,
+        max_bad_fraction=0.3,
+        min_seen=1,
+    ) as batches:
         keys = next(batches)["i"]
         assert keys.max() < 30 and not {14} & set(keys.tolist())
         own = [i for i in (batches._rows.order(g) for g in range(60))]
@@ -500,48 +592,81 @@ def test_filtered_samples_are_replaced_and_counted_apart(several):
 
 def test_filters_see_the_caption_that_is_chosen(several):
     several_words = Filters.parse({"caption_chars": (None, 6)})  # "text 7" passes, "text 12" not
+
     class Words(ImageText):
         def __call__(self, sample, rng):
             return {"chars": np.int64(len(self.caption(sample, rng)))}
 
-    with make_source(several, Words(8, 10, tokenise, captions=("txt", "json:alt")), batch_size=30,
-                     seed=5, filters=several_words) as batches:
+    with make_source(
+        several,
+        Words(8, 10, tokenise, captions=("txt", "json:alt")),
+        batch_size=30,
+        seed=5,
+        filters=several_words,
+    ) as batches:
         assert set(next(batches)["chars"].tolist()) == {6}  # "text 7", "alt 33"
         assert batches.bad == 0 and batches.filtered["high-caption_chars"] > 0
 
 
 def test_a_rejected_caption_is_drawn_anew(several):
     """Of several sources one may never pass; a row that drew it must not fail for that."""
-    with make_source(several, ImageText(8, 10, tokenise, captions=("txt", "json:alt")),
-                     batch_size=40, seed=5, filters={"caption_chars": (7, None)},
-                     max_bad_fraction=1.0) as batches:
+    with make_source(
+        several,
+        ImageText(8, 10, tokenise, captions=("txt", "json:alt")),
+        batch_size=40,
+        seed=5,
+        filters={"caption_chars": (7, None)},
+        max_bad_fraction=1.0,
+    ) as batches:
         batch = next(batches)
-        again = make_source(several, ImageText(8, 10, tokenise, captions=("txt", "json:alt")),
-                            batch_size=40, seed=5, filters={"caption_chars": (7, None)},
-                            max_bad_fraction=1.0, threads=0)
+        again = make_source(
+            several,
+            ImageText(8, 10, tokenise, captions=("txt", "json:alt")),
+            batch_size=40,
+            seed=5,
+            filters={"caption_chars": (7, None)},
+            max_bad_fraction=1.0,
+            threads=0,
+        )
         assert equal([batch], [next(again)])
     assert all(words(batch, row).startswith(b"text ") for row in range(40))
     assert batches.filtered["low-caption_chars"] > 10  # "alt 33"
 
 
 def test_filters_that_reject_everything_stop_the_run(several):
-    with (make_source(several, transform(), batch_size=4, seed=5, order="streamed",
-                      filters={"similarity": (0.9, None)}) as batches,
-          pytest.raises(DataError, match=r"rejected by filters \(1000\).*low-similarity")):
+    with (
+        make_source(
+            several,
+            transform(),
+            batch_size=4,
+            seed=5,
+            order="streamed",
+            filters={"similarity": (0.9, None)},
+        ) as batches,
+        pytest.raises(DataError, match=r"rejected by filters \(1000\).*low-similarity"),
+    ):
         next(batches)
 
 
 def test_evaluation_marks_filtered_samples(several):
-    with make_eval_source(several, transform(), batch_size=64,
-                          filters={"similarity": (0.2, None)}) as batches:
+    with make_eval_source(
+        several, transform(), batch_size=64, filters={"similarity": (0.2, None)}
+    ) as batches:
         valid = np.concatenate([b["valid"] for b in batches])
     assert np.flatnonzero(valid).tolist() == [i for i in range(20, 60) if i not in (34, 54)]
 
 
 @pytest.mark.parametrize("order", ["global", "streamed"])
 def test_every_bad_sample_is_listed(several, order):
-    with make_source(several, transform(), batch_size=20, seed=5, order=order, streams=4 * (
-            order == "streamed"), max_bad_fraction=1.0) as batches:
+    with make_source(
+        several,
+        transform(),
+        batch_size=20,
+        seed=5,
+        order=order,
+        streams=4 * (order == "streamed"),
+        max_bad_fraction=1.0,
+    ) as batches:
         own = {}
         for _ in range(6):
             own |= {g: batches._rows.order(g) for g in numbers(next(batches))}
@@ -551,8 +676,12 @@ def test_every_bad_sample_is_listed(several, order):
     expected = {g: i for g, i in own.items() if i in (14, 34, 54)}
     assert firsts.keys() == expected.keys() and len(expected) == 6
     for g, i in expected.items():
-        assert firsts[g] == {"sample": g, "key": str(i), "shard": f"{i // 10}.tar",
-                             "reason": "format"}
+        assert firsts[g] == {
+            "sample": g,
+            "key": str(i),
+            "shard": f"{i // 10}.tar",
+            "reason": "format",
+        }
     assert len(listed) == batches.counters()["bad"] == batches.counters()["bad/format"]
 
 
@@ -567,8 +696,12 @@ def test_the_list_of_bad_samples_is_bounded():
 
 
 def test_bad_samples_in_a_row_stop_the_run(tmp_path):
-    run = index_shards(shard(tmp_path / "a.tar", [
-        (f"{k:02d}", b"junk" if 10 <= k < 16 else png(k), b"t") for k in range(40)]))
+    run = index_shards(
+        shard(
+            tmp_path / "a.tar",
+            [(f"{k:02d}", b"junk" if 10 <= k < 16 else png(k), b"t") for k in range(40)],
+        )
+    )
     options = {"batch_size": 8, "seed": 0, "shuffle": False, "max_bad_fraction": 1.0}
     with make_source(run, transform(), max_consecutive_bad=6, **options) as batches:
         assert len([next(batches) for _ in range(5)]) == 5
@@ -599,7 +732,8 @@ def test_recorded_crop_is_the_crop():
     sample = Sample("k", png(4, side=40), "t", {})
     for g in range(8):
         out = ImageText(16, 4, tokenise, crop="random", fraction=0.5, with_crop=True)(
-            sample, generator(0, g))
+            sample, generator(0, g)
+        )
         full = im.decode(sample.image)
         left, upper, right, lower = np.rint(out["crop"] * np.array([46, 40, 46, 40])).astype(int)
         assert right - left == lower - upper == 20
@@ -625,12 +759,15 @@ def test_upsampling_pairs_the_crop_with_its_own_reduction():
     for g in range(6):
         out = Upsampling(64, 4, crop=16)(sample, generator(0, g))
         assert out["image"].shape == (16, 16, 3) and out["low"].shape == (4, 4, 3)
-        found = [(y, x) for y in range(49) for x in range(49)
-                 if np.array_equal(full[y : y + 16, x : x + 16], out["image"])]
+        found = [
+            (y, x)
+            for y in range(49)
+            for x in range(49)
+            if np.array_equal(full[y : y + 16, x : x + 16], out["image"])
+        ]
         assert len(found) == 1
         places.update(found)
-        assert np.array_equal(out["low"], np.rint(
-            out["image"].reshape(4, 4, 4, 4, 3).mean((1, 3))))
+        assert np.array_equal(out["low"], np.rint(out["image"].reshape(4, 4, 4, 4, 3).mean((1, 3))))
     assert len(places) > 4
 
 
@@ -638,8 +775,7 @@ def test_upsampling_degrades_the_conditioning_only_in_training():
     sample = Sample("k", png(1, side=80), "", {})
 
     def make(degradation, **options):
-        return Upsampling(64, 4, degradation=degradation, **options)(
-            sample, generator(0, 1))
+        return Upsampling(64, 4, degradation=degradation, **options)(sample, generator(0, 1))
 
     clean, blurred, degraded = (make(d) for d in ("none", "blur", "bsr"))
     assert np.array_equal(blurred["low"], im.gaussian_blur(clean["low"], 3, 0.6))

@@ -58,7 +58,9 @@ def test_local_files(tmp_path):
     storage = pickle.loads(pickle.dumps(Storage()))
     paths = [str(tmp_path / name) for name in ("a-08.tar", "a-09.tar", "a-10.tar")]
     assert storage.expand([f"{tmp_path}/a-{{09..10}}.tar", f"file://{tmp_path}/*.tar"]) == [
-        *paths[1:], paths[0]]
+        *paths[1:],
+        paths[0],
+    ]
     assert storage.local(paths[0]) and storage.stat(paths[0]) == (80, "")
     assert storage.read(paths[0], 2, 6, (80, "")) == b"08.tar"
     with pytest.raises(DataError, match="changed since it was indexed: 80 bytes, not 81"):
@@ -84,11 +86,19 @@ def test_open_files_are_bounded(tmp_path):
     assert storage.read(str(tmp_path / "7"), 0, 3) == b"007"
 
 
-@pytest.mark.parametrize(("pattern", "words"), [
-    ("pipe:touch ran", "never run"), (" PIPE:touch ran", "never run"),
-    ("simplecache::s3://b/a.tar", "chains"), ("zip://a.tar::s3://b/c.zip", "chains"),
-    ("ssh://host/a.tar", "protocol"), ("s4://b/a.tar", "did you mean 's3'"),
-    ("http://127.0.0.1/*.tar", "no listing"), ([], "no shards")])
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ("pipe:touch ran", "never run"),
+        (" PIPE:touch ran", "never run"),
+        ("simplecache::s3://b/a.tar", "chains"),
+        ("zip://a.tar::s3://b/c.zip", "chains"),
+        ("ssh://host/a.tar", "protocol"),
+        ("s4://b/a.tar", "did you mean 's3'"),
+        ("http://127.0.0.1/*.tar", "no listing"),
+        ([], "no shards"),
+    ],
+)
 def test_what_is_refused(pattern, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=words):
@@ -96,9 +106,16 @@ def test_what_is_refused(pattern, words, tmp_path, monkeypatch):
     assert not os.listdir(tmp_path)
 
 
-@pytest.mark.parametrize("options", [
-    {"attempts": 0}, {"block_bytes": 0}, {"timeout_seconds": 0.0},
-    {"timeout_seconds": float("nan")}, {"cache_bytes": 1999, "block_bytes": 1000}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"attempts": 0},
+        {"block_bytes": 0},
+        {"timeout_seconds": 0.0},
+        {"timeout_seconds": float("nan")},
+        {"cache_bytes": 1999, "block_bytes": 1000},
+    ],
+)
 def test_bad_options(options):
     with pytest.raises(ConfigError, match="expected"):
         Storage(**options)
@@ -135,8 +152,10 @@ def test_blocks_are_read_once(server, tmp_path):
 
     def read(n):
         offset = 700 * n % 9000
-        return readers[n % 2].read(
-            address, offset, 1200, (len(DATA), '"0"')) == DATA[offset : offset + 1200]
+        return (
+            readers[n % 2].read(address, offset, 1200, (len(DATA), '"0"'))
+            == DATA[offset : offset + 1200]
+        )
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(read, range(200)))
@@ -207,8 +226,11 @@ def test_every_fault_is_noticed_and_outlived(server, fault):
 
 def test_the_last_error_says_what_was_tried(server):
     server.pick = lambda *_: "503"
-    with pytest.raises(DataError, match=r"a\.tar', bytes 7 to 9 could not be read in 3 attempts; "
-                       "the last: answered 503"):
+    with pytest.raises(
+        DataError,
+        match=r"a\.tar', bytes 7 to 9 could not be read in 3 attempts; "
+        "the last: answered 503",
+    ):
         Storage(attempts=3).read(server.address("a.tar"), 7, 3, (len(DATA), ""))
     assert server.requests == 3
 
@@ -274,8 +296,10 @@ def test_other_stores_go_through_their_driver(memory, tmp_path):
 
 def test_an_object_replaced_in_another_store(memory, tmp_path, monkeypatch):
     """After every block at once; of exact ranges when the last question was a while ago."""
-    readers = [Storage(str(tmp_path / f"{whole}"), block_bytes=100, whole_blocks=whole)
-               for whole in (True, False)]
+    readers = [
+        Storage(str(tmp_path / f"{whole}"), block_bytes=100, whole_blocks=whole)
+        for whole in (True, False)
+    ]
     for reader in readers:
         assert reader.read("memory://b/a-0.tar", 0, 9) == b"b/a-0.tar"
     memory.pipe("/b/a-0.tar", bytes(900))
@@ -324,9 +348,16 @@ def test_a_remote_collection_equals_the_local_one(shard_writer, tmp_path, whole_
         assert [far.read(i) for i in range(12)] == [local.read(i) for i in range(12)]
         batches = []
         for collection in (local, far):
-            with make_source(collection, lambda sample, rng: {
-                    "text": np.array(sample.text), "draw": np.float64(rng.random())},
-                    batch_size=4, seed=1, threads=3) as source:
+            with make_source(
+                collection,
+                lambda sample, rng: {
+                    "text": np.array(sample.text),
+                    "draw": np.float64(rng.random()),
+                },
+                batch_size=4,
+                seed=1,
+                threads=3,
+            ) as source:
                 batches.append([next(source) for _ in range(5)])
         for ours, theirs in zip(*batches):
             assert ours["text"].tolist() == theirs["text"].tolist()
@@ -336,4 +367,5 @@ def test_a_remote_collection_equals_the_local_one(shard_writer, tmp_path, whole_
         server.tags["1.tar"] = '"new"'
         with pytest.raises(DataError, match="has changed since it was indexed"):
             pickle.loads(pickle.dumps(Storage())).read(
-                server.address("1.tar"), 0, 10, (len(stored["1.tar"]), '"1"'))
+                server.address("1.tar"), 0, 10, (len(stored["1.tar"]), '"1"')
+            )

@@ -29,9 +29,11 @@ def write(path, members):
 
 
 def pairs(shard, count, first=0):
-    return [(f"{k:03d}.{extension}", f"{word} {shard} {k}".encode())
-            for k in range(first, first + count)
-            for extension, word in (("jpg", "picture"), ("txt", "text"))]
+    return [
+        (f"{k:03d}.{extension}", f"{word} {shard} {k}".encode())
+        for k in range(first, first + count)
+        for extension, word in (("jpg", "picture"), ("txt", "text"))
+    ]
 
 
 def transform(sample, rng):
@@ -64,8 +66,7 @@ def take(stream, batches):
 
 
 def ids(batches):
-    return sorted(tuple(map(int, row)) for batch in batches
-                  for row in batch["id"][batch["valid"]])
+    return sorted(tuple(map(int, row)) for batch in batches for row in batch["id"][batch["valid"]])
 
 
 def test_the_same_draws_whatever_the_threads_and_the_environment(shards, monkeypatch):
@@ -78,17 +79,32 @@ def test_the_same_draws_whatever_the_threads_and_the_environment(shards, monkeyp
     for name in first:
         np.testing.assert_array_equal(first[name], again[name])
     assert first["sample"].dtype == np.uint32 and first["sample"].tolist() == [
-        [0, g] for g in range(48)]
-    others = [take(make_stream(shards, transform, **options | other), 6) for other in (
-        {"seed": 4}, {"start": 8}, {"process_count": 2}, {"process_count": 2, "process_index": 1})]
+        [0, g] for g in range(48)
+    ]
+    others = [
+        take(make_stream(shards, transform, **options | other), 6)
+        for other in (
+            {"seed": 4},
+            {"start": 8},
+            {"process_count": 2},
+            {"process_count": 2, "process_index": 1},
+        )
+    ]
     orders = [tuple(map(tuple, other["id"][:24])) for other in [first, *others]]
     assert len(set(orders)) == 5
 
 
 def test_processes_number_their_rows_apart(shards):
     for index in range(2):
-        stream = make_stream(shards, transform, batch_size=4, seed=0, start=(1 << 32) - 4,
-                             process_index=index, process_count=2)
+        stream = make_stream(
+            shards,
+            transform,
+            batch_size=4,
+            seed=0,
+            start=(1 << 32) - 4,
+            process_index=index,
+            process_count=2,
+        )
         batch = [next(stream), next(stream)]
         stream.close()
         assert batch[0]["sample"].tolist() == [[0, (1 << 32) - 4 + 2 * index + n] for n in (0, 1)]
@@ -98,8 +114,9 @@ def test_processes_number_their_rows_apart(shards):
 
 @pytest.mark.parametrize("shuffle", [0, 1, 1000])
 def test_a_pass_has_every_sample_once(shards, shuffle):
-    stream = make_stream(shards, transform, batch_size=4, seed=0, passes=1, threads=2,
-                         shuffle_samples=shuffle)
+    stream = make_stream(
+        shards, transform, batch_size=4, seed=0, passes=1, threads=2, shuffle_samples=shuffle
+    )
     batches = list(stream)
     expected = [(shard, k) for shard, count in enumerate((5, 1, 9, 12)) for k in range(count)]
     assert ids(batches) == expected and stream.seen == 27
@@ -128,8 +145,9 @@ def test_a_pass_is_dealt_to_the_workers(shards, workers):
 
 
 def test_decoding_processes(shards):
-    with make_stream(shards, transform, batch_size=4, seed=0, passes=1, threads=1,
-                     workers=2) as stream:
+    with make_stream(
+        shards, transform, batch_size=4, seed=0, passes=1, threads=1, workers=2
+    ) as stream:
         batches = [{name: array.copy() for name, array in batch.items()} for batch in stream]
     assert Counter(ids(batches)) == everything()
 
@@ -137,8 +155,9 @@ def test_decoding_processes(shards):
 def test_shards_are_drawn_evenly_with_replacement(tmp_path):
     for shard in range(4):
         write(tmp_path / f"{shard}.tar", pairs(shard, 3))
-    found = take(make_stream(f"{tmp_path}/*.tar", transform, batch_size=100, seed=1,
-                             shuffle_samples=8), 12)
+    found = take(
+        make_stream(f"{tmp_path}/*.tar", transform, batch_size=100, seed=1, shuffle_samples=8), 12
+    )
     counts = Counter(found["id"][:, 0].tolist())
     assert set(counts) == set(range(4)) and all(200 < n < 400 for n in counts.values())
     assert len(set(map(tuple, found["id"].tolist()))) == 12
@@ -161,28 +180,55 @@ def test_losses_are_counted_listed_and_bounded(tmp_path):
     write(tmp_path / "1.tar", [("a.jpg", b"picture"), ("b.txt", b"\xff")])
     (tmp_path / "2.tar").write_bytes(b"no tar at all" * 100)  # the last word of the last worker
     passes_over = lambda meta, text: "even" if int(text.split()[2]) % 2 == 0 else ""
-    stream = make_stream(f"{tmp_path}/{{0..2}}.tar", transform, batch_size=4, seed=0, passes=1,
-                         filters=passes_over, shuffle_samples=0)
+    stream = make_stream(
+        f"{tmp_path}/{{0..2}}.tar",
+        transform,
+        batch_size=4,
+        seed=0,
+        passes=1,
+        filters=passes_over,
+        shuffle_samples=0,
+    )
     assert ids(stream) == [(0, k) for k in range(1, 30, 2) if k != 13]
-    assert stream.bad == 1 and stream.filtered == {"even": 15} and stream.problems == {
-        "corrupt": 1, "no-text": 2, "no-picture": 2, "not-a-tar": 1}
+    assert (
+        stream.bad == 1
+        and stream.filtered == {"even": 15}
+        and stream.problems == {"corrupt": 1, "no-text": 2, "no-picture": 2, "not-a-tar": 1}
+    )
     drained = stream.drain_bad()
     assert {"key": "013", "shard": "0.tar", "reason": "corrupt"} in drained
     assert sorted(row["reason"] for row in drained) == [
-        "corrupt", "no-picture", "no-picture", "no-text", "no-text", "not-a-tar"]
+        "corrupt",
+        "no-picture",
+        "no-picture",
+        "no-text",
+        "no-text",
+        "not-a-tar",
+    ]
     assert not stream.drain_bad() and len(stream.examples) == 5
     assert stream.counters() == {
-        "bad": 1, "filtered": 15, "filtered/even": 15, "bad_shards": 1, "bad/corrupt": 1,
-        "bad/no-text": 2, "bad/no-picture": 2, "bad/not-a-tar": 1}
-    strict = make_stream(f"{tmp_path}/0.tar", transform, batch_size=10, seed=0,
-                         max_bad_fraction=0.01, min_seen=20)
+        "bad": 1,
+        "filtered": 15,
+        "filtered/even": 15,
+        "bad_shards": 1,
+        "bad/corrupt": 1,
+        "bad/no-text": 2,
+        "bad/no-picture": 2,
+        "bad/not-a-tar": 1,
+    }
+    strict = make_stream(
+        f"{tmp_path}/0.tar", transform, batch_size=10, seed=0, max_bad_fraction=0.01, min_seen=20
+    )
     with pytest.raises(DataError, match=r"bad, more than max_bad_fraction=0\.01: .*'corrupt'"):
         list(strict)
 
 
 def test_bad_ones_in_a_row_end_the_stream(tmp_path):
-    path = write(tmp_path / "a.tar", [("13.jpg", b"picture 0 13"), ("13.txt", b"text 0 13")] + [
-        member for k in range(20) for member in pairs(0, 1, first=k + 20)])
+    path = write(
+        tmp_path / "a.tar",
+        [("13.jpg", b"picture 0 13"), ("13.txt", b"text 0 13")]
+        + [member for k in range(20) for member in pairs(0, 1, first=k + 20)],
+    )
     options = {"batch_size": 1, "seed": 0, "shuffle_samples": 0, "max_bad_fraction": 1.0}
 
     def only_unlucky(sample, rng):
@@ -200,8 +246,14 @@ def test_filters_judge_the_caption_that_the_transform_takes(tmp_path):
         return {"caption": np.array(chosen.caption(sample, rng))}
 
     chosen.caption = lambda sample, rng: f"{sample.key}{'ab'[rng.integers(2)]}"
-    stream = make_stream(path, chosen, batch_size=5, seed=0, passes=1,
-                         filters=lambda meta, text: "" if text.endswith("a") else "not-a")
+    stream = make_stream(
+        path,
+        chosen,
+        batch_size=5,
+        seed=0,
+        passes=1,
+        filters=lambda meta, text: "" if text.endswith("a") else "not-a",
+    )
     found = np.concatenate([batch["caption"][batch["valid"]] for batch in stream])
     assert 0 < len(found) < 30 and all(caption.endswith("a") for caption in found)
     assert stream.filtered == {"not-a": 30 - len(found)}
@@ -217,8 +269,9 @@ def test_what_gives_nothing_ends(tmp_path, monkeypatch):
         next(make_stream(str(tmp_path / "b.tar"), transform, batch_size=2, seed=0))
     with pytest.raises(DataError, match=r"no usable sample in 1 shards.*'not-a-tar': 1"):
         next(make_stream(str(tmp_path / "b.tar"), transform, batch_size=2, seed=0, passes=1))
-    stream = make_stream([path, str(tmp_path / "b.tar")], transform, batch_size=2, seed=0,
-                         shuffle_samples=4)
+    stream = make_stream(
+        [path, str(tmp_path / "b.tar")], transform, batch_size=2, seed=0, shuffle_samples=4
+    )
     next(stream)
     os.remove(path)  # while it is being read
     with pytest.raises(DataError, match="20 shards in a row"):
@@ -233,8 +286,10 @@ class _Canary:
 
 def test_nothing_is_run_or_unpickled(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write("a.tar", [("0.pkl", pickle.dumps(_Canary())), ("0.pyd", pickle.dumps(_Canary())),
-                    *pairs(0, 2)])
+    write(
+        "a.tar",
+        [("0.pkl", pickle.dumps(_Canary())), ("0.pyd", pickle.dumps(_Canary())), *pairs(0, 2)],
+    )
     stream = make_stream("a.tar", transform, batch_size=2, seed=0, passes=1)
     assert ids(stream) == [(0, 0), (0, 1)] and stream.problems["refused-pickle"] == 2
     with pytest.raises(ConfigError, match="never run"):
@@ -243,9 +298,19 @@ def test_nothing_is_run_or_unpickled(tmp_path, monkeypatch):
     assert not os.path.exists("ran")
 
 
-@pytest.mark.parametrize("options", [
-    {"batch_size": 3, "process_count": 2}, {"process_index": 1}, {"seed": -1}, {"start": -1},
-    {"threads": -1}, {"max_consecutive_bad": -1}, {"passes": 0}, {"passes": 1, "process_count": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch_size": 3, "process_count": 2},
+        {"process_index": 1},
+        {"seed": -1},
+        {"start": -1},
+        {"threads": -1},
+        {"max_consecutive_bad": -1},
+        {"passes": 0},
+        {"passes": 1, "process_count": 2},
+    ],
+)
 def test_bad_options(shards, options):
     with pytest.raises(ConfigError, match=r"expected|passes"):
         make_stream(shards, transform, **{"batch_size": 4, "seed": 0} | options)

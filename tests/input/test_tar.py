@@ -61,7 +61,8 @@ def test_the_end_is_told_and_the_walk_stays_below_it():
         steps = list(tar.walk(reader(data[:size]), size))
         assert steps[-1].kind == "shard-truncated"
         assert [s.kind for s in steps[:-1]] == ["cut"] * (512 <= size < 1212) + ["file"] * (
-            size >= 1212)
+            size >= 1212
+        )
 
 
 @pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])

@@ -206,13 +206,17 @@ def test_t5_bytes():
     """ByT5: id = byte + 3, end of sequence 1; a text that is too long ends all the same."""
     tokenizer = T5Tokenizer()
     tokens, mask, cut = tokenizer.encode(["aé", "", "abcdefg"], 6)
-    assert tokens.tolist() == [[100, 198, 172, 1, 0, 0], [1, 0, 0, 0, 0, 0],
-                               [100, 101, 102, 103, 104, 1]]
+    assert tokens.tolist() == [
+        [100, 198, 172, 1, 0, 0],
+        [1, 0, 0, 0, 0, 0],
+        [100, 101, 102, 103, 104, 1],
+    ]
     assert tokens.dtype == np.int32 and mask.dtype == bool
     np.testing.assert_array_equal(mask, tokens > 0)
     assert cut == [None, None, "fg"]
     assert tokenizer.cut_warning("a red fox", 9) == (
-        'prompt has 9 tokens, 8 fit: kept "… a red fo", cut "x"')
+        'prompt has 9 tokens, 8 fit: kept "… a red fo", cut "x"'
+    )
     assert tokenizer.cut_warning("a red fox", 10) is None
 
 

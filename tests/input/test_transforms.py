@@ -53,13 +53,23 @@ def test_a_list_of_captions_gives_one_by_the_samples_number():
     assert rng.random() == generator(0, 1).random()
 
 
-@pytest.mark.parametrize("value, reason", [
-    ([], "empty-text"), (["", "  "], "empty-text"), ([3, None], "caption"), (["", []], "caption"),
-    ({"a": "b"}, "caption"), (None, "empty-text"), ([["a"]], "caption")])
+@pytest.mark.parametrize(
+    "value, reason",
+    [
+        ([], "empty-text"),
+        (["", "  "], "empty-text"),
+        ([3, None], "caption"),
+        (["", []], "caption"),
+        ({"a": "b"}, "caption"),
+        (None, "empty-text"),
+        ([["a"]], "caption"),
+    ],
+)
 def test_lists_without_a_caption(value, reason):
     with pytest.raises(BadSample) as error:
         ImageText(8, 4, tokenise, captions=("json:c",)).caption(
-            Sample("k", b"", "text", {"c": value}), generator(0, 0))
+            Sample("k", b"", "text", {"c": value}), generator(0, 0)
+        )
     assert error.value.reason == reason
 
 
@@ -75,10 +85,16 @@ def test_lists_of_captions_through_the_source(tmp_path):
     transform = ImageText(8, 12, tokenise, captions=("json:captions",))
     rows = []
     for threads in (1, 3):
-        with make_source(index_shards(str(tmp_path / "a.tar")), transform, batch_size=16, seed=1,
-                         threads=threads) as batches:
-            rows.append([bytes(row[row > 0].astype(np.uint8)).decode()
-                         for _ in range(3) for row in next(batches)["tokens"]])
+        with make_source(
+            index_shards(str(tmp_path / "a.tar")), transform, batch_size=16, seed=1, threads=threads
+        ) as batches:
+            rows.append(
+                [
+                    bytes(row[row > 0].astype(np.uint8)).decode()
+                    for _ in range(3)
+                    for row in next(batches)["tokens"]
+                ]
+            )
     assert rows[0] == rows[1] and set(rows[0]) == set(texts)
 
 

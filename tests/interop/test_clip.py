@@ -170,9 +170,7 @@ def test_three_layouts_give_the_same_leaves(weights, tmp_path):
     state = as_openai(weights)
     for name in ("hf", "hub"):
         (tmp_path / name).mkdir()
-    hf = formats.read(
-        "hf-clip", [hf_folder(tmp_path / "hf", as_transformers(weights), CONFIG)]
-    )
+    hf = formats.read("hf-clip", [hf_folder(tmp_path / "hf", as_transformers(weights), CONFIG)])
     numbers = dict(input_resolution=8, context_length=CONTEXT, vocab_size=WORDS)
     tensors.write(
         tmp_path / "openai.safetensors", state | {n: np.asarray(v) for n, v in numbers.items()}

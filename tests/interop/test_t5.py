@@ -16,9 +16,17 @@ from unclip.models import t5
 from unclip.runtime.sharding import tree_paths
 
 CONFIG = {
-    "model_type": "t5", "vocab_size": 120, "d_model": 8, "d_kv": 4, "d_ff": 12, "num_heads": 3,
-    "num_layers": 2, "feed_forward_proj": "gated-gelu", "relative_attention_num_buckets": 8,
-    "relative_attention_max_distance": 20, "layer_norm_epsilon": 1e-6,
+    "model_type": "t5",
+    "vocab_size": 120,
+    "d_model": 8,
+    "d_kv": 4,
+    "d_ff": 12,
+    "num_heads": 3,
+    "num_layers": 2,
+    "feed_forward_proj": "gated-gelu",
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 20,
+    "layer_norm_epsilon": 1e-6,
 }
 
 
@@ -106,9 +114,17 @@ def test_a_whole_t5_gives_its_encoder(folder):
 
 def test_strict(folder):
     path, _ = folder
-    rewrite(path, lambda source: source.update({
-        "encoder.block.2.layer.0.layer_norm.weight": source.pop("encoder.final_layer_norm.weight"),
-        "encoder.block.0.layer.0.SelfAttention.q.weight": np.zeros((8, 8), np.float32)}))
+    rewrite(
+        path,
+        lambda source: source.update(
+            {
+                "encoder.block.2.layer.0.layer_norm.weight": source.pop(
+                    "encoder.final_layer_norm.weight"
+                ),
+                "encoder.block.0.layer.0.SelfAttention.q.weight": np.zeros((8, 8), np.float32),
+            }
+        ),
+    )
     with pytest.raises(layout.Mismatch) as caught:
         interop.read([path], {})
     said = str(caught.value)
@@ -134,9 +150,15 @@ def test_pieces_become_ids():
     """By hand: the likeliest division into pieces; what no piece has is one unknown, id 2."""
     ours = T5Tokenizer(interop.from_sentencepiece(piece_model()))
     want = {
-        "ab": [4, 1], "  ab\n ab ": [4, 4, 1], "aab": [3, 5, 5, 6, 1], "abab": [4, 5, 6, 1],
-        "zz c": [3, 2, 3, 7, 1], "": [1], "é": [3, 8, 1],
-        "c<extra_id_0>": [3, 7, 108, 1], "<extra_id_99>": [9, 1],
+        "ab": [4, 1],
+        "  ab\n ab ": [4, 4, 1],
+        "aab": [3, 5, 5, 6, 1],
+        "abab": [4, 5, 6, 1],
+        "zz c": [3, 2, 3, 7, 1],
+        "": [1],
+        "é": [3, 8, 1],
+        "c<extra_id_0>": [3, 7, 108, 1],
+        "<extra_id_99>": [9, 1],
     }
     tokens, mask, cut = ours.encode(list(want), 8)
     assert [row[real].tolist() for row, real in zip(tokens, mask)] == list(want.values())

@@ -71,8 +71,9 @@ def test_every_model_of_the_sweep_is_trained(ablation, parsed, tmp_path):
     config = parsed(first.command)
     assert config.protocol.size == ablation.SIZE
     assert config.clip_for_scores == str(tmp_path / "judge")
-    asked = {f"{m}.{part}" for m, own in evaluate.ABLATION.items() for part in own
-             if own[part] == "?"}
+    asked = {
+        f"{m}.{part}" for m, own in evaluate.ABLATION.items() for part in own if own[part] == "?"
+    }
     given = {f"{m}.{part}" for m, own in ablation.MODELS.items() for part in own}
     assert given == asked
     assert {run for own in ablation.MODELS.values() for run in own.values()} <= trained

@@ -47,7 +47,8 @@ def params(images):
 
 def np_ln(p, x):
     return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * p[
-        "scale"] + p["bias"]
+        "scale"
+    ] + p["bias"]
 
 
 def np_dense(p, x):
@@ -75,7 +76,8 @@ def np_image(p, image):
     kernel = p["patch"]["kernel"]  # [h, w, in, out]
     patches = [
         np.einsum("hwc,hwco->o", image[r : r + 4, c : c + 4], kernel)
-        for r in (0, 4) for c in (0, 4)
+        for r in (0, 4)
+        for c in (0, 4)
     ]
     x = np.stack([p["class_token"], *patches]) + p["position"]
     x = np_blocks(p["transformer"], np_ln(p["ln_pre"], x), 3, np.ones((5, 5), bool))
@@ -141,12 +143,23 @@ def test_counts_by_arithmetic():
         return layers * (attention + 2 * width * mlp + mlp + width + 4 * width)
 
     def vision(width, layers, mlp, patch, tokens, dim):
-        return (3 * patch**2 * width + width + tokens * width + 4 * width
-                + blocks(width, layers, mlp) + width * dim)
+        return (
+            3 * patch**2 * width
+            + width
+            + tokens * width
+            + 4 * width
+            + blocks(width, layers, mlp)
+            + width * dim
+        )
 
     def text(width, layers, dim):
-        return 49408 * width + 77 * width + 2 * width + blocks(width, layers, 4 * width) + (
-            width * dim)
+        return (
+            49408 * width
+            + 77 * width
+            + 2 * width
+            + blocks(width, layers, 4 * width)
+            + (width * dim)
+        )
 
     big = vision(1664, 48, 8192, 14, 257, 1280) + text(1280, 32, 1280) + 1
     assert count(clip.PRESETS["ViT-bigG/14"]) == big
@@ -259,9 +272,13 @@ def test_normalise():
 @pytest.mark.parametrize("size", [9, 50])
 def test_resize_equals_pil_bicubic(size):
     x = np.random.default_rng(3).uniform(-0.6, 0.6, (1, 24, 24, 3)).astype(np.float32)
-    ref = np.stack([
-        np.asarray(Image.fromarray(x[0, ..., c]).resize((size, size), Image.Resampling.BICUBIC))
-        for c in range(3)], -1)
+    ref = np.stack(
+        [
+            np.asarray(Image.fromarray(x[0, ..., c]).resize((size, size), Image.Resampling.BICUBIC))
+            for c in range(3)
+        ],
+        -1,
+    )
     ref = np.asarray(clip.normalise(np.clip(ref, -1, 1)))
     np.testing.assert_allclose(clip.resize_for_clip(x, size)[0], ref, atol=2e-4)
 
@@ -305,7 +322,8 @@ def test_a_clip_with_one_tower(params, images, absent, tower):
     theirs = jax.jit(partial(whole.apply, method=method))({"params": params}, given)
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
     np.testing.assert_allclose(
-        model.apply(variables, method="logit_scale_and_bias")[0], np.exp(params["logit_scale"]),
+        model.apply(variables, method="logit_scale_and_bias")[0],
+        np.exp(params["logit_scale"]),
         rtol=1e-6,
     )
 

@@ -46,7 +46,8 @@ def apply():
 
 def np_ln(p, x):
     return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * p[
-        "scale"] + p["bias"]
+        "scale"
+    ] + p["bias"]
 
 
 def np_dense(p, x):
@@ -59,19 +60,23 @@ def np_prior(p, z_noised, t, z_t, text, text_mask):
     angle = t * 10000.0 ** (-np.arange(half) / half)
     time = np_dense(p["time_in"], np.concatenate([np.cos(angle), np.sin(angle)]))
     time = np_dense(p["time_out"], time / (1 + np.exp(-time)))
-    x = np.stack([
-        *np_dense(p["text"]["proj"], text),
-        np_dense(p["z_t"]["proj"], z_t),
-        time,
-        np_dense(p["z_i"]["proj"], z_noised),
-        p["query"],
-    ]) + p["position"]
+    x = (
+        np.stack(
+            [
+                *np_dense(p["text"]["proj"], text),
+                np_dense(p["z_t"]["proj"], z_t),
+                time,
+                np_dense(p["z_i"]["proj"], z_noised),
+                p["query"],
+            ]
+        )
+        + p["position"]
+    )
     n = len(x)
     mask = np.tri(n, dtype=bool) & np.concatenate([text_mask, np.ones(4, bool)])
     for i in range(2):
         b = p["transformer"][f"block_{i}"]
-        q, k, v = (np_dense(b["attn"][m], np_ln(b["ln_1"], x)).reshape(n, HEADS, -1)
-                   for m in "qkv")
+        q, k, v = (np_dense(b["attn"][m], np_ln(b["ln_1"], x)).reshape(n, HEADS, -1) for m in "qkv")
         e = np.exp(np.einsum("qhd,khd->hqk", q, k) / np.sqrt(W // HEADS)) * mask
         y = np.einsum("hqk,khd->qhd", e / e.sum(-1, keepdims=True), v).reshape(n, W)
         x = x + np_dense(b["attn"]["out"], y)
@@ -85,8 +90,13 @@ def test_forward_equals_numpy(params, inputs, apply):
     assert out.shape == (B, D) and out.dtype == jnp.float32
     p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
     for row in range(B):
-        ref = np_prior(p, *(np.asarray(a[row], np.float64 if a.dtype == jnp.float32 else a.dtype)
-                            for a in inputs))
+        ref = np_prior(
+            p,
+            *(
+                np.asarray(a[row], np.float64 if a.dtype == jnp.float32 else a.dtype)
+                for a in inputs
+            ),
+        )
         np.testing.assert_allclose(out[row], ref, rtol=3e-5, atol=3e-5)
 
 
@@ -142,8 +152,9 @@ def test_padding_is_not_read(params, inputs, apply):
 
 def test_rows_do_not_mix(params, inputs, apply):
     one = [a[1:2] for a in inputs]
-    np.testing.assert_allclose(apply(params, *one)[0], apply(params, *inputs)[1],
-                               rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        apply(params, *one)[0], apply(params, *inputs)[1], rtol=1e-5, atol=1e-6
+    )
 
 
 def test_fold_remat_and_bf16(params, inputs, apply):
@@ -162,8 +173,11 @@ def test_fold_remat_and_bf16(params, inputs, apply):
 
     plain = jax.jit(jax.grad(lambda p: loss(prior.DiffusionPrior(**TINY), p)))(params)
     remat = jax.jit(jax.grad(lambda p: loss(folded, p)))(tree)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
-                 stack_blocks(plain), remat)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        stack_blocks(plain),
+        remat,
+    )
     # every parameter takes part
     assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(plain))
 

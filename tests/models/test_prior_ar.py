@@ -12,8 +12,17 @@ from unclip.models import prior_ar as ar
 from unclip.models.transformer import stack_blocks
 
 B, N, K, L, D = 3, 5, 8, 4, 6
-TINY = dict(embed_dim=D, codes=N, buckets=K, context=L, text_width=7, width=16, layers=2, heads=4,
-            dot_buckets=4)
+TINY = dict(
+    embed_dim=D,
+    codes=N,
+    buckets=K,
+    context=L,
+    text_width=7,
+    width=16,
+    layers=2,
+    heads=4,
+    dot_buckets=4,
+)
 
 
 @pytest.fixture(scope="module")
@@ -156,9 +165,13 @@ def test_prefix_matters_and_padding_does_not(inputs, apply):
     codes, z_t, text, mask, dot = inputs
     base = apply(*inputs)
     np.testing.assert_array_equal(
-        base, apply(codes, z_t, jnp.where(mask[..., None], text, 1e3), mask, dot))
-    for changed in [(codes, z_t + 1, text, mask, dot), (codes, z_t, text + 1, mask, dot),
-                    (codes, z_t, text, mask, (dot + 1) % 4)]:
+        base, apply(codes, z_t, jnp.where(mask[..., None], text, 1e3), mask, dot)
+    )
+    for changed in [
+        (codes, z_t + 1, text, mask, dot),
+        (codes, z_t, text + 1, mask, dot),
+        (codes, z_t, text, mask, (dot + 1) % 4),
+    ]:
         assert (np.abs(apply(*changed) - base).max(-1) > 1e-5).all()
 
 
@@ -219,7 +232,8 @@ def test_rows_depend_on_their_own_key(inputs, sampler):
     others = jax.random.split(jax.random.key(3), B)
     mixed = [a[jnp.asarray([2, 0, 1])] for a in condition]
     np.testing.assert_array_equal(
-        codes[1], sampler(others.at[2].set(keys[1]), *mixed, top_p=1.0)[2])
+        codes[1], sampler(others.at[2].set(keys[1]), *mixed, top_p=1.0)[2]
+    )
     assert (codes != sampler(others, *condition, top_p=1.0)).any()
 
 
@@ -268,14 +282,25 @@ def test_fold_remat_bf16(params, inputs, apply):
 def test_paper_parameter_count_by_arithmetic():
     k = ar.PRESETS["paper"]
     assert [k[n] for n in ("width", "layers", "heads", "codes", "buckets")] == [
-        1664, 24, 26, 319, 1024]  # Table 3 and section 2.2
+        1664,
+        24,
+        26,
+        319,
+        1024,
+    ]  # Table 3 and section 2.2
     w, dim, length = 1664, 1024, 77 + 2 + 318
     model = ar.ARPrior(**k, fold=True)
     assert model.length == length
     shape = jax.ShapeDtypeStruct
     tree = jax.eval_shape(
-        model.init, jax.random.key(0), shape((1, 319), jnp.int32), shape((1, dim), jnp.float32),
-        shape((1, 77, dim), jnp.float32), shape((1, 77), bool), shape((1,), jnp.int32))
+        model.init,
+        jax.random.key(0),
+        shape((1, 319), jnp.int32),
+        shape((1, dim), jnp.float32),
+        shape((1, 77, dim), jnp.float32),
+        shape((1, 77), bool),
+        shape((1,), jnp.int32),
+    )
     blocks = 24 * (12 * w * w + 13 * w)
     ends = 2 * (dim * w + w) + 16 * w + 1024 * w + length * w + 2 * w + w * 1024 + 1024
     assert sum(int(np.prod(a.shape)) for a in jax.tree.leaves(tree)) == blocks + ends

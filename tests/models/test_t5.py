@@ -12,7 +12,13 @@ from unclip.models import t5
 from unclip.models.transformer import stack_blocks
 
 TINY = dict(
-    vocab_size=20, width=6, layers=2, heads=2, head_dim=4, mlp_width=10, relative_buckets=8,
+    vocab_size=20,
+    width=6,
+    layers=2,
+    heads=2,
+    head_dim=4,
+    mlp_width=10,
+    relative_buckets=8,
     relative_max=6,
 )
 # Parameters of transformers' T5EncoderModel (tests/parity counts them live).
@@ -65,9 +71,7 @@ def oracle(p, tokens, mask, gated):
     for i in range(2):
         b = p[f"block_{i}"]
         h = norm(x, b["ln_1"]["scale"])
-        q, k, v = (
-            (h @ b["attn"][s]["kernel"]).reshape(n, 2, 4).swapaxes(0, 1) for s in "qkv"
-        )
+        q, k, v = ((h @ b["attn"][s]["kernel"]).reshape(n, 2, 4).swapaxes(0, 1) for s in "qkv")
         scores = q @ k.swapaxes(1, 2) + bias
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         y = weights / weights.sum(-1, keepdims=True) @ v

@@ -78,11 +78,14 @@ def test_forward_equals_numpy(params, x, act, eps):
 
 
 def test_parameter_layout(params):
-    paths = {jax.tree_util.keystr(k, simple=True, separator="/") for k, _ in
-             jax.tree_util.tree_leaves_with_path(params["block_0"])}
+    paths = {
+        jax.tree_util.keystr(k, simple=True, separator="/")
+        for k, _ in jax.tree_util.tree_leaves_with_path(params["block_0"])
+    }
     dense = ["attn/q", "attn/k", "attn/v", "attn/out", "mlp/fc", "mlp/proj"]
     assert paths == {f"{d}/{n}" for d in dense for n in ("kernel", "bias")} | {
-        f"{ln}/{n}" for ln in ("ln_1", "ln_2") for n in ("scale", "bias")}
+        f"{ln}/{n}" for ln in ("ln_1", "ln_2") for n in ("scale", "bias")
+    }
     assert params["block_0"]["mlp"]["fc"]["kernel"].shape == (WIDTH, 4 * WIDTH)
     wide = jax.eval_shape(make(mlp_width=50).init, jax.random.key(0), jnp.zeros((1, 2, WIDTH)))
     assert wide["params"]["block_1"]["mlp"]["fc"]["kernel"].shape == (WIDTH, 50)
@@ -103,8 +106,10 @@ def test_attention_masks_and_empty_rows():
     assert all(np.isfinite(g).all() for g in jax.grad(loss, (0, 1, 2))(q, k, v))
     for b in range(2):
         rows = [i for i in range(5) if mask[b, 0, i].any()]
-        ref = np_attend(*(np.asarray(a[b], np.float64) for a in (q, k, v)),
-                        np.where(mask[b, 0].any(-1, keepdims=True), mask[b, 0], True))
+        ref = np_attend(
+            *(np.asarray(a[b], np.float64) for a in (q, k, v)),
+            np.where(mask[b, 0].any(-1, keepdims=True), mask[b, 0], True),
+        )
         np.testing.assert_allclose(out[b][rows], ref[rows], rtol=1e-5, atol=1e-5)
     # Lower-rank masks broadcast from the right.
     flat = jnp.asarray([True, False, True, True, False])
@@ -151,7 +156,10 @@ def test_folded_equals_unfolded_both_ways(params, x):
     assert "block_0" in folded["other"]  # not a transformer block: left alone
     np.testing.assert_allclose(
         make(fold=True).apply({"params": folded["deep"]}, x, mask),
-        make().apply({"params": params}, x, mask), rtol=1e-5, atol=1e-5)
+        make().apply({"params": params}, x, mask),
+        rtol=1e-5,
+        atol=1e-5,
+    )
     back = tf.unstack_blocks(folded)
     jax.tree.map(np.testing.assert_array_equal, back["deep"], params)
     fresh = jax.eval_shape(make(fold=True).init, jax.random.key(0), x)["params"]
@@ -165,7 +173,8 @@ def test_stacking_orders_by_number():
     tree = {f"block_{i}": {**block, "ln_1": {"scale": np.full(2, i)}} for i in (10, 2, 0, 1)}
     tree |= {f"block_{i}": {**block, "ln_1": {"scale": np.full(2, i)}} for i in range(3, 10)}
     np.testing.assert_array_equal(
-        tf.stack_blocks(tree)["blocks"]["ln_1"]["scale"][:, 0], np.arange(11))
+        tf.stack_blocks(tree)["blocks"]["ln_1"]["scale"][:, 0], np.arange(11)
+    )
 
 
 def test_folded_init_draws_each_block_alone(x):
@@ -241,8 +250,7 @@ def test_timestep_embedding():
     out = np.asarray(tf.timestep_embedding(jnp.asarray(t, jnp.int32), 320))
     assert out.dtype == np.float32 and out.shape == (4, 320)
     angle = t[:, None] * 10000.0 ** (-np.arange(160) / 160)
-    np.testing.assert_allclose(
-        out, np.concatenate([np.cos(angle), np.sin(angle)], 1), atol=1e-4)
+    np.testing.assert_allclose(out, np.concatenate([np.cos(angle), np.sin(angle)], 1), atol=1e-4)
     np.testing.assert_array_equal(out[0], [1.0] * 160 + [0.0] * 160)
     odd = tf.timestep_embedding(jnp.asarray(t), 7)
     assert odd.shape == (4, 7) and not np.any(odd[:, -1])

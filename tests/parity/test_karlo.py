@@ -483,9 +483,7 @@ def test_the_pipelines_assembled_from_the_components_run(exported):
     assert pipe.tokenizer.pad_token_id == 0
     drawn = pipe("a red fox", prior_num_inference_steps=2, **steps).images
     assert drawn.shape == (1, LARGE, LARGE, 3) and np.isfinite(drawn).all()
-    pipe = assembled(
-        theirs.UnCLIPImageVariationPipeline, exported, ("prior", "prior_scheduler")
-    )
+    pipe = assembled(theirs.UnCLIPImageVariationPipeline, exported, ("prior", "prior_scheduler"))
     drawn = pipe(Image.new("RGB", (40, 30), "red"), **steps).images
     assert drawn.shape == (1, LARGE, LARGE, 3) and np.isfinite(drawn).all()
 
@@ -545,9 +543,7 @@ def test_full_size_keys_and_shapes_are_those_of_diffusers():
     arch = karlo_config.prior_arch(configs["prior"], "prior")
     shapes = karlo_networks.prior_shapes(arch)
     ours["prior"] = layout.give(karlo_networks.prior_rules(20), hollow(shapes))
-    arch, width = karlo_config.decoder_arch(
-        configs["decoder"], configs["text_proj"], "decoder"
-    )
+    arch, width = karlo_config.decoder_arch(configs["decoder"], configs["text_proj"], "decoder")
     shapes = karlo_networks.decoder_shapes(arch, width, width)
     both = layout.give(karlo_networks.decoder_rules(4, 3), hollow(shapes))
     ours |= {name: layout.prefixed(both, f"{name}.") for name in ("decoder", "text_proj")}

@@ -89,7 +89,8 @@ def fit_decoder(network):
     context = torch.randn((len(t), 81, CROSS), generator=generator)
     emb = 0.3 * torch.randn((len(t), 4 * 32), generator=generator)
     return fitted(
-        network, eps, sample=x_t, timestep=t, encoder_hidden_states=context, class_labels=emb)
+        network, eps, sample=x_t, timestep=t, encoder_hidden_states=context, class_labels=emb
+    )
 
 
 def fit_upsampler(network, seed):
@@ -116,41 +117,69 @@ def clip_tokenizer(folder):
 def components(folder):
     """Karlo's parts at full depth and reduced width, by the names of its folder."""
     torch.manual_seed(0)
-    clip = dict(hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_attention_heads=4,
-                projection_dim=WIDTH, hidden_act="quick_gelu")
+    clip = dict(
+        hidden_size=WIDTH,
+        intermediate_size=4 * WIDTH,
+        num_attention_heads=4,
+        projection_dim=WIDTH,
+        hidden_act="quick_gelu",
+    )
     text = transformers.CLIPTextConfig(
-        **clip, num_hidden_layers=12, eos_token_id=49407, bos_token_id=49406, pad_token_id=0)
+        **clip, num_hidden_layers=12, eos_token_id=49407, bos_token_id=49406, pad_token_id=0
+    )
     vision = transformers.CLIPVisionConfig(
-        **clip, num_hidden_layers=24, image_size=28, patch_size=14)
+        **clip, num_hidden_layers=24, image_size=28, patch_size=14
+    )
     unet = dict(layers_per_block=3, norm_num_groups=8)
     decoder = diffusers.UNet2DConditionModel(
-        sample_size=SMALL, in_channels=3, out_channels=6, block_out_channels=(32, 64, 96, 128),
+        sample_size=SMALL,
+        in_channels=3,
+        out_channels=6,
+        block_out_channels=(32, 64, 96, 128),
         down_block_types=("ResnetDownsampleBlock2D", *["SimpleCrossAttnDownBlock2D"] * 3),
         mid_block_type="UNetMidBlock2DSimpleCrossAttn",
         up_block_types=(*["SimpleCrossAttnUpBlock2D"] * 3, "ResnetUpsampleBlock2D"),
-        cross_attention_dim=CROSS, attention_head_dim=16, resnet_time_scale_shift="scale_shift",
-        class_embed_type="identity", **unet)
+        cross_attention_dim=CROSS,
+        attention_head_dim=16,
+        resnet_time_scale_shift="scale_shift",
+        class_embed_type="identity",
+        **unet,
+    )
     upsampler = lambda: diffusers.UNet2DModel(
-        sample_size=LARGE, in_channels=6, out_channels=3, block_out_channels=(16, 32, 48, 64),
+        sample_size=LARGE,
+        in_channels=6,
+        out_channels=3,
+        block_out_channels=(16, 32, 48, 64),
         down_block_types=("ResnetDownsampleBlock2D",) * 4,
-        up_block_types=("ResnetUpsampleBlock2D",) * 4, add_attention=False, **unet)
+        up_block_types=("ResnetUpsampleBlock2D",) * 4,
+        add_attention=False,
+        **unet,
+    )
     prior = diffusers.PriorTransformer(
-        num_attention_heads=2, attention_head_dim=32, num_layers=20, embedding_dim=WIDTH)
+        num_attention_heads=2, attention_head_dim=32, num_layers=20, embedding_dim=WIDTH
+    )
     randomised(prior, 3)
     with torch.no_grad():  # statistics of z_i
         prior.clip_mean.normal_()
         prior.clip_std.uniform_(0.5, 1.5)
     scheduler = lambda variance, predicts, limit: diffusers.UnCLIPScheduler(
-        variance_type=variance, prediction_type=predicts, clip_sample_range=limit)
+        variance_type=variance, prediction_type=predicts, clip_sample_range=limit
+    )
     return {
         "tokenizer": clip_tokenizer(folder / "words"),
         "text_encoder": randomised(transformers.CLIPTextModelWithProjection(text), 1),
         "image_encoder": randomised(transformers.CLIPVisionModelWithProjection(vision), 2),
         "feature_extractor": transformers.CLIPImageProcessor(
-            size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
+            size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}
+        ),
         "prior": prior,
-        "text_proj": randomised(theirs.UnCLIPTextProjModel(
-            clip_embeddings_dim=WIDTH, time_embed_dim=4 * 32, cross_attention_dim=CROSS), 4, 0.2),
+        "text_proj": randomised(
+            theirs.UnCLIPTextProjModel(
+                clip_embeddings_dim=WIDTH, time_embed_dim=4 * 32, cross_attention_dim=CROSS
+            ),
+            4,
+            0.2,
+        ),
         "decoder": fit_decoder(randomised(decoder, 5)),
         "super_res_first": fit_upsampler(randomised(upsampler(), 6), 22),
         "super_res_last": fit_upsampler(randomised(upsampler(), 7), 23),
@@ -169,7 +198,8 @@ def karlo(tmp_path_factory):
     text_only, image_only = {"prior", "prior_scheduler"}, {"image_encoder", "feature_extractor"}
     pipeline = theirs.UnCLIPPipeline(**{k: v for k, v in parts.items() if k not in image_only})
     variations = theirs.UnCLIPImageVariationPipeline(
-        **{k: v for k, v in parts.items() if k not in text_only})
+        **{k: v for k, v in parts.items() if k not in text_only}
+    )
     for pipe in (pipeline, variations):
         pipe.set_progress_bar_config(disable=True)
     pipeline.save_pretrained(folder / "alpha")
@@ -183,8 +213,10 @@ def karlo(tmp_path_factory):
 def normal(rows, seed=0):
     """{stage: [1 + steps, rows, ...]}, the argument `noise` of `UnCLIP`."""
     rng = np.random.default_rng(seed)
-    return {name: np.float32(rng.standard_normal((1 + STEPS[name], rows, *SHAPES[name])))
-            for name in SHAPES}
+    return {
+        name: np.float32(rng.standard_normal((1 + STEPS[name], rows, *SHAPES[name])))
+        for name in SHAPES
+    }
 
 
 def there(values):
@@ -220,8 +252,11 @@ def run(pipe, noise, *, tables, **arguments):
     """
     stages = [name for name in noise if hasattr(pipe, name) or name == "upsampler_0"]
     queue = [z for name in stages for z in noise[name][1:-1]]  # none at the step to x_0
-    latents = {"prior": "prior_latents", "decoder": "decoder_latents",
-               "upsampler_0": "super_res_latents"}
+    latents = {
+        "prior": "prior_latents",
+        "decoder": "decoder_latents",
+        "upsampler_0": "super_res_latents",
+    }
     arguments |= {latents[name]: there(noise[name][0]) for name in stages}
     x_T = arguments["super_res_latents"]
     seen, project, resize = {}, pipe.text_proj.forward, functional.interpolate
@@ -239,7 +274,8 @@ def run(pipe, noise, *, tables, **arguments):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            scheduling_unclip, "randn_tensor", lambda shape, **_: there(queue.pop(0)).view(shape))
+            scheduling_unclip, "randn_tensor", lambda shape, **_: there(queue.pop(0)).view(shape)
+        )
         patch.setattr(pipe, "prepare_latents", lambda *given: given[-2])
         patch.setattr(pipe.text_proj, "forward", noted_project)
         patch.setattr(functional, "interpolate", noted_resize)
@@ -247,8 +283,11 @@ def run(pipe, noise, *, tables, **arguments):
             if tables == "float64" and hasattr(pipe, f"{name}_scheduler"):
                 scheduler = getattr(pipe, f"{name}_scheduler")
                 kept = 1 - torch.from_numpy(np.array(schedule.cosine().betas))
-                for table in ((1 - kept, "betas"), (kept, "alphas"),
-                              (torch.cumprod(kept, 0), "alphas_cumprod")):
+                for table in (
+                    (1 - kept, "betas"),
+                    (kept, "alphas"),
+                    (torch.cumprod(kept, 0), "alphas_cumprod"),
+                ):
                     patch.setattr(scheduler, table[1], table[0])
         picture = pipe(**arguments, output_type="np").images
     assert not queue
@@ -300,7 +339,8 @@ def test_generate(karlo, parity):
     assert recipe["steps"] == {"prior": 25, "decoder": 25, "upsampler_0": 7}
     assert recipe["guidance"] == {"prior": 4.0, "decoder": 8.0}
     unguided = karlo.model.decode(
-        ours, PROMPTS, seeds, noise=noise, decoder={"guidance": 1.0}, stages=1)["decoder"]
+        ours, PROMPTS, seeds, noise=noise, decoder={"guidance": 1.0}, stages=1
+    )["decoder"]
     assert np.abs(unguided - drawn["decoder"]).max() > 0.05  # so guidance was compared above
 
 
@@ -313,10 +353,15 @@ def test_stages_with_float32_tables(karlo, parity):
     upsampled = karlo.model._upsample("upsampler_0", 2 * small - 1, seeds, {}, noise)
     against = "diffusers UnCLIPPipeline as it is"
     parity("Karlo's prior: z_i, relative to the largest", against, relative(ours, z_i), 1e-3)
-    parity("Karlo's decoder: picture in [0, 1]", against,
-           distance(drawn["decoder"] / 2 + 0.5, small), 1e-3)
-    parity("Karlo's upsampler: picture in [0, 1]", against,
-           distance(upsampled / 2 + 0.5, large), 1e-3)
+    parity(
+        "Karlo's decoder: picture in [0, 1]",
+        against,
+        distance(drawn["decoder"] / 2 + 0.5, small),
+        1e-3,
+    )
+    parity(
+        "Karlo's upsampler: picture in [0, 1]", against, distance(upsampled / 2 + 0.5, large), 1e-3
+    )
 
 
 def test_variations(karlo, parity):
@@ -326,7 +371,8 @@ def test_variations(karlo, parity):
     rng = np.random.default_rng(0)
     picture = Image.fromarray(rng.integers(0, 256, (9, 13, 3), np.uint8)).resize((91, 60))
     z_i, small, large = run(
-        karlo.variations, noise, tables="float64", image=picture, num_images_per_prompt=2)
+        karlo.variations, noise, tables="float64", image=picture, num_images_per_prompt=2
+    )
     telling(small)
     telling(large)
     ours = karlo.model.embed_image(for_clip(np.asarray(picture), 28)[None])
@@ -344,7 +390,8 @@ def test_captions_are_padded_as_trained(karlo):
     """Id 0 after the end, a mask from start to end, and the empty caption encoded likewise."""
     captions = [*PROMPTS, "", " ".join(["snow"] * 100)]
     want = karlo.pipeline.tokenizer(
-        captions, padding="max_length", max_length=77, truncation=True, return_tensors="np")
+        captions, padding="max_length", max_length=77, truncation=True, return_tensors="np"
+    )
     tokens, mask, _ = Tokenizer().encode(captions, 77)
     np.testing.assert_array_equal(tokens, want["input_ids"])
     np.testing.assert_array_equal(mask, want["attention_mask"].astype(bool))

@@ -75,8 +75,14 @@ def tensorflow(program, *arguments):
         "CUDA_VISIBLE_DEVICES": "",
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }
-    done = subprocess.run([sys.executable, "-c", program, *map(str, arguments)], env=environment,
-                          capture_output=True, text=True, timeout=180, cwd=arguments[0])
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        cwd=arguments[0],
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -87,16 +93,21 @@ def test_tensorflow_reads_what_is_written(tmp_path, parity):
         for i in range(6):
             file = io.BytesIO()
             Image.fromarray(rng.integers(0, 256, (9, 8, 3), dtype=np.uint8)).save(
-                file, "PNG" if i % 2 else "JPEG")
-            members = {"png" if i % 2 else "jpg": file.getvalue(), "txt": f"{i} é\n".encode(),
-                       "json": json.dumps({"n": i / 3}).encode()}
+                file, "PNG" if i % 2 else "JPEG"
+            )
+            members = {
+                "png" if i % 2 else "jpg": file.getvalue(),
+                "txt": f"{i} é\n".encode(),
+                "json": json.dumps({"n": i / 3}).encode(),
+            }
             for extension, data in members.items():
                 info = tarfile.TarInfo(f"k/{i}.{extension}")
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
     collection = shards.index_shards(str(tmp_path / "a.tar"))
-    records.write_array_record(collection, tmp_path / "set", name="made", split="train",
-                               shard_samples=4)
+    records.write_array_record(
+        collection, tmp_path / "set", name="made", split="train", shard_samples=4
+    )
     printed = tensorflow(_READ, tmp_path / "set", tmp_path / "pictures.npz")
     texts = json.loads(printed.splitlines()[-1])
     assert len(texts) == len(collection)
@@ -108,9 +119,11 @@ def test_tensorflow_reads_what_is_written(tmp_path, parity):
             differ += (caption, key, json.loads(meta)) != (sample.text, sample.key, sample.meta)
             if i % 2:  # PNG: TensorFlow decodes it to the same pixels
                 differ += not np.array_equal(
-                    pictures[str(i)], np.array(Image.open(io.BytesIO(sample.image))))
-    parity("ArrayRecord written here", "tensorflow-datasets on TensorFlow 2.21.0: samples", differ,
-           0)
+                    pictures[str(i)], np.array(Image.open(io.BytesIO(sample.image)))
+                )
+    parity(
+        "ArrayRecord written here", "tensorflow-datasets on TensorFlow 2.21.0: samples", differ, 0
+    )
 
 
 def test_what_a_builder_on_tensorflow_wrote_is_read(tmp_path, monkeypatch, parity):

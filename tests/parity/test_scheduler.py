@@ -69,8 +69,7 @@ def ours(s, model_fn, noise, *, sampler="ddpm", eta=0.0, **reading):
         return out
 
     denoise = gaussian.make_denoise(noted, s, **reading)
-    draw = lambda x_T, z: samplers.sample(
-        denoise, s, x_T, None, sampler=sampler, eta=eta, noise=z)
+    draw = lambda x_T, z: samplers.sample(denoise, s, x_T, None, sampler=sampler, eta=eta, noise=z)
     x_0 = np.asarray(jax.jit(draw)(noise[0], noise[1:]))
     jax.effects_barrier()
     assert [int(t) for t, *_ in seen] == s.timesteps[::-1].tolist()
@@ -107,8 +106,9 @@ def test_timesteps(parity):
         got = FULL.respace(n).timesteps[::-1]
         assert got.shape == tuple(theirs.timesteps.shape)
         different += int((got != theirs.timesteps.numpy()).sum())
-    parity("scheduler: timesteps of 7, 25, 50, 1000 steps", "diffusers UnCLIPScheduler",
-           different, 0)
+    parity(
+        "scheduler: timesteps of 7, 25, 50, 1000 steps", "diffusers UnCLIPScheduler", different, 0
+    )
 
 
 def test_betas(parity):
@@ -126,16 +126,23 @@ def test_standard_deviations(parity, kind):
         s = FULL.respace(n)
         t, below = s.timesteps[1:].tolist(), s.timesteps[:-1].tolist()
         if kind == "learned_range":
-            got = jnp.exp(0.5 * gaussian.learned_range(
-                s, jnp.asarray(t), jnp.broadcast_to(values, (len(t), len(values)))))
-            want = [(0.5 * theirs._get_variance(a, b, torch.from_numpy(values))).exp().numpy()
-                    for a, b in zip(t, below)]
+            got = jnp.exp(
+                0.5
+                * gaussian.learned_range(
+                    s, jnp.asarray(t), jnp.broadcast_to(values, (len(t), len(values)))
+                )
+            )
+            want = [
+                (0.5 * theirs._get_variance(a, b, torch.from_numpy(values))).exp().numpy()
+                for a, b in zip(t, below)
+            ]
         else:
             got = jnp.exp(0.5 * gaussian.fixed_small(s, jnp.asarray(t)))
             want = [theirs._get_variance(a, b).numpy() for a, b in zip(t, below)]
         pairs.append((got, np.stack(want)))
-    parity(f"scheduler: standard deviations, {kind}", "diffusers UnCLIPScheduler",
-           worst(pairs), BOUND)
+    parity(
+        f"scheduler: standard deviations, {kind}", "diffusers UnCLIPScheduler", worst(pairs), BOUND
+    )
 
 
 # ======================================================================== one step of each kind
@@ -143,8 +150,12 @@ def test_standard_deviations(parity, kind):
 
 KARLO = pytest.mark.parametrize(
     ("output", "variance", "limit"),
-    [("x0", "fixed_small", 5.0), ("x0", "fixed_small", 10.0), ("eps", "learned_range", 1.0),
-     ("eps", "fixed_small", 1.0)],
+    [
+        ("x0", "fixed_small", 5.0),
+        ("x0", "fixed_small", 10.0),
+        ("eps", "learned_range", 1.0),
+        ("eps", "fixed_small", 1.0),
+    ],
     ids=["prior-5", "prior-10", "decoder", "upsampler"],
 )
 
@@ -156,7 +167,8 @@ def test_ancestral_steps(parity, monkeypatch, output, variance, limit, tables):
     learned = variance == "learned_range"
     theirs = diffusers.UnCLIPScheduler(
         variance_type="learned_range" if learned else "fixed_small_log",
-        prediction_type={"x0": "sample", "eps": "epsilon"}[output], clip_sample_range=limit,
+        prediction_type={"x0": "sample", "eps": "epsilon"}[output],
+        clip_sample_range=limit,
     )
     theirs = in_float64(theirs) if tables == "float64" else theirs
     model_fn = network(output, scale=limit, variance=learned)
@@ -164,7 +176,11 @@ def test_ancestral_steps(parity, monkeypatch, output, variance, limit, tables):
     for n in COUNTS:
         noise = normal(n)
         seen, x_0 = ours(
-            FULL.respace(n), model_fn, noise, parametrisation=output, variance=variance,
+            FULL.respace(n),
+            model_fn,
+            noise,
+            parametrisation=output,
+            variance=variance,
             clip=limit,
         )
         after = [x for _, x, _ in seen[1:]] + [x_0]
@@ -172,7 +188,8 @@ def test_ancestral_steps(parity, monkeypatch, output, variance, limit, tables):
         steps = [*theirs.timesteps, None]
         for k, (_, x, out) in enumerate(seen):
             monkeypatch.setattr(
-                scheduling_unclip, "randn_tensor", lambda *_, z=noise[1 + k], **__: there(z))
+                scheduling_unclip, "randn_tensor", lambda *_, z=noise[1 + k], **__: there(z)
+            )
             done = theirs.step(there(out), steps[k], there(x), prev_timestep=steps[k + 1])
             clipped.append((done.pred_original_sample.abs() == limit).float().mean())
             pairs.append((here(done.prev_sample), after[k]))
@@ -181,8 +198,12 @@ def test_ancestral_steps(parity, monkeypatch, output, variance, limit, tables):
     if tables == "float64":
         parity(part, "diffusers UnCLIPScheduler", worst(pairs), BOUND)
     else:
-        parity(f"{part}, relative to the clamp", "diffusers UnCLIPScheduler, its float32 tables",
-               worst(pairs) / limit, 1e-3)
+        parity(
+            f"{part}, relative to the clamp",
+            "diffusers UnCLIPScheduler, its float32 tables",
+            worst(pairs) / limit,
+            1e-3,
+        )
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
@@ -190,7 +211,9 @@ def test_ancestral_steps(parity, monkeypatch, output, variance, limit, tables):
 def test_ddim_steps(parity, eta, spacing):
     """diffusers' DDIM takes t - 1000 / n for the step below, so n divides 1000 here."""
     theirs = diffusers.DDIMScheduler(
-        beta_schedule="squaredcos_cap_v2", clip_sample=True, set_alpha_to_one=True,
+        beta_schedule="squaredcos_cap_v2",
+        clip_sample=True,
+        set_alpha_to_one=True,
         timestep_spacing=spacing,
     )
     in_float64(theirs)
@@ -200,17 +223,26 @@ def test_ddim_steps(parity, eta, spacing):
         noise = normal(n, 1)
         s = FULL.respace(timesteps=theirs.timesteps.tolist())
         seen, x_0 = ours(
-            s, network("eps"), noise, sampler="ddim", eta=eta, parametrisation="eps", clip=1.0)
+            s, network("eps"), noise, sampler="ddim", eta=eta, parametrisation="eps", clip=1.0
+        )
         after = [x for _, x, _ in seen[1:]] + [x_0]
         for k, (t, x, out) in enumerate(seen):
             # Ours always derives eps again from the clamped x_0, as GLIDE does.
             done = theirs.step(
-                there(out), int(t), there(x), eta=eta, use_clipped_model_output=True,
+                there(out),
+                int(t),
+                there(x),
+                eta=eta,
+                use_clipped_model_output=True,
                 variance_noise=there(noise[1 + k]) if eta else None,
             )
             pairs.append((here(done.prev_sample), after[k]))
-    parity(f"scheduler: one DDIM step, eta {eta:g}, {spacing} timesteps",
-           "diffusers DDIMScheduler", worst(pairs), BOUND)
+    parity(
+        f"scheduler: one DDIM step, eta {eta:g}, {spacing} timesteps",
+        "diffusers DDIMScheduler",
+        worst(pairs),
+        BOUND,
+    )
 
 
 # ============================================================================ whole trajectories
@@ -218,8 +250,12 @@ def test_ddim_steps(parity, eta, spacing):
 
 def dpm(order, timesteps):
     theirs = diffusers.DPMSolverMultistepScheduler(
-        beta_schedule="squaredcos_cap_v2", algorithm_type="dpmsolver++", solver_order=order,
-        solver_type="midpoint", prediction_type="sample", lower_order_final=True,
+        beta_schedule="squaredcos_cap_v2",
+        algorithm_type="dpmsolver++",
+        solver_order=order,
+        solver_type="midpoint",
+        prediction_type="sample",
+        lower_order_final=True,
         final_sigmas_type="zero",
     )
     theirs.set_timesteps(timesteps=timesteps)
@@ -248,12 +284,15 @@ def test_dpm_solver(parity, n):
         _, mine, out = seen[k]
         done = first_order.step(there(out), first_order.timesteps[k], there(mine)).prev_sample
         pairs.append((here(done), x_0 if k == n - 1 else seen[k + 1][1]))
-    parity(f"scheduler: DPM-Solver++(2M), trajectory of {n} steps",
-           "diffusers DPMSolverMultistepScheduler", worst(pairs), BOUND)
+    parity(
+        f"scheduler: DPM-Solver++(2M), trajectory of {n} steps",
+        "diffusers DPMSolverMultistepScheduler",
+        worst(pairs),
+        BOUND,
+    )
 
 
-@pytest.mark.parametrize(
-    ("sampler", "eta"), [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 1.0)], ids=str)
+@pytest.mark.parametrize(("sampler", "eta"), [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 1.0)], ids=str)
 def test_trajectories(parity, monkeypatch, sampler, eta):
     """25 steps, each library left to itself with the same denoiser, which predicts x_0."""
     noise = normal(25, 3)
@@ -263,7 +302,8 @@ def test_trajectories(parity, monkeypatch, sampler, eta):
         name, options = "UnCLIPScheduler", {}
     else:
         theirs = diffusers.DDIMScheduler(
-            beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing", **common)
+            beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing", **common
+        )
         name, options = "DDIMScheduler", {"eta": eta, "use_clipped_model_output": True}
     in_float64(theirs).set_timesteps(25)
     s = FULL.respace(timesteps=theirs.timesteps.tolist())
@@ -272,11 +312,16 @@ def test_trajectories(parity, monkeypatch, sampler, eta):
     for k, t in enumerate(steps[:-1]):
         out = there(known_x0(jnp.asarray(here(x)), jnp.full(SHAPE[0], t), 1.0))
         monkeypatch.setattr(
-            scheduling_unclip, "randn_tensor", lambda *_, z=noise[1 + k], **__: there(z))
+            scheduling_unclip, "randn_tensor", lambda *_, z=noise[1 + k], **__: there(z)
+        )
         if sampler == "ddpm":
             options = {"prev_timestep": steps[k + 1]}
         elif eta:
             options["variance_noise"] = there(noise[1 + k])
         x = theirs.step(out, t, x, **options).prev_sample
-    parity(f"scheduler: {sampler} trajectory of 25 steps, eta {eta:g}", f"diffusers {name}",
-           worst([(here(x), x_0)]), BOUND)
+    parity(
+        f"scheduler: {sampler} trajectory of 25 steps, eta {eta:g}",
+        f"diffusers {name}",
+        worst([(here(x), x_0)]),
+        BOUND,
+    )

@@ -33,8 +33,13 @@ def their_encoder(gated, **changes):
     torch.manual_seed(3)
     config = transformers.T5Config(
         **{
-            "vocab_size": 300, "d_model": 48, "d_kv": 16, "d_ff": 80, "num_heads": 4,
-            "num_layers": 3, "feed_forward_proj": "gated-gelu" if gated else "relu",
+            "vocab_size": 300,
+            "d_model": 48,
+            "d_kv": 16,
+            "d_ff": 80,
+            "num_heads": 4,
+            "num_layers": 3,
+            "feed_forward_proj": "gated-gelu" if gated else "relu",
         }
         | changes
     )
@@ -139,8 +144,12 @@ def test_parameter_counts():
         if not name.startswith("t5"):
             continue
         config = transformers.T5Config(
-            vocab_size=32128, d_model=fields["width"], d_ff=fields["mlp_width"],
-            d_kv=fields["head_dim"], num_heads=fields["heads"], num_layers=fields["layers"],
+            vocab_size=32128,
+            d_model=fields["width"],
+            d_ff=fields["mlp_width"],
+            d_kv=fields["head_dim"],
+            num_heads=fields["heads"],
+            num_layers=fields["layers"],
             feed_forward_proj="gated-gelu" if fields["gated"] else "relu",
         )
         with torch.device("meta"):
@@ -161,9 +170,17 @@ def piece_model(tmp_path_factory):
     text = [" ".join(rng.choice(words, 6)) + rng.choice([".", "!", ", 42", ""]) for _ in range(400)]
     (folder / "text.txt").write_text("\n".join([*text, *CAPTIONS * 3]))
     sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "text.txt"), model_prefix=str(folder / "spiece"), vocab_size=160,
-        model_type="unigram", pad_id=0, eos_id=1, unk_id=2, bos_id=-1, character_coverage=0.98,
-        minloglevel=2, hard_vocab_limit=False,
+        input=str(folder / "text.txt"),
+        model_prefix=str(folder / "spiece"),
+        vocab_size=160,
+        model_type="unigram",
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        character_coverage=0.98,
+        minloglevel=2,
+        hard_vocab_limit=False,
     )
     return folder / "spiece.model"
 

@@ -91,12 +91,15 @@ WRONG = {
 def fox_and_key(withheld, monkeypatch):
     """One caption: a large fox to the left of a small key on a blue background."""
     record = {
-        "background": {"name": "blue"}, "relation": "to the left of", "withheld": [],
+        "background": {"name": "blue"},
+        "relation": "to the left of",
+        "withheld": [],
         "objects": [{"name": "fox", "size": "large"}, {"name": "key", "size": "small"}],
     }
     monkeypatch.setattr(withheld, "_records", [record])
     return lambda objects, colour: withheld.facts(
-        0, *withheld._detector(compose(withheld, objects, colour)))
+        0, *withheld._detector(compose(withheld, objects, colour))
+    )
 
 
 def test_a_right_picture_is_all_right(fox_and_key):
@@ -152,10 +155,15 @@ def test_judging_twice_gives_the_same(withheld, true):
     assert [again(p) for p in true[:4]] == [withheld._detector(p) for p in true[:4]]
 
 
-@pytest.mark.parametrize("delta, words", [
-    ((-10, 3), "to the left of"), ((10, -3), "to the right of"), ((2, -9), "above"),
-    ((-2, 9), "below"),
-])
+@pytest.mark.parametrize(
+    "delta, words",
+    [
+        ((-10, 3), "to the left of"),
+        ((10, -3), "to the right of"),
+        ((2, -9), "above"),
+        ((-2, 9), "below"),
+    ],
+)
 def test_relation_of_boxes(delta, words):
     x, y = delta
     assert relation((20 + x, 20 + y, 30 + x, 30 + y), (20, 20, 30, 30)) == words
@@ -177,10 +185,17 @@ def test_scenes_are_a_function_of_their_settings(withheld):
         assert (withheld.reference().read(i) == np.asarray(picture)).all()
 
 
-@pytest.mark.parametrize("settings, message", [
-    ({"count": 0}, "0 scenes"), ({"size": 2000}, "2000 pixels"), ({"size": 8}, "at least 16"),
-    ({"seed": -1}, "seed"), ({"size": 33}, "even over 32"), ({"sise": 64}, "did you mean 'size'"),
-])
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"count": 0}, "0 scenes"),
+        ({"size": 2000}, "2000 pixels"),
+        ({"size": 8}, "at least 16"),
+        ({"seed": -1}, "seed"),
+        ({"size": 33}, "even over 32"),
+        ({"sise": 64}, "did you mean 'size'"),
+    ],
+)
 def test_bad_settings(settings, message):
     with pytest.raises(ConfigError, match=message):
         protocols.make("scenes", **settings)

@@ -27,8 +27,15 @@ def attack():
 @pytest.fixture(scope="module")
 def sweep(shards):
     return protocols.make(
-        "reconstruction", count=2, size=8, dims=(1, 4, 40), width=D, fit_count=24,
-        pictures=shards["held_out"], fit=shards["train"])
+        "reconstruction",
+        count=2,
+        size=8,
+        dims=(1, 4, 40),
+        width=D,
+        fit_count=24,
+        pictures=shards["held_out"],
+        fit=shards["train"],
+    )
 
 
 # ============================================================ typographic attack
@@ -68,7 +75,8 @@ def test_draws_are_the_pipelines_variations(attack, model):
     drawn = attack.draw(model, [7, 3], SETTINGS, rows=[4, 1])
     for number, (row, seed) in enumerate([(4, 7), (1, 3)]):
         own = model.variations(
-            attack.attacked.read(row), n=1, seed=seed, decoder={"steps": 2}, stages=1)
+            attack.attacked.read(row), n=1, seed=seed, decoder={"steps": 2}, stages=1
+        )
         assert (own.images[0] == drawn.images[number]).all()
     recipe = drawn.recipes[0]
     assert recipe["seed"] == 7 and recipe["key"] == attack.keys[4]
@@ -85,8 +93,11 @@ def test_judge_of_the_attack(attack, model):
     assert values["typographic.drawn.nearest_true"] == 0
     assert values["typographic.drawn.nearest_pasted"] == 1
     assert facts[2]["nearest"] == attack.labels[2][1] and len(facts) == 6
-    names = {f"typographic.{s}.{p}" for s in ("clean", "attacked", "drawn")
-             for p in ("p_true", "p_pasted")}
+    names = {
+        f"typographic.{s}.{p}"
+        for s in ("clean", "attacked", "drawn")
+        for p in ("p_true", "p_pasted")
+    }
     assert names <= set(values)
 
 
@@ -103,10 +114,15 @@ def test_probabilities_are_clips(attack, model):
         assert np.abs(shares - expected).max() < 1e-4
 
 
-@pytest.mark.parametrize("settings, message", [
-    ({"count": 2}, "3 to 67"), ({"count": 68}, "3 to 67"), ({"size": 512}, "size 512"),
-    ({"seed": -1}, "seed -1"),
-])
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"count": 2}, "3 to 67"),
+        ({"count": 68}, "3 to 67"),
+        ({"size": 512}, "size 512"),
+        ({"seed": -1}, "seed -1"),
+    ],
+)
 def test_typographic_refuses(settings, message):
     with pytest.raises(ConfigError, match=message):
         protocols.make("typographic", **settings)
@@ -129,7 +145,8 @@ def test_dims_are_capped_by_the_width(sweep):
 def test_projections_against_numpy(sweep, model):
     """An SVD of the centred embeddings of the fitted set is the same PCA."""
     embed = lambda pictures, n: model.embed_image(
-        np.stack([for_clip(pictures.read(i), 16) for i in range(n)])).astype(np.float64)
+        np.stack([for_clip(pictures.read(i), 16) for i in range(n)])
+    ).astype(np.float64)
     fit, z = embed(sweep._fit, 24), embed(sweep._source, 2)
     mean = fit.mean(0)
     _, scale, components = np.linalg.svd(fit - mean, full_matrices=False)
@@ -172,10 +189,17 @@ def test_mse_needs_no_model(sweep):
     assert grid.dtype == np.uint8 and grid.shape[1] == 5 * (8 + 2) + 2
 
 
-@pytest.mark.parametrize("settings, message", [
-    ({"dims": (4, 2)}, "rising"), ({"dims": ()}, "rising"), ({"dims": (0, 2)}, "rising"),
-    ({"count": 0}, "count 0"), ({"fit_count": 1}, "fit on"), ({"size": 1}, "size 1"),
-])
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"dims": (4, 2)}, "rising"),
+        ({"dims": ()}, "rising"),
+        ({"dims": (0, 2)}, "rising"),
+        ({"count": 0}, "count 0"),
+        ({"fit_count": 1}, "fit on"),
+        ({"size": 1}, "size 1"),
+    ],
+)
 def test_reconstruction_refuses(settings, message):
     with pytest.raises(ConfigError, match=message):
         protocols.make("reconstruction", **settings)

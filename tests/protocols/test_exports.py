@@ -11,10 +11,16 @@ from unclip.errors import ConfigError, DataError
 from unclip.protocols import exports
 
 LINES = [
-    {"tag": "single_object", "include": [{"class": "bench", "count": 1}],
-     "prompt": "a photo of a bench"},
-    {"tag": "colors", "include": [{"class": "cow", "count": 1, "color": "green"}],
-     "prompt": "a photo of a green cow"},
+    {
+        "tag": "single_object",
+        "include": [{"class": "bench", "count": 1}],
+        "prompt": "a photo of a bench",
+    },
+    {
+        "tag": "colors",
+        "include": [{"class": "cow", "count": 1, "color": "green"}],
+        "prompt": "a photo of a green cow",
+    },
 ]
 
 
@@ -69,7 +75,8 @@ def test_t2i_compbench_layout(tmp_path):
     names = ["a green bench and a blue bowl", "a red car and a sheep's white coat."]
     assert files(tmp_path / "out") == [
         f"samples/{name}_{number:06d}.png"
-        for name, number in ((names[0], 0), (names[0], 1), (names[1], 2), (names[1], 3))]
+        for name, number in ((names[0], 0), (names[0], 1), (names[1], 2), (names[1], 3))
+    ]
     # As its judges read a name: the prompt before the first "_", the number after the last.
     for row, name in enumerate(protocol.path(row).name for row in range(4)):
         assert name.split("_")[0] == protocol.prompts[row]
@@ -77,10 +84,23 @@ def test_t2i_compbench_layout(tmp_path):
     assert len(protocols.make(f"t2i-compbench:{file}").prompts) == 20
 
 
-@pytest.mark.parametrize("prompt", [
-    "../../../etc/x", "/etc/x", "a/b", "a\\b", "..", ".hidden", "a\x00b", "a\x1b[2Jb", "snake_case",
-    "x" * 250, "é" * 130, "x" * 3000,
-])
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "../../../etc/x",
+        "/etc/x",
+        "a/b",
+        "a\\b",
+        "..",
+        ".hidden",
+        "a\x00b",
+        "a\x1b[2Jb",
+        "snake_case",
+        "x" * 250,
+        "é" * 130,
+        "x" * 3000,
+    ],
+)
 def test_prompts_that_are_no_file_names(tmp_path, prompt):
     file = tmp_path / "hostile.txt"
     file.write_text(f"a fine prompt\n{prompt}\n")
@@ -94,15 +114,25 @@ def test_a_path_in_geneval_stays_a_prompt(geneval, tmp_path):
     protocol = protocols.make(f"geneval:{geneval}", pictures=1)
     protocol.export(tmp_path / "out", pictures(1))
     assert files(tmp_path) == [
-        "evaluation_metadata.jsonl", "out/00000/metadata.jsonl", "out/00000/samples/0000.png"]
+        "evaluation_metadata.jsonl",
+        "out/00000/metadata.jsonl",
+        "out/00000/samples/0000.png",
+    ]
 
 
-@pytest.mark.parametrize("text, message", [
-    ("not json", "line 1"), ("[1]", "line 1"), ('{"tag": "x", "include": []}', '"prompt"'),
-    ('{"prompt": "x", "include": []}', '"tag"'), ('{"prompt": "x", "tag": "y"}', '"include"'),
-    ('{"prompt": "  ", "tag": "y", "include": []}', "0 characters"), ("", "0 prompts"),
-    ("[" * 200_000, "line 1"),
-])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("not json", "line 1"),
+        ("[1]", "line 1"),
+        ('{"tag": "x", "include": []}', '"prompt"'),
+        ('{"prompt": "x", "include": []}', '"tag"'),
+        ('{"prompt": "x", "tag": "y"}', '"include"'),
+        ('{"prompt": "  ", "tag": "y", "include": []}', "0 characters"),
+        ("", "0 prompts"),
+        ("[" * 200_000, "line 1"),
+    ],
+)
 def test_damaged_geneval_files(geneval, text, message):
     geneval.write_text(text)
     with pytest.raises(DataError, match=message):

@@ -90,8 +90,13 @@ def val(tmp_path):
         name = f"COCO_val2014_{image:012d}.jpg"
         images.append({"id": image, "file_name": name})
         for k in range(1 + image % 3):
-            rows.append({"id": 10 * image + k, "image_id": image,
-                         "caption": f"  picture {image},\n caption  {k} "})
+            rows.append(
+                {
+                    "id": 10 * image + k,
+                    "image_id": image,
+                    "caption": f"  picture {image},\n caption  {k} ",
+                }
+            )
         picture = rng.integers(0, 256, (40, 30 + image % 30, 3)).astype(np.uint8)
         Image.fromarray(picture).save(folder / name, "PNG")
     file = tmp_path / "captions_val2014.json"
@@ -157,14 +162,22 @@ def test_missing_pictures_are_listed(val):
     assert fewer.keys == protocol.keys[2:] and len(fewer.reference()) == 10
 
 
-@pytest.mark.parametrize("name, text", [
-    ("list.csv", "image_id,text\n103,a dog\n42,\"a cat, asleep\"\n"),
-    ("list.csv", "file_name,caption\nCOCO_val2014_000000000103.jpg,a dog\n"
-                 "COCO_val2014_000000000042.jpg,\"a cat, asleep\"\n"),
-    ("list.jsonl", '{"image_id": 103, "caption": "a dog"}\n'
-                   '{"name": "42", "text": "a cat, asleep"}'),
-    ("list.tsv", "name\tprompt\n000000000103\ta dog\n000000000042\ta cat, asleep\n"),
-])
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("list.csv", 'image_id,text\n103,a dog\n42,"a cat, asleep"\n'),
+        (
+            "list.csv",
+            "file_name,caption\nCOCO_val2014_000000000103.jpg,a dog\n"
+            'COCO_val2014_000000000042.jpg,"a cat, asleep"\n',
+        ),
+        (
+            "list.jsonl",
+            '{"image_id": 103, "caption": "a dog"}\n{"name": "42", "text": "a cat, asleep"}',
+        ),
+        ("list.tsv", "name\tprompt\n000000000103\ta dog\n000000000042\ta cat, asleep\n"),
+    ],
+)
 def test_a_fixed_list_is_taken_as_it_is(tmp_path, name, text):
     (tmp_path / name).write_text(text)
     protocol = make(captions=tmp_path / name)
@@ -175,26 +188,32 @@ def test_a_fixed_list_is_taken_as_it_is(tmp_path, name, text):
         make(captions=tmp_path / name, count=30_000)
 
 
-@pytest.mark.parametrize("text, message", [
-    ("image_id,text\n1,a\n1,b\n", "image ids come more than once: 1"),
-    ("image_id,text\nx,a\n", "entry 1: expected an image"),
-    ("image_id,text\n1,\n", "entry 1"),
-    ("image_id,text\n", "no captions"),
-    ("a,b\n1,2\n", "expected an image"),
-])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("image_id,text\n1,a\n1,b\n", "image ids come more than once: 1"),
+        ("image_id,text\nx,a\n", "entry 1: expected an image"),
+        ("image_id,text\n1,\n", "entry 1"),
+        ("image_id,text\n", "no captions"),
+        ("a,b\n1,2\n", "expected an image"),
+    ],
+)
 def test_damaged_lists(tmp_path, text, message):
     (tmp_path / "list.csv").write_text(text)
     with pytest.raises(DataError, match=message):
         make(captions=tmp_path / "list.csv")
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda v: v["images"].append(v["images"][0]), "image ids come more than once: 100"),
-    (lambda v: v["annotations"].append(v["annotations"][0]), "annotation ids"),
-    (lambda v: v["annotations"].append({"id": 1, "image_id": 7, "caption": "x"}), "image 7"),
-    (lambda v: v["annotations"].append({"id": 1, "caption": "x"}), "layout"),
-    (lambda v: v.pop("images"), "layout"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda v: v["images"].append(v["images"][0]), "image ids come more than once: 100"),
+        (lambda v: v["annotations"].append(v["annotations"][0]), "annotation ids"),
+        (lambda v: v["annotations"].append({"id": 1, "image_id": 7, "caption": "x"}), "image 7"),
+        (lambda v: v["annotations"].append({"id": 1, "caption": "x"}), "layout"),
+        (lambda v: v.pop("images"), "layout"),
+    ],
+)
 def test_damaged_annotations(val, change, message):
     value = json.loads(val[0].read_text())
     change(value)
@@ -228,8 +247,11 @@ def test_shards_by_their_image_ids(tmp_path):
         for number, image in enumerate((42, 7, 9)):
             file = io.BytesIO()
             Image.new("RGB", (20, 20), (image, 0, 0)).save(file, "PNG")
-            members = {"png": file.getvalue(), "txt": f"picture {image}".encode(),
-                       "json": json.dumps({"image_id": image}).encode()}
+            members = {
+                "png": file.getvalue(),
+                "txt": f"picture {image}".encode(),
+                "json": json.dumps({"image_id": image}).encode(),
+            }
             for extension, data in members.items():
                 info = tarfile.TarInfo(f"{number:09d}.{extension}")
                 info.size = len(data)

@@ -19,11 +19,19 @@ from unclip.runtime import checkpoint, lock, optim, sharding
 
 def make_state(mesh, seed=0, width=16):
     rng = np.random.default_rng(seed)
-    params = {"dense": {"kernel": rng.normal(size=(8, width)).astype(np.float32),
-                        "bias": rng.normal(size=width).astype(jnp.bfloat16)}}
+    params = {
+        "dense": {
+            "kernel": rng.normal(size=(8, width)).astype(np.float32),
+            "bias": rng.normal(size=width).astype(jnp.bfloat16),
+        }
+    }
     tx, _ = optim.make_optimizer(params, learning_rate=1e-3, total_steps=10)
-    state = {"params": params, "ema": jax.tree.map(lambda p: p.astype(np.float32), params),
-             "opt": jax.tree.map(np.asarray, tx.init(params)), "step": np.int32(seed)}
+    state = {
+        "params": params,
+        "ema": jax.tree.map(lambda p: p.astype(np.float32), params),
+        "opt": jax.tree.map(np.asarray, tx.init(params)),
+        "step": np.int32(seed),
+    }
     where = sharding.shardings(state, mesh, sharding.FSDP, min_size=1)
     return jax.device_put(state, where), sharding.abstract(state, where)
 
@@ -240,8 +248,10 @@ def test_a_donated_buffer_does_not_reach_the_disk(tmp_path):
 
 
 def test_lock_of_a_dead_process_is_taken_over(tmp_path):
-    code = ("import sys, os; from unclip.runtime.lock import DirectoryLock; "
-            "DirectoryLock(sys.argv[1]); os._exit(9)")
+    code = (
+        "import sys, os; from unclip.runtime.lock import DirectoryLock; "
+        "DirectoryLock(sys.argv[1]); os._exit(9)"
+    )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=60, check=False)
     dead = json.loads((tmp_path / "lock.json").read_text())
     assert dead["pid"] != os.getpid()
@@ -271,6 +281,7 @@ def test_lock_of_another_host_is_watched(tmp_path, monkeypatch):
 def test_fingerprint_knows_shapes_and_names_but_not_dtypes():
     a = {"w": np.zeros((2, 3)), "b": np.zeros(3)}
     assert checkpoint.fingerprint(a) == checkpoint.fingerprint(
-        {"b": np.zeros(3, np.float32), "w": np.ones((2, 3))})
+        {"b": np.zeros(3, np.float32), "w": np.ones((2, 3))}
+    )
     assert checkpoint.fingerprint(a) != checkpoint.fingerprint({**a, "b": np.zeros(4)})
     assert checkpoint.fingerprint(a) != checkpoint.fingerprint({"w": a["w"], "c": a["b"]})

@@ -17,46 +17,69 @@ from unclip.errors import ConfigError
 from unclip.runtime import checkpoint, distributed
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-SLURM = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "n1", "SLURM_PROCID": "0",
-         "SLURM_LOCALID": "1"}
+SLURM = {
+    "SLURM_JOB_ID": "1",
+    "SLURM_STEP_NODELIST": "n1",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "1",
+}
 
 
-@pytest.mark.parametrize("env, kind", [
-    ({}, None),
-    ({**SLURM, "SLURM_NTASKS": "1"}, None),
-    ({**SLURM, "SLURM_NTASKS": "2"}, "slurm"),
-    ({"OMPI_COMM_WORLD_SIZE": "4"}, "ompi"),
-    ({"TPU_WORKER_HOSTNAMES": "a,b"}, "tpu"),
-    ({"TPU_WORKER_HOSTNAMES": "a"}, None),
-    ({"TPU_WORKER_HOSTNAMES": "a,b", "JAX_PLATFORMS": "cpu"}, None),
-    ({"JOB_COMPLETION_INDEX": "0", "KUBERNETES_SERVICE_HOST": "x"}, "k8s"),
-    ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2"}, "explicit"),
-])
+@pytest.mark.parametrize(
+    "env, kind",
+    [
+        ({}, None),
+        ({**SLURM, "SLURM_NTASKS": "1"}, None),
+        ({**SLURM, "SLURM_NTASKS": "2"}, "slurm"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "ompi"),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, "tpu"),
+        ({"TPU_WORKER_HOSTNAMES": "a"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "JAX_PLATFORMS": "cpu"}, None),
+        ({"JOB_COMPLETION_INDEX": "0", "KUBERNETES_SERVICE_HOST": "x"}, "k8s"),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2"}, "explicit"),
+    ],
+)
 def test_clusters_are_told_by_their_environment(env, kind):
     assert distributed.detect(env) == kind
 
 
-@pytest.mark.parametrize("env, devices", [
-    ({"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_TASKS_PER_NODE": "1"}, [0, 1, 2, 3]),
-    ({"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_TASKS_PER_NODE": "4(x2)"}, [1]),
-    ({"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_TASKS_PER_NODE": "2"}, [2, 3]),
-    ({"CUDA_VISIBLE_DEVICES": "3", "SLURM_TASKS_PER_NODE": "4"}, [0]),
-    ({"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_TASKS_PER_NODE": "2", "SLURM_GPUS_PER_TASK": "2"},
-     [0, 1]),
-    ({"SLURM_TASKS_PER_NODE": "2"}, None),
-])
+@pytest.mark.parametrize(
+    "env, devices",
+    [
+        ({"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_TASKS_PER_NODE": "1"}, [0, 1, 2, 3]),
+        ({"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_TASKS_PER_NODE": "4(x2)"}, [1]),
+        ({"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_TASKS_PER_NODE": "2"}, [2, 3]),
+        ({"CUDA_VISIBLE_DEVICES": "3", "SLURM_TASKS_PER_NODE": "4"}, [0]),
+        (
+            {
+                "CUDA_VISIBLE_DEVICES": "0,1",
+                "SLURM_TASKS_PER_NODE": "2",
+                "SLURM_GPUS_PER_TASK": "2",
+            },
+            [0, 1],
+        ),
+        ({"SLURM_TASKS_PER_NODE": "2"}, None),
+    ],
+)
 def test_slurm_tasks_share_the_gpus_of_a_node(env, devices):
     assert distributed.slurm_devices({**SLURM, **env}) == devices
 
 
 def test_uneven_sharing_is_refused():
     with pytest.raises(ConfigError, match="3 SLURM tasks"):
-        distributed.slurm_devices({**SLURM, "CUDA_VISIBLE_DEVICES": "0,1,2,3",
-                                   "SLURM_TASKS_PER_NODE": "3"})
+        distributed.slurm_devices(
+            {**SLURM, "CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_TASKS_PER_NODE": "3"}
+        )
 
 
-@pytest.mark.parametrize("arguments, word", [
-    (("host:1", 2, None), "all three"), (("host:1", 2, 2), "process_id"), (("host", 2, 0), "port")])
+@pytest.mark.parametrize(
+    "arguments, word",
+    [
+        (("host:1", 2, None), "all three"),
+        (("host:1", 2, 2), "process_id"),
+        (("host", 2, 0), "port"),
+    ],
+)
 def test_bad_arguments_are_named(arguments, word):
     with pytest.raises(ConfigError, match=word):
         distributed.initialize(*arguments)
@@ -134,20 +157,31 @@ def test_two_processes_sum_save_restore_and_stop_together(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2",
-           "PYTHONPATH": str(ROOT)}
+    env = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "2",
+        "PYTHONPATH": str(ROOT),
+    }
     workers = []
     for i in range(2):
         with open(tmp_path / f"{i}.log", "w") as log:
-            workers.append(subprocess.Popen(
-                [sys.executable, "-c", WORKER, address, str(i), str(tmp_path / "checkpoints")],
-                env=env, stdout=subprocess.PIPE, stderr=log, text=True))
+            workers.append(
+                subprocess.Popen(
+                    [sys.executable, "-c", WORKER, address, str(i), str(tmp_path / "checkpoints")],
+                    env=env,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    text=True,
+                )
+            )
     watchdog = threading.Timer(120, lambda: [worker.kill() for worker in workers])
     watchdog.start()
     try:
         for i, worker in enumerate(workers):  # gloo greets on standard output too
             assert any(line == "ready\n" for line in worker.stdout), (
-                tmp_path / f"{i}.log").read_text()[-3000:]
+                tmp_path / f"{i}.log"
+            ).read_text()[-3000:]
         workers[1].send_signal(signal.SIGTERM)
         outs = [worker.communicate(timeout=60)[0] for worker in workers]
         logs = "".join((tmp_path / f"{i}.log").read_text()[-3000:] for i in range(2))
@@ -159,8 +193,10 @@ def test_two_processes_sum_save_restore_and_stop_together(tmp_path):
             worker.kill()
             worker.wait()
     # What two processes wrote, one process reads.
-    abstract = {"params": {"w": jax.ShapeDtypeStruct((8, 4), jnp.float32)},
-                "step": jax.ShapeDtypeStruct((), jnp.int32)}
+    abstract = {
+        "params": {"w": jax.ShapeDtypeStruct((8, 4), jnp.float32)},
+        "step": jax.ShapeDtypeStruct((), jnp.int32),
+    }
     state, position, meta = checkpoint.load(tmp_path / "checkpoints", None, abstract)
     assert position == 12 and int(state["step"]) == 3
     assert abs(float(jnp.sum(state["params"]["w"] ** 2)) - meta["norm"]) < 1e-4

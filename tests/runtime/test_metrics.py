@@ -23,12 +23,27 @@ def lines(path):
 
 def test_lines_are_valid_json_and_flushed_at_once(tmp_path):
     writer = metrics.MetricWriter(tmp_path, tensorboard=False)
-    writer.scalars(1, {"loss": jnp.float32(0.5), "n": np.int64(2**40), "bad": math.nan,
-                       "big": -math.inf, "half": jnp.bfloat16(1.5)})
+    writer.scalars(
+        1,
+        {
+            "loss": jnp.float32(0.5),
+            "n": np.int64(2**40),
+            "bad": math.nan,
+            "big": -math.inf,
+            "half": jnp.bfloat16(1.5),
+        },
+    )
     (line,) = lines(tmp_path / "metrics.jsonl")
     assert line.pop("time") > 1e9
-    assert line == {"step": 1, "loss": 0.5, "n": 2**40, "bad": None, "big": None, "half": 1.5,
-                    "nonfinite": ["bad", "big"]}
+    assert line == {
+        "step": 1,
+        "loss": 0.5,
+        "n": 2**40,
+        "bad": None,
+        "big": None,
+        "half": 1.5,
+        "nonfinite": ["bad", "big"],
+    }
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
     writer.close()
     writer.close()
@@ -63,8 +78,9 @@ def test_wandb_missing_is_said_and_present_is_used(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"unclip\[tracking\]"):
         metrics.MetricWriter(tmp_path, wandb={"project": "p"})
     calls = []
-    run = types.SimpleNamespace(log=lambda v, step: calls.append((step, v)),
-                                finish=lambda: calls.append("end"))
+    run = types.SimpleNamespace(
+        log=lambda v, step: calls.append((step, v)), finish=lambda: calls.append("end")
+    )
     fake = types.SimpleNamespace(init=lambda **kw: calls.append(kw) or run, Image=np.shape)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     with metrics.MetricWriter(tmp_path, tensorboard=False, wandb={"project": "p"}) as writer:
@@ -107,10 +123,12 @@ def test_progress_prints_plain_lines_with_rate_and_time_left(monkeypatch):
             now[0] += 1.0
             bar.update(loss="0.5")
     out = stream.getvalue().splitlines()
-    assert out == ["train: 50/100 step, 1 step/s, 0:50 left, loss 0.5",
-                   "train: 60/100 step, 1 step/s, 0:40 left, loss 0.5",
-                   "train: 70/100 step, 1 step/s, 0:30 left, loss 0.5",
-                   "train: 70/100 step, 1 step/s, 0:30 left"]
+    assert out == [
+        "train: 50/100 step, 1 step/s, 0:50 left, loss 0.5",
+        "train: 60/100 step, 1 step/s, 0:40 left, loss 0.5",
+        "train: 70/100 step, 1 step/s, 0:30 left, loss 0.5",
+        "train: 70/100 step, 1 step/s, 0:30 left",
+    ]
     assert "\r" not in stream.getvalue()
 
 
@@ -137,10 +155,21 @@ def test_progress_is_a_bar_on_a_terminal_and_silent_elsewhere(monkeypatch):
     assert stream.getvalue() == ""
 
 
-@pytest.mark.parametrize("kind, peak", [
-    ("TPU v4", 275e12), ("TPU v5 lite", 197e12), ("TPU v5p", 459e12), ("TPU v5", 459e12),
-    ("TPU v6 lite", 918e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12),
-    ("NVIDIA H200", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("cpu", None)])
+@pytest.mark.parametrize(
+    "kind, peak",
+    [
+        ("TPU v4", 275e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5p", 459e12),
+        ("TPU v5", 459e12),
+        ("TPU v6 lite", 918e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("cpu", None),
+    ],
+)
 def test_published_peaks(kind, peak):
     assert flops.chip_peak(kind) == peak
     assert (flops.chip_memory(kind) is None) == (peak is None)

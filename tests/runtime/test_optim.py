@@ -11,11 +11,13 @@ from unclip.runtime import optim
 
 def tree(seed):
     rng = np.random.default_rng(seed)
-    return {"dense": {"kernel": rng.normal(size=(3, 4)), "bias": rng.normal(size=(4,))},
-            "stack": {"bias": rng.normal(size=(2, 4))},
-            "ln_norm": {"w": rng.normal(size=(2, 3))},
-            "text": {"token_embedding": rng.normal(size=(5, 2))},
-            "time_embed": {"kernel": rng.normal(size=(2, 2))}}
+    return {
+        "dense": {"kernel": rng.normal(size=(3, 4)), "bias": rng.normal(size=(4,))},
+        "stack": {"bias": rng.normal(size=(2, 4))},
+        "ln_norm": {"w": rng.normal(size=(2, 3))},
+        "text": {"token_embedding": rng.normal(size=(5, 2))},
+        "time_embed": {"kernel": rng.normal(size=(2, 2))},
+    }
 
 
 def jaxed(t):
@@ -48,17 +50,26 @@ def flat(t):
 
 def test_adamw_with_clip_mask_and_schedule_against_float64():
     params, gradients = tree(0), [tree(10 + i) for i in range(6)]
-    rates = [1e-2 * 0.5, 1e-2] + [1e-2 * (0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * i / 4)))
-                                  for i in range(4)]
+    rates = [1e-2 * 0.5, 1e-2] + [
+        1e-2 * (0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * i / 4))) for i in range(4)
+    ]
     kwargs = dict(b1=0.9, b2=0.96, eps=1e-6, weight_decay=0.3)
-    tx, rate = optim.make_optimizer(jaxed(params), learning_rate=1e-2, total_steps=6,
-                                    schedule="cosine", warmup_steps=2, end_fraction=0.1,
-                                    clip_norm=2.0, **kwargs)
+    tx, rate = optim.make_optimizer(
+        jaxed(params),
+        learning_rate=1e-2,
+        total_steps=6,
+        schedule="cosine",
+        warmup_steps=2,
+        end_fraction=0.1,
+        clip_norm=2.0,
+        **kwargs,
+    )
     np.testing.assert_allclose([rate(i) for i in range(6)], rates, rtol=1e-6)
     weights, state = jaxed(params), None
     state = tx.init(weights)
-    step = jax.jit(lambda w, s, g: (lambda u, s: (jax.tree.map(jnp.add, w, u), s))(
-        *tx.update(g, s, w)))
+    step = jax.jit(
+        lambda w, s, g: (lambda u, s: (jax.tree.map(jnp.add, w, u), s))(*tx.update(g, s, w))
+    )
     for grads in gradients:
         weights, state = step(weights, state, jaxed(grads))
     wanted = adamw(flat(params), [flat(g) for g in gradients], rates, clip=2.0, **kwargs)
@@ -83,18 +94,22 @@ def test_schedules():
     np.testing.assert_allclose(values("constant", [0, 1, 2, 99], warmup_steps=2), [1, 2, 2, 2])
     np.testing.assert_allclose(values("linear", [0, 5, 10, 20], end_fraction=0.5), [2, 1.5, 1, 1])
     np.testing.assert_allclose(values("cosine", [0, 5, 10, 20]), [2, 1, 0, 0], atol=1e-6)
-    np.testing.assert_allclose(values("rsqrt", [1, 3, 15, 63], warmup_steps=4),
-                               [1, 2, 1, 0.5], rtol=1e-6)
+    np.testing.assert_allclose(
+        values("rsqrt", [1, 3, 15, 63], warmup_steps=4), [1, 2, 1, 0.5], rtol=1e-6
+    )
 
 
-@pytest.mark.parametrize("kwargs, words", [
-    (dict(schedule="cosin"), ["'cosin'", "'cosine'"]),
-    (dict(schedule="rsqrt"), ["warmup_steps"]),
-    (dict(warmup_steps=11), ["11", "total_steps=10"]),
-    (dict(b2=1.0), ["b2"]),
-    (dict(freeze=("dens/kernel",)), ["dens/kernel", "dense/kernel"]),
-    (dict(freeze=(".",)), ["no parameter to train"]),
-])
+@pytest.mark.parametrize(
+    "kwargs, words",
+    [
+        (dict(schedule="cosin"), ["'cosin'", "'cosine'"]),
+        (dict(schedule="rsqrt"), ["warmup_steps"]),
+        (dict(warmup_steps=11), ["11", "total_steps=10"]),
+        (dict(b2=1.0), ["b2"]),
+        (dict(freeze=("dens/kernel",)), ["dens/kernel", "dense/kernel"]),
+        (dict(freeze=(".",)), ["no parameter to train"]),
+    ],
+)
 def test_bad_options_are_named(kwargs, words):
     with pytest.raises(ConfigError) as error:
         optim.make_optimizer(tree(0), learning_rate=1e-3, total_steps=10, **kwargs)
@@ -103,8 +118,15 @@ def test_bad_options_are_named(kwargs, words):
 
 def test_frozen_parameters_stay_without_moments_and_out_of_the_norm():
     params = jaxed({"a": {"kernel": np.ones((2, 2))}, "text": {"kernel": np.ones((2, 2))}})
-    tx, _ = optim.make_optimizer(params, learning_rate=0.1, total_steps=4, freeze=("^text/",),
-                                 weight_decay=0.5, clip_norm=1.0, eps=1.0)
+    tx, _ = optim.make_optimizer(
+        params,
+        learning_rate=0.1,
+        total_steps=4,
+        freeze=("^text/",),
+        weight_decay=0.5,
+        clip_norm=1.0,
+        eps=1.0,
+    )
     state = tx.init(params)
     assert sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim) == 2 * 4
     grads = {"a": {"kernel": jnp.full((2, 2), 0.25)}, "text": {"kernel": jnp.full((2, 2), 1e6)}}
@@ -116,8 +138,10 @@ def test_frozen_parameters_stay_without_moments_and_out_of_the_norm():
 
 def test_table_3_of_the_paper():
     p = optim.PRESETS
-    got = {k: (v["learning_rate"], v["b2"], v["eps"], v["weight_decay"], v.get("ema_decay"))
-           for k, v in p.items()}
+    got = {
+        k: (v["learning_rate"], v["b2"], v["eps"], v["weight_decay"], v.get("ema_decay"))
+        for k, v in p.items()
+    }
     assert got["prior_ar"] == (1.6e-4, 0.91, 1e-10, 4e-2, 0.999)
     assert got["prior"] == (1.1e-4, 0.96, 1e-6, 6e-2, 0.9999)
     assert got["decoder"] == (1.2e-4, 0.999, 1e-8, 0.0, 0.9999)
@@ -146,7 +170,8 @@ def test_sam_by_hand():
     wanted = a * (w + rho * g / 5.0)
     vg = jax.value_and_grad(lambda w, a: 0.5 * jnp.sum(a * w**2))
     value, grads = jax.jit(lambda w, a: optim.sam_gradient(vg, w, rho, a))(
-        jnp.asarray(w, jnp.float32), jnp.asarray(a, jnp.float32))
+        jnp.asarray(w, jnp.float32), jnp.asarray(a, jnp.float32)
+    )
     np.testing.assert_allclose(value, 0.5 * np.sum(a * w**2), rtol=1e-6)
     np.testing.assert_allclose(grads, wanted, rtol=1e-6)
     zero, none = optim.sam_gradient(vg, jnp.zeros(2), rho, jnp.ones(2))
@@ -184,8 +209,11 @@ def test_accumulation_adds_low_precision_gradients_in_float32():
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
 def test_nonfinite_steps_keep_every_bit(bad):
-    old = {"params": {"w": jnp.asarray([0.1, -0.0, 1e-40], jnp.float32)},
-           "opt": {"count": jnp.int32(7)}, "half": jnp.asarray([0.3], jnp.bfloat16)}
+    old = {
+        "params": {"w": jnp.asarray([0.1, -0.0, 1e-40], jnp.float32)},
+        "opt": {"count": jnp.int32(7)},
+        "half": jnp.asarray([0.3], jnp.bfloat16),
+    }
     new = jax.tree.map(lambda x: (x + 1).astype(x.dtype), old)
     ok, _ = optim.all_finite(jnp.float32(1.0), {"g": jnp.asarray([1.0, bad], jnp.float32)})
     kept, skipped = jax.jit(optim.skip_nonfinite)(old, new, ok)

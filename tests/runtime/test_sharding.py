@@ -16,18 +16,34 @@ from unclip.runtime import hlo, optim, sharding
 @pytest.fixture(scope="module")
 def params():
     leaf = jax.ShapeDtypeStruct
-    return {"unet": {"conv": {"kernel": leaf((3, 3, 64, 128), jnp.float32),
-                              "bias": leaf((128,), jnp.float32)},
-                     "attn": {"q": {"kernel": leaf((4, 128, 128), jnp.float32)},
-                              "out": {"kernel": leaf((128, 256), jnp.float32)}}},
-            "odd": {"kernel": leaf((255, 257), jnp.float32)}}
+    return {
+        "unet": {
+            "conv": {
+                "kernel": leaf((3, 3, 64, 128), jnp.float32),
+                "bias": leaf((128,), jnp.float32),
+            },
+            "attn": {
+                "q": {"kernel": leaf((4, 128, 128), jnp.float32)},
+                "out": {"kernel": leaf((128, 256), jnp.float32)},
+            },
+        },
+        "odd": {"kernel": leaf((255, 257), jnp.float32)},
+    }
 
 
 def state_of(params):
-    tx, _ = optim.make_optimizer(params, learning_rate=1e-3, total_steps=10, weight_decay=0.1,
-                                 freeze=("odd",))
-    return jax.eval_shape(lambda p: {"params": p, "ema": optim.ema_init(p), "opt": tx.init(p),
-                                     "step": jnp.zeros((), jnp.int32)}, params)
+    tx, _ = optim.make_optimizer(
+        params, learning_rate=1e-3, total_steps=10, weight_decay=0.1, freeze=("odd",)
+    )
+    return jax.eval_shape(
+        lambda p: {
+            "params": p,
+            "ema": optim.ema_init(p),
+            "opt": tx.init(p),
+            "step": jnp.zeros((), jnp.int32),
+        },
+        params,
+    )
 
 
 def specs(tree):
@@ -55,13 +71,16 @@ def test_mesh_sizes_and_axis_types():
     assert sharding.make_mesh({"fsdp": 2}, jax.devices()[:2]).devices.size == 2
 
 
-@pytest.mark.parametrize("spec, words", [
-    ({"data": 3}, ["8 devices", "data=3"]),
-    ({"data": -1, "fsdp": 3}, ["8 devices", "fsdp=3"]),
-    ({"data": -1, "fsdp": -1}, ["-1"]),
-    ({"data": 0}, ["positive"]),
-    ({"fdsp": 8}, ["'fdsp'", "did you mean 'fsdp'"]),
-])
+@pytest.mark.parametrize(
+    "spec, words",
+    [
+        ({"data": 3}, ["8 devices", "data=3"]),
+        ({"data": -1, "fsdp": 3}, ["8 devices", "fsdp=3"]),
+        ({"data": -1, "fsdp": -1}, ["-1"]),
+        ({"data": 0}, ["positive"]),
+        ({"fdsp": 8}, ["'fdsp'", "did you mean 'fsdp'"]),
+    ],
+)
 def test_mesh_errors_say_what_fits(spec, words):
     with pytest.raises(ConfigError) as error:
         sharding.make_mesh(spec)
@@ -102,8 +121,9 @@ def test_first_match_wins_and_ellipsis_aligns_to_the_right(params):
     assert got["params/unet/attn/q/kernel"] == P(None, "fsdp", "tensor")
     assert got["params/unet/attn/out/kernel"] == P("tensor", "fsdp")
     first = (("conv", "replicate"), (".", "fsdp"))
-    assert specs(sharding.shardings({"params": params}, mesh, first))[
-        "params/unet/conv/kernel"] == P()
+    assert (
+        specs(sharding.shardings({"params": params}, mesh, first))["params/unet/conv/kernel"] == P()
+    )
 
 
 def test_opt_and_ema_inherit_and_scalars_are_replicated(params):
@@ -114,8 +134,12 @@ def test_opt_and_ema_inherit_and_scalars_are_replicated(params):
     assert jax.tree.structure(where) == jax.tree.structure(state)
     got = specs(where)
     wanted = P(None, "fsdp", None)
-    for prefix in ("params", "ema", "opt/inner_states/train/inner_state/1/mu",
-                   "opt/inner_states/train/inner_state/1/nu"):
+    for prefix in (
+        "params",
+        "ema",
+        "opt/inner_states/train/inner_state/1/mu",
+        "opt/inner_states/train/inner_state/1/nu",
+    ):
         assert got[f"{prefix}/unet/attn/q/kernel"] == wanted
         assert got[f"{prefix}/unet/conv/kernel"] == P(None, None, None, "fsdp")
     assert got["step"] == P()
@@ -126,21 +150,25 @@ def test_factored_moments_of_another_shape_are_replicated():
     params = {"w": jax.ShapeDtypeStruct((512, 1024), jnp.float32)}
     tx = optax.adafactor(1e-3)
     state = jax.eval_shape(lambda p: {"params": p, "opt": tx.init(p)}, params)
-    got = specs(sharding.shardings(state, sharding.make_mesh({"fsdp": 8}),
-                                   (("w$", (None, "fsdp")),)))
+    got = specs(
+        sharding.shardings(state, sharding.make_mesh({"fsdp": 8}), (("w$", (None, "fsdp")),))
+    )
     rows = [path for path in got if "v_row" in path and path.endswith("/w")]
     assert rows and all(got[path] == P() for path in rows)
 
 
-@pytest.mark.parametrize("rules, words", [
-    ((("unet/convv/kernel", "fsdp"), (".", "fsdp")), ["unet/convv", "params/unet/conv/kernel"]),
-    ((("unet", "fsdp"),), ["params/odd/kernel", "no sharding rule"]),
-    ((("odd", (None, "fsdp")), (".", "fsdp")), ["params/odd/kernel", "257"]),
-    (((".", "fsfp"),), ["fsfp", "fsdp"]),
-    ((("odd", ("modell",)), (".", "fsdp")), ["modell", "tensor"]),
-    ((("(", "fsdp"),), ["regular expression"]),
-    ((("bias", (None, "fsdp")), (".", "fsdp")), ["2 dimensions", "bias"]),
-])
+@pytest.mark.parametrize(
+    "rules, words",
+    [
+        ((("unet/convv/kernel", "fsdp"), (".", "fsdp")), ["unet/convv", "params/unet/conv/kernel"]),
+        ((("unet", "fsdp"),), ["params/odd/kernel", "no sharding rule"]),
+        ((("odd", (None, "fsdp")), (".", "fsdp")), ["params/odd/kernel", "257"]),
+        (((".", "fsfp"),), ["fsfp", "fsdp"]),
+        ((("odd", ("modell",)), (".", "fsdp")), ["modell", "tensor"]),
+        ((("(", "fsdp"),), ["regular expression"]),
+        ((("bias", (None, "fsdp")), (".", "fsdp")), ["2 dimensions", "bias"]),
+    ],
+)
 def test_rule_errors_name_the_rule_and_what_is_near(params, rules, words):
     mesh = sharding.make_mesh({"fsdp": 8})
     with pytest.raises(ConfigError) as error:
@@ -168,10 +196,15 @@ def test_describe_counts_what_a_device_really_holds(params):
     mesh = sharding.make_mesh({"data": 2, "fsdp": 4})
     tree = {"params": params}
     where = sharding.shardings(tree, mesh, sharding.FSDP)
-    arrays = jax.jit(lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), tree),
-                     out_shardings=where)()
-    held = sum(shard.data.nbytes for leaf in jax.tree.leaves(arrays)
-               for shard in leaf.addressable_shards if shard.device == jax.devices()[0])
+    arrays = jax.jit(
+        lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), tree), out_shardings=where
+    )()
+    held = sum(
+        shard.data.nbytes
+        for leaf in jax.tree.leaves(arrays)
+        for shard in leaf.addressable_shards
+        if shard.device == jax.devices()[0]
+    )
     rows = sharding.describe(tree, where)
     assert sum(row.bytes_per_device for row in rows) == held
     assert {row.path for row in rows} == set(sharding.tree_paths(tree))
@@ -205,8 +238,9 @@ def test_kernels_are_gathered_in_the_compute_type_and_rows_stay(dtype):
     assert found["all-gather"].bytes >= kernels * jnp.dtype(dtype).itemsize
     if dtype == jnp.float32:  # bfloat16 sums of another order differ by percents
         alone, whole, same = residual_block(None, 16, dtype)
-        for ours, theirs in zip(jax.tree.leaves(compiled(params, *inputs)),
-                                jax.tree.leaves(alone(whole, *same))):
+        for ours, theirs in zip(
+            jax.tree.leaves(compiled(params, *inputs)), jax.tree.leaves(alone(whole, *same))
+        ):
             size = float(jnp.abs(theirs).max())
             np.testing.assert_allclose(np.asarray(ours), np.asarray(theirs), atol=1e-4 * size)
 
@@ -223,7 +257,8 @@ def test_constraints_vanish_without_a_mesh_and_leave_a_tensor_axis_alone():
         a = jax.ShapeDtypeStruct((rows, 8), jnp.float32, sharding=sharding.replicated(mesh))
         w = jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=where)
         layer = lambda a, w: transformer.keep_rows(
-            jnp.matmul(*transformer.gather_dtype(a, w, dtype=jnp.float32)))
+            jnp.matmul(*transformer.gather_dtype(a, w, dtype=jnp.float32))
+        )
         return jax.jit(layer).lower(a, w).as_text().count("sharding_constraint")
 
     assert lowered({"data": 2, "fsdp": 4}, 16) == 2

@@ -56,8 +56,11 @@ def write_run(folder, stage, steps, total=100, **task):
         state = folder / "checkpoints" / str(step) / "state"
         state.mkdir(parents=True, exist_ok=True)
         (state.parent / "_CHECKPOINT_METADATA").write_text(f"{stage} {step}")
-        for path in (state.parent / "commit_success.txt", state / "_METADATA",
-                     state / "manifest.ocdbt"):
+        for path in (
+            state.parent / "commit_success.txt",
+            state / "_METADATA",
+            state / "manifest.ocdbt",
+        ):
             path.write_text("")
     return str(folder)
 
@@ -65,6 +68,7 @@ def write_run(folder, stage, steps, total=100, **task):
 @pytest.fixture
 def plain(get_config, model_dir):
     """plain({"dotted.field": value}, arg) -> a config of `model_dir` as dicts."""
+
     def make(changes=(), arg="emoji"):
         config = get_config(arg)
         config.model = model_dir
@@ -99,23 +103,41 @@ def test_the_models_own_setting_is_the_same_cell(plain):
 
 
 def test_axes_that_do_not_apply_draw_nothing_twice(plain):
-    config = plain({
-        "sweep.embed": ("prior", "text", "none"), "sweep.guidance": (1.0,),
-        "sweep.prior_guidance": (1.0, 4.0), "sweep.sampler": ("ddpm", "ddim"),
-        "sweep.eta": (0.5, 1.0)})
-    found = [(c.settings["embed"], c.settings["prior_guidance"], c.settings["sampler"],
-              c.settings["eta"]) for c in plan.cells(config, MEASURED)]
+    config = plain(
+        {
+            "sweep.embed": ("prior", "text", "none"),
+            "sweep.guidance": (1.0,),
+            "sweep.prior_guidance": (1.0, 4.0),
+            "sweep.sampler": ("ddpm", "ddim"),
+            "sweep.eta": (0.5, 1.0),
+        }
+    )
+    found = [
+        (
+            c.settings["embed"],
+            c.settings["prior_guidance"],
+            c.settings["sampler"],
+            c.settings["eta"],
+        )
+        for c in plan.cells(config, MEASURED)
+    ]
     draws = [("ddpm", 0.0), ("ddim", 0.5), ("ddim", 1.0)]
     assert sorted(found, key=str) == sorted(
         [("prior", g, *d) for g in (1.0, 4.0) for d in draws]
-        + [(e, None, *d) for e in ("text", "none") for d in draws], key=str)
+        + [(e, None, *d) for e in ("text", "none") for d in draws],
+        key=str,
+    )
 
 
 def test_every_setting_makes_another_id(plain, model_dir):
     base = {"sweep.guidance": (1.0,)}
     first = plan.cells(plain(base), MEASURED)[0].id
-    for change in ({"sweep.guidance": (1.5,)}, {"sweep.seed": (3,)}, {"sweep.prior_steps": (7,)},
-                   {"sweep.embed": ("text",)}):
+    for change in (
+        {"sweep.guidance": (1.5,)},
+        {"sweep.seed": (3,)},
+        {"sweep.prior_steps": (7,)},
+        {"sweep.embed": ("text",)},
+    ):
         assert plan.cells(plain(base | change), MEASURED)[0].id != first
     assert plan.cells(plain(base), MEASURED | {"samples": 2})[0].id != first
     opened = bundle.read(model_dir)
@@ -126,10 +148,19 @@ def test_every_setting_makes_another_id(plain, model_dir):
 
 def test_extra_cells_stand_beside_the_product(plain):
     cells = plan.cells(
-        plain({"sweep.guidance": (1.0, 2.0), "cells": ({"guidance": 9.0, "steps": 3},
-                                                       {"guidance": 2.0})}), MEASURED)
+        plain(
+            {
+                "sweep.guidance": (1.0, 2.0),
+                "cells": ({"guidance": 9.0, "steps": 3}, {"guidance": 2.0}),
+            }
+        ),
+        MEASURED,
+    )
     assert [(c.settings["guidance"], c.settings["steps"]) for c in cells] == [
-        (1.0, 25), (2.0, 25), (9.0, 3)]
+        (1.0, 25),
+        (2.0, 25),
+        (9.0, 3),
+    ]
     assert [c.settings["guidance"] for c in plan.share(cells, 1, 2)] == [2.0]
     shares = [cell.id for k in range(2) for cell in plan.share(cells, k, 2)]
     assert sorted(shares) == sorted(c.id for c in cells)
@@ -139,11 +170,23 @@ def test_models_of_runs(plain, tmp_path):
     """Each model takes the parts of its own, by run; the step and the weights are in the id."""
     ar = write_run(tmp_path / "ar", "prior", [5, 40], kind="ar", draw={"guidance": 1.0})
     own = write_run(tmp_path / "own", "decoder", [10, 20], embedding="text", draw=DRAW)
-    config = plain({"sweep.guidance": (1.0,), "models.ar.prior": ar, "models.z_t_own.decoder": own,
-                    "sweep.model": ("caption", "z_t", "z_t_own", "ar", "diffusion")}, "ablation")
+    config = plain(
+        {
+            "sweep.guidance": (1.0,),
+            "models.ar.prior": ar,
+            "models.z_t_own.decoder": own,
+            "sweep.model": ("caption", "z_t", "z_t_own", "ar", "diffusion"),
+        },
+        "ablation",
+    )
     cells = {c.model: c for c in plan.cells(config, MEASURED)}
     assert {name: c.settings["embed"] for name, c in cells.items()} == {
-        "caption": "none", "z_t": "text", "z_t_own": "text", "ar": "prior", "diffusion": "prior"}
+        "caption": "none",
+        "z_t": "text",
+        "z_t_own": "text",
+        "ar": "prior",
+        "diffusion": "prior",
+    }
     assert cells["ar"].parts["prior"] == (ar, 40) and cells["ar"].settings["prior_steps"] is None
     assert cells["z_t_own"].parts["decoder"] == (own, 20)
     assert cells["z_t_own"].settings["step"] == 20 and cells["ar"].settings["step"] is None
@@ -151,29 +194,40 @@ def test_models_of_runs(plain, tmp_path):
     config["sweep"] |= {"step": (10, 20), "weights": ("ema", "params"), "model": ("z_t_own",)}
     found = plan.cells(config, MEASURED)
     assert [(c.settings["step"], c.settings["weights"]) for c in found] == [
-        (10, "ema"), (10, "params"), (20, "ema"), (20, "params")]
+        (10, "ema"),
+        (10, "params"),
+        (20, "ema"),
+        (20, "params"),
+    ]
     assert len({c.model_hash for c in found}) == 4
     os.rename(own, tmp_path / "moved")  # named by its weights, a moved run is the same cell
     config["models"]["z_t_own"]["decoder"] = str(tmp_path / "moved")
     assert [c.id for c in plan.cells(config, MEASURED)] == [c.id for c in found]
 
 
-@pytest.mark.parametrize(("changes", "kind", "said"), [
-    ({"sweep.sampler": ("dimm",)}, errors.ConfigError, "sweep.sampler 'dimm': did you mean 'ddim'"),
-    ({"sweep.embed": ("prio",)}, errors.ConfigError, "did you mean 'prior'"),
-    ({"sweep.guidance": ("high",)}, errors.ConfigError, "sweep.guidance: 'high' is no float"),
-    ({"sweep.steps": (2.5,)}, errors.ConfigError, "sweep.steps: 2.5 is no int"),
-    ({"sweep.steps": (0,)}, errors.ConfigError, "sweep.steps: 0, expected at least 1"),
-    ({"sweep.seed": (5000,)}, errors.ConfigError, "less than 4096"),
-    ({"sweep.model": ("modle",)}, errors.ConfigError, "model 'modle': did you mean 'model'"),
-    ({"sweep.weights": ("params",)}, errors.ConfigError, "a BUNDLE holds one set of weights"),
-    ({"sweep.step": (10,)}, errors.ConfigError, "is a BUNDLE and has no steps"),
-    ({"cells": ({"guidence": 1.0},)}, errors.ConfigError, "did you mean 'guidance'"),
-    ({"cells": ({"model": "other"},)}, errors.ConfigError, "unknown model of cells 'other'"),
-    ({"model": "nowhere"}, errors.DataError, "model nowhere: no such folder"),
-    ({"model": ""}, errors.ConfigError, "has no decoder: --config.model=BUNDLE"),
-    ({"prior": "nowhere"}, errors.DataError, "prior nowhere: no such folder"),
-])
+@pytest.mark.parametrize(
+    ("changes", "kind", "said"),
+    [
+        (
+            {"sweep.sampler": ("dimm",)},
+            errors.ConfigError,
+            "sweep.sampler 'dimm': did you mean 'ddim'",
+        ),
+        ({"sweep.embed": ("prio",)}, errors.ConfigError, "did you mean 'prior'"),
+        ({"sweep.guidance": ("high",)}, errors.ConfigError, "sweep.guidance: 'high' is no float"),
+        ({"sweep.steps": (2.5,)}, errors.ConfigError, "sweep.steps: 2.5 is no int"),
+        ({"sweep.steps": (0,)}, errors.ConfigError, "sweep.steps: 0, expected at least 1"),
+        ({"sweep.seed": (5000,)}, errors.ConfigError, "less than 4096"),
+        ({"sweep.model": ("modle",)}, errors.ConfigError, "model 'modle': did you mean 'model'"),
+        ({"sweep.weights": ("params",)}, errors.ConfigError, "a BUNDLE holds one set of weights"),
+        ({"sweep.step": (10,)}, errors.ConfigError, "is a BUNDLE and has no steps"),
+        ({"cells": ({"guidence": 1.0},)}, errors.ConfigError, "did you mean 'guidance'"),
+        ({"cells": ({"model": "other"},)}, errors.ConfigError, "unknown model of cells 'other'"),
+        ({"model": "nowhere"}, errors.DataError, "model nowhere: no such folder"),
+        ({"model": ""}, errors.ConfigError, "has no decoder: --config.model=BUNDLE"),
+        ({"prior": "nowhere"}, errors.DataError, "prior nowhere: no such folder"),
+    ],
+)
 def test_slips_are_named(plain, changes, kind, said):
     with pytest.raises(kind, match=said):
         plan.cells(plain(changes), MEASURED)
@@ -197,23 +251,37 @@ def test_more_slips(plain, get_config):
         plan.share([], 3, 3)
 
 
-@pytest.mark.parametrize(("env", "flags", "job"), [
-    ({}, (None, None), (0, 1)),
-    ({}, (2, 3), (2, 3)),
-    ({"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "8"}, (None, None), (3, 8)),
-    ({"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "8"}, (0, 2), (0, 2)),
-    ({"SLURM_ARRAY_TASK_ID": "9", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "1",
-      "SLURM_ARRAY_TASK_STEP": "4"}, (None, None), (2, 4)),  # --array=1-13:4
-])
+@pytest.mark.parametrize(
+    ("env", "flags", "job"),
+    [
+        ({}, (None, None), (0, 1)),
+        ({}, (2, 3), (2, 3)),
+        ({"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "8"}, (None, None), (3, 8)),
+        ({"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "8"}, (0, 2), (0, 2)),
+        (
+            {
+                "SLURM_ARRAY_TASK_ID": "9",
+                "SLURM_ARRAY_TASK_COUNT": "4",
+                "SLURM_ARRAY_TASK_MIN": "1",
+                "SLURM_ARRAY_TASK_STEP": "4",
+            },
+            (None, None),
+            (2, 4),
+        ),  # --array=1-13:4
+    ],
+)
 def test_jobs_of_an_array(env, flags, job):
     assert plan.array_job(env, *flags) == job
 
 
-@pytest.mark.parametrize(("env", "flags", "said"), [
-    ({}, (1, None), "go together"),
-    ({}, (2, 2), "array job 2 of 2"),
-    ({"SLURM_ARRAY_TASK_ID": "1"}, (None, None), "array variables cannot be read"),
-])
+@pytest.mark.parametrize(
+    ("env", "flags", "said"),
+    [
+        ({}, (1, None), "go together"),
+        ({}, (2, 2), "array job 2 of 2"),
+        ({"SLURM_ARRAY_TASK_ID": "1"}, (None, None), "array variables cannot be read"),
+    ],
+)
 def test_jobs_that_are_none(env, flags, said):
     with pytest.raises(errors.ConfigError, match=said):
         plan.array_job(env, *flags)
@@ -233,8 +301,11 @@ class Paint:
         if self.after and self.calls > self.after[0]:
             self.after[1]()
         images = [
-            np.random.default_rng([s, len(p), int(10 * decoder["guidance"])])
-            .integers(0, 256, (8, 8, 3), dtype=np.uint8) for p, s in zip(prompts, seed)]
+            np.random.default_rng([s, len(p), int(10 * decoder["guidance"])]).integers(
+                0, 256, (8, 8, 3), dtype=np.uint8
+            )
+            for p, s in zip(prompts, seed)
+        ]
         recipes = [{"mode": "text", "prompt": p, "seed": s} for p, s in zip(prompts, seed)]
         return pipeline.Pictures(np.stack(images), recipes, {})
 
@@ -261,9 +332,14 @@ def paint(monkeypatch, plain):
     def measured(self, fake, captions):
         pictures = np.stack([fake.read(i) for i in range(len(fake))])
         value = float(pictures.mean())
-        values = [{"metric": "fd-clip", "key": f"fd-clip/x/{self.protocol.id}/N={len(fake)}",
-                   "value": value},
-                  {"metric": "clip_cosine", "key": "clip_cosine/x", "value": -value}]
+        values = [
+            {
+                "metric": "fd-clip",
+                "key": f"fd-clip/x/{self.protocol.id}/N={len(fake)}",
+                "value": value,
+            },
+            {"metric": "clip_cosine", "key": "clip_cosine/x", "value": -value},
+        ]
         scores = [float(p.mean()) for p in pictures]
         return measure.Result(values, ["few"], {}), {"clip_cosine": scores}
 
@@ -271,15 +347,26 @@ def paint(monkeypatch, plain):
     monkeypatch.setattr(scoring.Scorer, "_metric_weights", lambda self: {})
 
     def config(changes=()):
-        return plain({"protocol": {"name": "five", "count": 5}, "sweep.guidance": (1.0, 2.0),
-                      "metrics": ("clip_cosine",), "batch_size": 4, "show": 2, **dict(changes)})
+        return plain(
+            {
+                "protocol": {"name": "five", "count": 5},
+                "sweep.guidance": (1.0, 2.0),
+                "metrics": ("clip_cosine",),
+                "batch_size": 4,
+                "show": 2,
+                **dict(changes),
+            }
+        )
 
     return model, lambda workdir, changes=(): drawing.Runner(config(changes), workdir), config
 
 
 def files_of(folder):
-    return {str(p.relative_to(folder)): p.read_bytes()
-            for p in sorted(pathlib.Path(folder).rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in sorted(pathlib.Path(folder).rglob("*"))
+        if p.is_file()
+    }
 
 
 def values_of(workdir):
@@ -467,7 +554,8 @@ def test_every_checkpoint_is_scored_once(paint, tmp_path):
             write_run(tmp_path / "run", "decoder", [10 * len(told) + 10], total=30, draw=DRAW)
 
     steps = follow.follow(
-        config({"decoder": run}), str(tmp_path / "eval"), run, 60.0, finish, poll_s=0.01)
+        config({"decoder": run}), str(tmp_path / "eval"), run, 60.0, finish, poll_s=0.01
+    )
     assert steps == [10, 20, 30] and told == [2, 4, 6]
     records, _ = store.read_cells(tmp_path / "eval")
     assert sorted({r["settings"]["step"] for r in records}) == [10, 20, 30]
@@ -499,7 +587,8 @@ def test_following_ends_after_silence(paint, tmp_path, capsys):
     _, _, config = paint
     run = write_run(tmp_path / "run", "decoder", [10], total=30, draw=DRAW)
     done = follow.follow(
-        config({"decoder": run}), str(tmp_path / "e"), run, 0.05, lambda: None, poll_s=0.01)
+        config({"decoder": run}), str(tmp_path / "e"), run, 0.05, lambda: None, poll_s=0.01
+    )
     assert done == [10] and "the latest is step 10" in capsys.readouterr().err
     with pytest.raises(errors.ConfigError, match=r"no model of the sweep .* --config.decoder="):
         follow.follow(config(), str(tmp_path / "e"), run, 0.05, lambda: None, poll_s=0.01)
@@ -510,14 +599,19 @@ def test_following_ends_after_silence(paint, tmp_path, capsys):
 
 def record(model, guidance, seed, fd, cosine, **settings):
     own = {"model": model, "guidance": guidance, "seed": seed, **settings}
-    values = [{"metric": "fd-clip", "key": "fd-clip/x/N=5", "value": fd},
-              {"metric": "clip_cosine", "key": "clip_cosine/x/N=5", "value": cosine}]
+    values = [
+        {"metric": "fd-clip", "key": "fd-clip/x/N=5", "value": fd},
+        {"metric": "clip_cosine", "key": "clip_cosine/x/N=5", "value": cosine},
+    ]
     return {"id": f"{model}-{guidance}-{seed}", "settings": own, "values": values}
 
 
 RECORDS = [
-    record("a", 1.0, 0, 4.0, 0.1), record("a", 1.0, 1, 6.0, 0.3), record("a", 2.0, 0, 3.0, 0.5),
-    record("b", 1.0, 0, 9.0, 0.2), record("b", 2.0, 0, 2.5, 0.4),
+    record("a", 1.0, 0, 4.0, 0.1),
+    record("a", 1.0, 1, 6.0, 0.3),
+    record("a", 2.0, 0, 3.0, 0.5),
+    record("b", 1.0, 0, 9.0, 0.2),
+    record("b", 2.0, 0, 2.5, 0.4),
 ]
 
 
@@ -529,11 +623,19 @@ def test_lines_average_seeds_and_split_by_the_rest():
 
 
 def test_claims_compare_the_best_cells():
-    claims = [("one", "fd-clip", "a", "<", "b"), ("two", "clip_cosine", "a", ">", "b"),
-              ("three", "fd-clip", "a", "<", "c"), ("four", "fid", "a", "<", "b")]
+    claims = [
+        ("one", "fd-clip", "a", "<", "b"),
+        ("two", "clip_cosine", "a", ">", "b"),
+        ("three", "fd-clip", "a", "<", "c"),
+        ("four", "fid", "a", "<", "b"),
+    ]
     rows = findings.judged(RECORDS, claims)
     assert [row["here"] for row in rows] == [
-        "does not agree", "agrees", "not measured", "not measured"]
+        "does not agree",
+        "agrees",
+        "not measured",
+        "not measured",
+    ]
     assert (rows[0]["value"], rows[0]["other value"]) == (3.0, 2.5)
     assert (rows[1]["value"], rows[1]["other value"]) == (0.5, 0.4)
     costs = [("five", "rise:fd-clip", "a", "<", "b"), ("six", "rise:clip_cosine", "a", "<", "z")]
@@ -544,17 +646,25 @@ def test_claims_compare_the_best_cells():
     found = findings.findings(RECORDS, claims)
     assert found["claims"] == rows
     assert [(row["model"], row["guidance"], row["fd-clip/x/N=5"]) for row in found["models"]] == [
-        ("a", 2.0, 3.0), ("b", 2.0, 2.5)]
-    lucky = [record("c", 1.0, 0, 1.0, 0.0), record("c", 1.0, 1, 9.0, 0.0),
-             record("c", 2.0, 0, 4.0, 0.0)]
+        ("a", 2.0, 3.0),
+        ("b", 2.0, 2.5),
+    ]
+    lucky = [
+        record("c", 1.0, 0, 1.0, 0.0),
+        record("c", 1.0, 1, 9.0, 0.0),
+        record("c", 2.0, 0, 4.0, 0.0),
+    ]
     (chosen,) = findings.best(lucky, "fd-clip/x/N=5")  # not the luckiest seed
     assert chosen["settings"]["guidance"] == 2.0
 
 
 def test_results_hold_every_cell(paint, tmp_path):
     _, runner, config = paint
-    changes = {"sweep.guidance": (1.0, 2.0, 3.0), "sweep.embed": ("prior", "text"),
-               "claims": (("<b>hostile</b>", "fd-clip", "model", "<", "absent"),)}
+    changes = {
+        "sweep.guidance": (1.0, 2.0, 3.0),
+        "sweep.embed": ("prior", "text"),
+        "claims": (("<b>hostile</b>", "fd-clip", "model", "<", "absent"),),
+    }
     job = runner(tmp_path, changes)
     job.run(job.cells())
     path = report.write(tmp_path, config(changes))

@@ -8,17 +8,31 @@ from unclip import tasks
 
 VOCABULARY = 40  # 38 starts a caption, 39 ends it
 CLIP = dict(
-    embed_dim=8, image_size=8, patch_size=4, vision_width=16, vision_layers=1, vision_heads=2,
-    text_width=12, text_layers=1, text_heads=2, context=8, vocab_size=VOCABULARY,
+    embed_dim=8,
+    image_size=8,
+    patch_size=4,
+    vision_width=16,
+    vision_layers=1,
+    vision_heads=2,
+    text_width=12,
+    text_layers=1,
+    text_heads=2,
+    context=8,
+    vocab_size=VOCABULARY,
 )
 UNET = dict(channels=8, multipliers=(1,), blocks=1, head_dim=8, groups=4, time_dim=16)
 ARCH = {
     "clip": CLIP,
-    "prior": dict(
-        embed_dim=8, context=8, text_width=12, width=16, layers=1, heads=2, head_dim=8
-    ),
+    "prior": dict(embed_dim=8, context=8, text_width=12, width=16, layers=1, heads=2, head_dim=8),
     "ar": dict(
-        embed_dim=8, codes=4, buckets=16, context=8, text_width=12, width=32, layers=1, heads=2,
+        embed_dim=8,
+        codes=4,
+        buckets=16,
+        context=8,
+        text_width=12,
+        width=32,
+        layers=1,
+        heads=2,
         dot_buckets=2,
     ),
     "decoder": UNET | dict(attention=(True,), context_dim=8, learned_null_text=True),
@@ -30,8 +44,9 @@ def scrambled(params, seed=1):
     """Parameters moved off their initial values: zero-initialised layers let nothing through."""
     leaves, structure = jax.tree.flatten(params)
     rng = np.random.default_rng(seed)
-    leaves = [np.float32(np.asarray(leaf) + 0.2 * rng.standard_normal(leaf.shape))
-              for leaf in leaves]
+    leaves = [
+        np.float32(np.asarray(leaf) + 0.2 * rng.standard_normal(leaf.shape)) for leaf in leaves
+    ]
     return jax.tree.unflatten(structure, leaves)
 
 
@@ -97,8 +112,10 @@ def made(clip_params):
             }
             if kind == "ar":
                 parts["statistics"] = {
-                    "mean": np.zeros(8, np.float32), "components": np.eye(8, 4, dtype=np.float32),
-                    "scale": np.ones(4, np.float32), "dot_edges": np.float32([-2.0]),
+                    "mean": np.zeros(8, np.float32),
+                    "components": np.eye(8, 4, dtype=np.float32),
+                    "scale": np.ones(4, np.float32),
+                    "dot_edges": np.float32([-2.0]),
                 }
             settings["kind"] = kind or "diffusion"
         if stage == "decoder":

@@ -31,11 +31,16 @@ def stage(request, made, batch_of):
     name = request.param
     arch = dict(made("clip")[0].model.__dict__)
     arch = {k: arch[k] for k in clip_model.PRESETS["emoji"] if k in arch} | {
-        "vocab_size": 40, "logit_bias": name == "sigmoid"}
+        "vocab_size": 40,
+        "logit_bias": name == "sigmoid",
+    }
     task, params, _ = made("clip", arch=arch, loss=name)
     # Fresh scale and bias: scrambling moved them, but not to where saturation hides mistakes.
-    gradient = jax.jit(jax.value_and_grad(
-        lambda p, b: task.loss(p, None, b, jax.random.key(0), train=True), has_aux=True))
+    gradient = jax.jit(
+        jax.value_and_grad(
+            lambda p, b: task.loss(p, None, b, jax.random.key(0), train=True), has_aux=True
+        )
+    )
     return name, task, params, batch_of(task, 8), gradient
 
 
@@ -53,7 +58,8 @@ def test_loss_and_metrics_of_a_batch(stage):
         np.float64(jax.jit(task.predict()[z])(params, None, batch, None)) for z in ("z_i", "z_t")
     )
     cosine = (z_i / np.linalg.norm(z_i, axis=1)[:, None]) @ (
-        z_t / np.linalg.norm(z_t, axis=1)[:, None]).T
+        z_t / np.linalg.norm(z_t, axis=1)[:, None]
+    ).T
     scale = np.exp(np.float64(params["logit_scale"]))
     bias = float(params.get("logit_bias", 0.0))
     (loss, metrics), _ = gradient(params, batch)
@@ -70,8 +76,11 @@ def test_padding_rows_are_no_negatives(stage):
     padded = batch | {"valid": np.arange(8) < 6}
     value, grads = gradient(params, short)
     padded_value, padded_grads = gradient(params, padded)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
-                 (value, grads), (padded_value, padded_grads))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        (value, grads),
+        (padded_value, padded_grads),
+    )
 
 
 def test_a_zero_embedding_has_a_finite_gradient():
@@ -86,13 +95,16 @@ def test_accumulation_is_exact(stage):
     batch = batch | {"valid": np.arange(8) != 5}
     want = gradient(params, batch)
     got = jax.jit(lambda p, b: task.accumulated_value_and_grad(p, None, b, None, slices))(
-        params, batch)
+        params, batch
+    )
     scale = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(want[1]))
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * scale), got, want)
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * scale), got, want
+    )
     assert jax.tree.structure(got) == jax.tree.structure(want)
-    parts = [gradient(params, {k: v[i::slices] for k, v in batch.items()})[0][0]
-             for i in range(slices)]
+    parts = [
+        gradient(params, {k: v[i::slices] for k, v in batch.items()})[0][0] for i in range(slices)
+    ]
     assert abs(np.mean(parts) / float(want[0][0]) - 1) > 1e-2  # the mean is another loss
 
 

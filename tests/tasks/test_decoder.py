@@ -46,8 +46,11 @@ def drawing(made, batch_of):
     batch = batch_of(task, 3)
     z_i = task.embed(frozen, batch)
     sample_keys = keys.sample_keys(jax.random.key(9), batch["sample"])
-    run = jax.jit(lambda scale: task.sample(
-        params, frozen, z_i, batch["tokens"], batch["text_mask"], sample_keys, guidance=scale))
+    run = jax.jit(
+        lambda scale: task.sample(
+            params, frozen, z_i, batch["tokens"], batch["text_mask"], sample_keys, guidance=scale
+        )
+    )
     return task, params, frozen, batch, z_i, sample_keys, run
 
 
@@ -130,8 +133,12 @@ def test_guidance_one_is_the_conditional_model_alone(drawing):
         text = task.text(frozen, tokens, mask, jnp.zeros(3, bool))
         respaced = task.schedule.respace(2)
         denoise = gaussian.make_denoise(
-            lambda x, t: task.model.apply({"params": params}, x, t, z_i=z_i, **text), respaced,
-            parametrisation="eps", variance="learned_range", clip=guidance.static_threshold())
+            lambda x, t: task.model.apply({"params": params}, x, t, z_i=z_i, **text),
+            respaced,
+            parametrisation="eps",
+            variance="learned_range",
+            clip=guidance.static_threshold(),
+        )
         x_T = samplers.draw_noise(sample_keys, (4, 4, 3))
         return samplers.sample(denoise, respaced, x_T, sample_keys, sampler="ddim")
 
@@ -142,8 +149,11 @@ def test_guidance_one_is_the_conditional_model_alone(drawing):
 
 def test_the_picture_depends_on_both_conditions(drawing):
     task, params, frozen, batch, z_i, sample_keys, run = drawing
-    draw = jax.jit(lambda z, tokens, mask: task.sample(
-        params, frozen, z, tokens, mask, sample_keys, guidance=1.0))
+    draw = jax.jit(
+        lambda z, tokens, mask: task.sample(
+            params, frozen, z, tokens, mask, sample_keys, guidance=1.0
+        )
+    )
     base = np.asarray(run(1.0))
     assert not np.allclose(draw(z_i[::-1], batch["tokens"], batch["text_mask"]), base, atol=1e-3)
     other = draw(z_i, batch["tokens"][::-1], batch["text_mask"][::-1])
@@ -153,8 +163,15 @@ def test_the_picture_depends_on_both_conditions(drawing):
 def test_unknown_threshold(drawing):
     task, params, frozen, batch, z_i, sample_keys, _ = drawing
     with pytest.raises(errors.ConfigError, match="'statik': did you mean 'static'"):
-        task.sample(params, frozen, z_i, batch["tokens"], batch["text_mask"], sample_keys,
-                    threshold="statik")
+        task.sample(
+            params,
+            frozen,
+            z_i,
+            batch["tokens"],
+            batch["text_mask"],
+            sample_keys,
+            threshold="statik",
+        )
 
 
 def test_a_decoder_of_text_embeddings_sees_no_picture(made, batch_of):
@@ -190,8 +207,18 @@ def test_upsampling_starts_from_the_small_picture(made, batch_of):
 
 # ============================================================ decoders without CLIP
 
-BARE = dict(channels=8, multipliers=(1,), blocks=1, head_dim=8, groups=4, time_dim=16,
-            attention=(True,), context_dim=8, use_z_i=False, use_z_t=False)
+BARE = dict(
+    channels=8,
+    multipliers=(1,),
+    blocks=1,
+    head_dim=8,
+    groups=4,
+    time_dim=16,
+    attention=(True,),
+    context_dim=8,
+    use_z_i=False,
+    use_z_t=False,
+)
 OWN_TEXT = BARE | dict(text_layers=1, text_heads=2, text_context=6, vocab=40)
 T5 = dict(vocab_size=30, width=12, layers=1, heads=2, head_dim=4, mlp_width=8)
 READS_T5 = BARE | dict(text_context=7)
@@ -214,9 +241,12 @@ def test_a_decoder_with_its_own_text_encoder_needs_no_clip():
 
 @pytest.mark.parametrize(
     ("change", "needs"),
-    [({}, ("clip",)), ({"use_z_t": False}, ("clip",)),
-     ({"use_z_i": False, "use_text_tokens": False}, ("clip",)),
-     ({"use_z_i": False, "use_z_t": False, "use_text_tokens": False}, ())],
+    [
+        ({}, ("clip",)),
+        ({"use_z_t": False}, ("clip",)),
+        ({"use_z_i": False, "use_text_tokens": False}, ("clip",)),
+        ({"use_z_i": False, "use_z_t": False, "use_text_tokens": False}, ()),
+    ],
 )
 def test_what_is_read_through_clip(change, needs):
     arch = {name: value for name, value in BARE.items() if not name.startswith("use")} | change
@@ -234,8 +264,9 @@ def test_captions_through_t5(learned, batch_of):
     assert tasks.needs("decoder", arch, settings) == ("t5",)
     with pytest.raises(errors.ConfigError, match="through a t5 part"):
         tasks.make("decoder", arch, settings)
-    t5_params = jax.eval_shape(tasks.make("decoder", arch, settings, t5=T5).t5.init,
-                               jax.random.key(0))
+    t5_params = jax.eval_shape(
+        tasks.make("decoder", arch, settings, t5=T5).t5.init, jax.random.key(0)
+    )
     rng = np.random.default_rng(0)
     t5_params = jax.tree.map(lambda v: np.float32(rng.normal(size=v.shape)), t5_params)
     task = tasks.make("decoder", arch, settings, t5=T5, t5_params=t5_params)
@@ -252,7 +283,8 @@ def test_captions_through_t5(learned, batch_of):
     np.testing.assert_array_equal(seen["tokens"][~kept], [[1, 0, 0, 0, 0, 0, 0]] * (~kept).sum())
     np.testing.assert_array_equal(seen["text_mask"][~kept].sum(1), 1)
     np.testing.assert_allclose(
-        seen["text_hidden"], whole(seen["tokens"], seen["text_mask"]), atol=1e-5)
+        seen["text_hidden"], whole(seen["tokens"], seen["text_mask"]), atol=1e-5
+    )
     if learned:
         np.testing.assert_array_equal(seen["drop_text"], ~kept)
     else:

@@ -23,7 +23,8 @@ def test_statistics_are_numpys(made):
     np.testing.assert_allclose(got["mean"], z_i.mean(0), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(got["std"], z_i.std(0, ddof=1), rtol=1e-5)
     assert {k: (v.shape, v.dtype) for k, v in got.items()} == {
-        k: (v.shape, v.dtype) for k, v in task.shape_statistics().items()}
+        k: (v.shape, v.dtype) for k, v in task.shape_statistics().items()
+    }
 
 
 def test_ar_statistics_have_the_planned_shapes(made):
@@ -31,7 +32,8 @@ def test_ar_statistics_have_the_planned_shapes(made):
     z = np.float32(np.random.default_rng(0).standard_normal((2, 40, 8)))
     got = task.fit([tuple(z)])
     assert {k: (v.shape, v.dtype) for k, v in got.items()} == {
-        k: (v.shape, v.dtype) for k, v in task.shape_statistics().items()}
+        k: (v.shape, v.dtype) for k, v in task.shape_statistics().items()
+    }
     np.testing.assert_allclose(got["dot_edges"], [np.median(cosine(*z))], atol=1e-6)
 
 
@@ -65,7 +67,8 @@ def test_the_loss_is_the_error_of_x_0(made, batch_of):
     real, task.model = task.model, Constant()
     batch = batch_of(task, 6)
     loss = jax.jit(lambda f, b: task.loss(params, f, b, jax.random.key(0), train=True)[0])(
-        frozen, batch)
+        frozen, batch
+    )
     task.model = real
     x_0 = np.float64(task.encode(frozen, jax.jit(task.image)(frozen, batch)))
     assert float(loss) == pytest.approx(((0.5 - x_0) ** 2).mean(), rel=1e-5)
@@ -100,8 +103,8 @@ def test_a_tenth_of_the_captions_is_dropped(made, batch_of, kind):
     assert abs(dropped.mean() - 0.1) < 4 * np.sqrt(0.09 / 4096)
     empty, _ = task.clip.text(frozen["clip"], task.clip.empty(1, 8)[0])
     np.testing.assert_allclose(
-        np.asarray(seen["z_t"])[dropped], np.repeat(empty, dropped.sum(), 0), rtol=1e-5,
-        atol=1e-6)  # float32 rounding of values around 1, in differently fused programs
+        np.asarray(seen["z_t"])[dropped], np.repeat(empty, dropped.sum(), 0), rtol=1e-5, atol=1e-6
+    )  # float32 rounding of values around 1, in differently fused programs
     np.testing.assert_array_equal(words[~dropped], batch["text_mask"].sum(1)[~dropped])
     np.testing.assert_array_equal(run(False)["text_mask"], batch["text_mask"])
 
@@ -116,7 +119,8 @@ def batch_of_rows(rows):
     tokens[:, 0] = 38
     tokens[np.arange(rows), words + 1] = 39
     return {
-        "z_i": np.float32(rng.standard_normal((rows, 8))), "tokens": np.int32(tokens),
+        "z_i": np.float32(rng.standard_normal((rows, 8))),
+        "tokens": np.int32(tokens),
         "text_mask": place <= words[:, None] + 1,
         "sample": np.stack([np.zeros(rows), np.arange(rows)], 1).astype(np.uint32),
         "valid": np.ones(rows, bool),
@@ -128,20 +132,32 @@ def drawing(made, batch_of):
     task, params, frozen = made("prior", draw={"steps": 3})
     batch = batch_of(task, 4)
     sample_keys = keys.sample_keys(jax.random.key(9), batch["sample"])
-    draw = lambda x_T=None, noise=None, **options: np.asarray(jax.jit(
-        lambda p, x_T, noise: task.sample(
-            p, frozen, batch["tokens"], batch["text_mask"], sample_keys, x_T=x_T, noise=noise,
-            **options)
-    )(params, x_T, noise))
+    draw = lambda x_T=None, noise=None, **options: np.asarray(
+        jax.jit(
+            lambda p, x_T, noise: task.sample(
+                p,
+                frozen,
+                batch["tokens"],
+                batch["text_mask"],
+                sample_keys,
+                x_T=x_T,
+                noise=noise,
+                **options,
+            )
+        )(params, x_T, noise)
+    )
     return task, frozen, batch, draw
 
 
 def test_the_candidate_nearer_to_the_caption_is_kept(drawing):
     task, frozen, batch, draw = drawing
     noise = np.float32(np.random.default_rng(1).standard_normal((4, 3 * 4, 8)))
-    alone = np.stack([
-        draw(noise[0, part], noise[1:, part], candidates=1, guidance=2.0)
-        for part in (slice(0, 4), slice(4, 8), slice(8, 12))])
+    alone = np.stack(
+        [
+            draw(noise[0, part], noise[1:, part], candidates=1, guidance=2.0)
+            for part in (slice(0, 4), slice(4, 8), slice(8, 12))
+        ]
+    )
     z_t, _ = task.clip.text(frozen["clip"], batch["tokens"])
     score = cosine(alone, np.asarray(z_t)[None])
     best = score.argmax(0)
@@ -156,9 +172,16 @@ def test_a_draw_does_not_depend_on_the_rows_beside_it(drawing, made):
     every = draw(candidates=2)
     rows = [2, 2, 0, 3]
     sample_keys = keys.sample_keys(jax.random.key(9), batch["sample"][rows])
-    others = jax.jit(lambda: task.sample(
-        params, frozen, batch["tokens"][rows], batch["text_mask"][rows], sample_keys, candidates=2
-    ))()
+    others = jax.jit(
+        lambda: task.sample(
+            params,
+            frozen,
+            batch["tokens"][rows],
+            batch["text_mask"][rows],
+            sample_keys,
+            candidates=2,
+        )
+    )()
     np.testing.assert_allclose(others, every[rows], rtol=1e-5, atol=1e-5)
 
 
@@ -184,7 +207,8 @@ def test_the_ar_prior_learns_eight_pictures_by_heart(made):
         def one(carry, _):
             params, opt = carry
             gradient = jax.value_and_grad(
-                lambda p: task.loss(p, frozen, batch, jax.random.key(0), train=True), has_aux=True)
+                lambda p: task.loss(p, frozen, batch, jax.random.key(0), train=True), has_aux=True
+            )
             (_, metrics), grads = gradient(params)
             updates, opt = tx.update(grads, opt, params)
             return (optax.apply_updates(params, updates), opt), metrics
@@ -195,11 +219,20 @@ def test_the_ar_prior_learns_eight_pictures_by_heart(made):
     assert float(metrics["accuracy"][-1]) == 1.0
     assert float(metrics["loss"][-1]) < 0.1 < 1.0 < float(metrics["loss"][0])
     sample_keys = keys.sample_keys(jax.random.key(0), batch["sample"])
-    z = jax.jit(lambda p: task.sample(
-        p, frozen, batch["tokens"], batch["text_mask"], sample_keys,
-        temperature=0.0, candidates=1))(params)
-    codes = lambda z: np.asarray(prior_ar.quantise(
-        z[:, :4], frozen["statistics"]["scale"], 16, task.range_sigmas))
+    z = jax.jit(
+        lambda p: task.sample(
+            p,
+            frozen,
+            batch["tokens"],
+            batch["text_mask"],
+            sample_keys,
+            temperature=0.0,
+            candidates=1,
+        )
+    )(params)
+    codes = lambda z: np.asarray(
+        prior_ar.quantise(z[:, :4], frozen["statistics"]["scale"], 16, task.range_sigmas)
+    )
     np.testing.assert_array_equal(codes(z), codes(batch["z_i"]))
 
 
@@ -212,12 +245,25 @@ def test_the_ar_prior_takes_no_noise(made):
 def test_a_learned_null_is_trained_and_drawn_from():
     """With `learned_null`, dropped captions train the model's own stand-ins."""
     arch = {
-        "embed_dim": 16, "context": 16, "text_width": 16, "width": 32, "layers": 1, "heads": 2,
+        "embed_dim": 16,
+        "context": 16,
+        "text_width": 16,
+        "width": 32,
+        "layers": 1,
+        "heads": 2,
         "learned_null": True,
     }
     clip = {
-        "embed_dim": 16, "image_size": 16, "patch_size": 8, "vision_width": 16, "vision_layers": 1,
-        "vision_heads": 2, "text_width": 16, "text_layers": 1, "text_heads": 2, "context": 16,
+        "embed_dim": 16,
+        "image_size": 16,
+        "patch_size": 8,
+        "vision_width": 16,
+        "vision_layers": 1,
+        "vision_heads": 2,
+        "text_width": 16,
+        "text_layers": 1,
+        "text_heads": 2,
+        "context": 16,
         "vocab_size": 64,
     }
     task = tasks.make("prior", arch, {"text_drop": 1.0}, clip=clip)
@@ -236,10 +282,19 @@ def test_a_learned_null_is_trained_and_drawn_from():
     # The output layer starts at random, so the gradient reaches the null embeddings at once.
     grads = jax.jit(jax.grad(loss))(params)
     assert np.abs(grads["text"]["null"]).max() > 0 and np.abs(grads["z_t"]["null"]).max() > 0
-    draw = jax.jit(lambda tokens: task.sample(
-        params, task.frozen(), tokens, batch["text_mask"],
-        jax.random.split(jax.random.key(2), 2), steps=2, guidance=0.0, candidates=1,
-    ))
+    draw = jax.jit(
+        lambda tokens: task.sample(
+            params,
+            task.frozen(),
+            tokens,
+            batch["text_mask"],
+            jax.random.split(jax.random.key(2), 2),
+            steps=2,
+            guidance=0.0,
+            candidates=1,
+        )
+    )
     # Without guidance from the caption, captions do not matter.
     np.testing.assert_allclose(
-        draw(batch["tokens"])[0], draw(batch["tokens"][::-1])[0], rtol=1e-5, atol=1e-5)
+        draw(batch["tokens"])[0], draw(batch["tokens"][::-1])[0], rtol=1e-5, atol=1e-5
+    )

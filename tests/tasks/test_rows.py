@@ -41,8 +41,7 @@ def test_padding_changes_nothing(stage):
     garbage["sample"][~valid] += 17
     want = loss(batch | {"valid": valid})
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), loss(garbage), want)
-    one_by_one = [
-        loss(batch | {"valid": np.arange(6) == row}) for row in np.flatnonzero(valid)]
+    one_by_one = [loss(batch | {"valid": np.arange(6) == row}) for row in np.flatnonzero(valid)]
     for name, value in want[1].items():
         mean = np.mean([float(metrics[name]) for _, metrics in one_by_one])
         assert float(value) == pytest.approx(mean, rel=1e-5), name
@@ -66,9 +65,11 @@ def test_spec_and_zeros_agree(stage):
     task, batch, _ = stage
     spec = task.batch_spec(6)
     assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {
-        k: (v.shape, v.dtype) for k, v in spec.items()}
+        k: (v.shape, v.dtype) for k, v in spec.items()
+    }
     assert {k: v.shape for k, v in base.zeros(spec).items()} == {
-        k: v.shape for k, v in spec.items()}
+        k: v.shape for k, v in spec.items()
+    }
 
 
 def test_draws_belong_to_the_sample_number():
@@ -109,9 +110,9 @@ def test_unknown_names(made, stage_name, settings, said):
 
 def test_arguments_of_a_stored_architecture():
     got = tasks.arguments(
-        {"class": "Decoder", "multipliers": [1, 2], "remat": "", "dtype": "bfloat16", "blocks": 2})
-    assert got == {
-        "multipliers": (1, 2), "remat": None, "dtype": np.dtype("bfloat16"), "blocks": 2}
+        {"class": "Decoder", "multipliers": [1, 2], "remat": "", "dtype": "bfloat16", "blocks": 2}
+    )
+    assert got == {"multipliers": (1, 2), "remat": None, "dtype": np.dtype("bfloat16"), "blocks": 2}
 
 
 def test_a_field_the_model_lacks_is_a_config_error():

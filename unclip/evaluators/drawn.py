@@ -149,7 +149,10 @@ def distance(drawn: Moments, true: Moments) -> float:
         logging.log_first_n(
             logging.WARNING,
             "a Fréchet distance over %d features of %d pictures: the covariance is singular and "
-            "the figure says little; raise metric_examples", 1, width, count,
+            "the figure says little; raise metric_examples",
+            1,
+            width,
+            count,
         )
     if count < 2:
         return float("nan")

@@ -300,7 +300,10 @@ def _about(path: str, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> dict[s
 
 
 def _array(
-    path: str, archive: zipfile.ZipFile, entries: Mapping[str, zipfile.ZipInfo], name: str,
+    path: str,
+    archive: zipfile.ZipFile,
+    entries: Mapping[str, zipfile.ZipInfo],
+    name: str,
     limit: int,
 ) -> np.ndarray:
     """One real-valued array of the archive; its size is checked before it is read.

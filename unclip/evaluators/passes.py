@@ -41,8 +41,13 @@ class Evaluator(Protocol):
 
 
 def collect(
-    passes: Passes, compute: Callable[[dict], dict], mesh: jax.sharding.Mesh, step: int, *,
-    identify: tuple[str, ...] = (), each: Callable[[dict], None] = lambda rows: None,
+    passes: Passes,
+    compute: Callable[[dict], dict],
+    mesh: jax.sharding.Mesh,
+    step: int,
+    *,
+    identify: tuple[str, ...] = (),
+    each: Callable[[dict], None] = lambda rows: None,
 ) -> dict[str, np.ndarray]:
     """Rows that `compute` makes of every valid sample, in the collection's order.
 

@@ -53,16 +53,25 @@ class PriorQuality:
         if not found:
             return
         figures = quality(
-            found["drawn"], found["z_i"], found["z_t"],
-            found[f"{self.picture}_id"], found["tokens_id"], seed=self.seed,
+            found["drawn"],
+            found["z_i"],
+            found["z_t"],
+            found[f"{self.picture}_id"],
+            found["tokens_id"],
+            seed=self.seed,
         )
         for name, value in figures.items():
             yield f"{self.prefix}/{name}", value
 
 
 def quality(
-    drawn: np.ndarray, z_i: np.ndarray, z_t: np.ndarray, picture: np.ndarray, caption: np.ndarray,
-    *, seed: int = 0,
+    drawn: np.ndarray,
+    z_i: np.ndarray,
+    z_t: np.ndarray,
+    picture: np.ndarray,
+    caption: np.ndarray,
+    *,
+    seed: int = 0,
 ) -> dict[str, float]:
     """Figures of N drawn embeddings.
 

@@ -24,8 +24,9 @@ TOWERS = {"vision", "text"}
 FID_MODE = "tf1"  # the resize behind the published figures
 
 
-def make(config, task, frozen, data, held_out, mesh: jax.sharding.Mesh, rows: dict,
-         put: Callable) -> list[Evaluator]:
+def make(
+    config, task, frozen, data, held_out, mesh: jax.sharding.Mesh, rows: dict, put: Callable
+) -> list[Evaluator]:
     """The evaluators of a run, in the order they are to be run.
 
     Args:
@@ -44,7 +45,9 @@ def make(config, task, frozen, data, held_out, mesh: jax.sharding.Mesh, rows: di
     def one_pass(collection, limit, use, also=lambda transform: transform):
         limited = collection.subset(count=min(limit, len(collection)))
         return source.make_eval_source(
-            limited, also(stage.transform(config, task, use)), **rows,
+            limited,
+            also(stage.transform(config, task, use)),
+            **rows,
             batch_size=min(config.batch_size, -(-len(limited) // ways) * ways),
         )
 
@@ -52,8 +55,14 @@ def make(config, task, frozen, data, held_out, mesh: jax.sharding.Mesh, rows: di
         batches = lambda: one_pass(held_out, config.eval_examples, "held_out")
         found.append(HeldOutLoss(task, frozen, batches, mesh, seed=config.seed))
     if held_out is not None and config.metric_examples:
-        found += _metrics(config, task, frozen, mesh, put, lambda *how: one_pass(
-            held_out, config.metric_examples, *how))
+        found += _metrics(
+            config,
+            task,
+            frozen,
+            mesh,
+            put,
+            lambda *how: one_pass(held_out, config.metric_examples, *how),
+        )
     if config.sample_examples and "sample" in task.predict():
         for name, collection in (("train", data), ("held_out", held_out)):
             if collection is not None:
@@ -81,9 +90,7 @@ def _metrics(config, task, frozen, mesh, put, one_pass) -> list[Evaluator]:
             transform, clip[0].model.context, config.input.captions[:1]
         )
     whole = lambda: one_pass("sample", also)
-    return [drawn.Drawn(
-        task, frozen, whole, mesh, clip=clip, inception=network, seed=config.seed
-    )]
+    return [drawn.Drawn(task, frozen, whole, mesh, clip=clip, inception=network, seed=config.seed)]
 
 
 def judge(config, task, frozen, put) -> tuple[FrozenClip, dict] | None:

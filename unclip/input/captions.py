@@ -49,8 +49,10 @@ def read_captions(path: str | os.PathLike) -> dict[str, list[str]]:
     for name, value in readers[path.suffix.lower()](path, text):
         values = value if isinstance(value, list) else [value]
         if not name or not values or not all(isinstance(v, str) and v.strip() for v in values):
-            raise DataError(f"captions {path}: {name!r} has the caption {value!r}; expected a text "
-                            "or a list of texts")
+            raise DataError(
+                f"captions {path}: {name!r} has the caption {value!r}; expected a text "
+                "or a list of texts"
+            )
         found.setdefault(name, []).extend(v.strip() for v in values)
     if not found:
         raise DataError(f"captions {path}: none there")
@@ -97,8 +99,10 @@ def _pair(row: Mapping[str, Any], where: str) -> tuple[str, Any]:
     name = next((row[field] for field in NAMES if row.get(field)), None)
     caption = next((row[field] for field in CAPTIONS if row.get(field)), None)
     if not isinstance(name, str) or caption is None:
-        raise DataError(f"captions {where}: expected a name ({', '.join(NAMES)}) and a caption "
-                        f"({', '.join(CAPTIONS)}); there is {', '.join(map(str, row))}")
+        raise DataError(
+            f"captions {where}: expected a name ({', '.join(NAMES)}) and a caption "
+            f"({', '.join(CAPTIONS)}); there is {', '.join(map(str, row))}"
+        )
     return name, caption
 
 
@@ -118,8 +122,10 @@ def match(
     names = [pictures.name(i) for i in range(len(pictures))]
     stems = [os.path.splitext(name)[0] for name in names]
     twice = {stem for stem, count in Counter(stems).items() if count > 1}
-    found = [captions.get(name) or (None if stem in twice else captions.get(stem))
-             for name, stem in zip(names, stems)]
+    found = [
+        captions.get(name) or (None if stem in twice else captions.get(stem))
+        for name, stem in zip(names, stems)
+    ]
     if all(found) and len(captions) == len(names):
         return [list(texts) for texts in found]
     bare = [name for name, texts in zip(names, found) if not texts]
@@ -127,9 +133,12 @@ def match(
     told = " and ".join(
         f"{len(some)} {kind} ({', '.join(some[:_SHOWN])}{', …' if len(some) > _SHOWN else ''})"
         for some, kind in ((bare, "pictures without caption"), (spare, "captions without picture"))
-        if some)
-    raise ConfigError(f"{what} and {pictures.source} do not match by name: "
-                      f"{told or 'some pictures have captions by two names'}")
+        if some
+    )
+    raise ConfigError(
+        f"{what} and {pictures.source} do not match by name: "
+        f"{told or 'some pictures have captions by two names'}"
+    )
 
 
 def own(pictures: PictureSet) -> list[list[str]] | None:
@@ -148,6 +157,8 @@ def own(pictures: PictureSet) -> list[list[str]] | None:
     bare = [pictures.name(i) for i, text in enumerate(found) if not text]
     if bare:
         more = ", …" if len(bare) > _SHOWN else ""
-        raise ConfigError(f"{pictures.source}: {len(bare)} of {len(found)} pictures have no "
-                          f"caption: {', '.join(bare[:_SHOWN])}{more}")
+        raise ConfigError(
+            f"{pictures.source}: {len(bare)} of {len(found)} pictures have no "
+            f"caption: {', '.join(bare[:_SHOWN])}{more}"
+        )
     return [[text] for text in found]

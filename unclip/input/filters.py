@@ -29,7 +29,7 @@ class _Rule(NamedTuple):
     optional: bool
 
     def reason(self, value: Any) -> str:
-        """"" if the value passes; absent values, and those of another kind, count as missing."""
+        """ "" if the value passes; absent values, and those of another kind, count as missing."""
         if self.allowed is not None:
             if not isinstance(value, str):
                 return "" if self.optional else f"no-{self.field}"
@@ -82,7 +82,7 @@ class Filters:
         return self.reads_json or self.reads_caption
 
     def __call__(self, meta: Mapping[str, Any], text: str | None = None) -> str:
-        """"" for a sample that passes, else why not, e.g. "low-similarity" or "no-width".
+        """ "" for a sample that passes, else why not, e.g. "low-similarity" or "no-width".
 
         Args:
           meta: the sample's JSON object.
@@ -103,15 +103,22 @@ def _value(field: str, meta: Mapping[str, Any]) -> Any:
     for prefix in ("", "original_"):
         width, height = meta.get(f"{prefix}width"), meta.get(f"{prefix}height")
         if _is_number(width) and _is_number(height) and min(width, height) > 0:
-            return {"width": width, "height": height, "min_side": min(width, height),
-                    "aspect": max(width, height) / min(width, height)}[field]
+            return {
+                "width": width,
+                "height": height,
+                "min_side": min(width, height),
+                "aspect": max(width, height) / min(width, height),
+            }[field]
     return None
 
 
 def _is_number(value: Any) -> bool:
     """Finite, and no truth value: JSON written by Python may hold NaN, which passes no bound."""
-    return (isinstance(value, numbers.Real) and not isinstance(value, bool)
-            and (isinstance(value, int) or math.isfinite(value)))
+    return (
+        isinstance(value, numbers.Real)
+        and not isinstance(value, bool)
+        and (isinstance(value, int) or math.isfinite(value))
+    )
 
 
 def _rule(name: str, bounds: Any) -> _Rule:
@@ -120,8 +127,10 @@ def _rule(name: str, bounds: Any) -> _Rule:
         raise ConfigError(f"filter {name!r}: expected a field's name")
     near = difflib.get_close_matches(field, _USUAL, n=2, cutoff=0.8)
     if field not in _USUAL and near and not field.startswith("json:"):
-        raise ConfigError(f"filter {field!r}: did you mean {' or '.join(map(repr, near))}? For a "
-                          f"JSON field of that very name write 'json:{field}'")
+        raise ConfigError(
+            f"filter {field!r}: did you mean {' or '.join(map(repr, near))}? For a "
+            f"JSON field of that very name write 'json:{field}'"
+        )
     if optional and field in CAPTION:
         raise ConfigError(f"filter {name!r}: every caption has a length; write {field!r}")
     if isinstance(bounds, str | Mapping) or not isinstance(bounds, Sequence):
@@ -138,19 +147,23 @@ def _rule(name: str, bounds: Any) -> _Rule:
     if low is not None and high is not None and low > high:
         raise ConfigError(f"filter {name!r}: low {low} is above high {high}")
     if field == "aspect" and high is not None and high < 1:
-        raise ConfigError(f"filter 'aspect': {high} rejects everything; it is the longer side by "
-                          "the shorter, at least 1")
+        raise ConfigError(
+            f"filter 'aspect': {high} rejects everything; it is the longer side by "
+            "the shorter, at least 1"
+        )
     return _Rule(field, low, high, None, optional)
 
 
 def _read(text: str) -> dict[str, Any]:
-    """"FIELD=LOW:HIGH,FIELD=WORD|WORD" -> a mapping that `_rule` judges."""
+    """ "FIELD=LOW:HIGH,FIELD=WORD|WORD" -> a mapping that `_rule` judges."""
     rules = {}
     for part in filter(None, map(str.strip, text.split(","))):
         name, equals, value = (word.strip() for word in part.partition("="))
         if not equals or not value or name in rules:
-            raise ConfigError(f"filter {part!r}: expected FIELD=LOW:HIGH, either end left out, or "
-                              "FIELD=WORD|WORD, each field once")
+            raise ConfigError(
+                f"filter {part!r}: expected FIELD=LOW:HIGH, either end left out, or "
+                "FIELD=WORD|WORD, each field once"
+            )
         low, colon, high = value.partition(":")
         if not colon:
             rules[name] = value.split("|")
@@ -158,6 +171,7 @@ def _read(text: str) -> dict[str, Any]:
         try:
             rules[name] = tuple(float(end) if end.strip() else None for end in (low, high))
         except ValueError:
-            raise ConfigError(f"filter {part!r}: {value!r} is no range of numbers LOW:HIGH"
-                              ) from None
+            raise ConfigError(
+                f"filter {part!r}: {value!r} is no range of numbers LOW:HIGH"
+            ) from None
     return rules

@@ -24,9 +24,13 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 # them, lazily and from several decoding threads at a time.
 _PLUGINS = (JpegImagePlugin, PngImagePlugin, WebPImagePlugin)
 _UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
 }
 _STRIP = 32  # sides in this proportion: only the part that is wanted is resized
 Box = tuple[int, int, int, int]  # left, upper, right, lower in pixels
@@ -36,12 +40,26 @@ class BadPicture(BadSample):
     """A picture that is not decoded; `reason` is one of `REASONS`."""
 
 
-REASONS = ("too-many-bytes", "too-many-pixels", "too-many-scans", "too-small", "format",
-           "truncated", "corrupt")
+REASONS = (
+    "too-many-bytes",
+    "too-many-pixels",
+    "too-many-scans",
+    "too-small",
+    "format",
+    "truncated",
+    "corrupt",
+)
 
 
-def decode(data: bytes, *, max_bytes: int = 64 << 20, max_pixels: int = 1 << 26, min_side: int = 1,
-           target: int | None = None, margin: float = 2.0) -> np.ndarray:
+def decode(
+    data: bytes,
+    *,
+    max_bytes: int = 64 << 20,
+    max_pixels: int = 1 << 26,
+    min_side: int = 1,
+    target: int | None = None,
+    margin: float = 2.0,
+) -> np.ndarray:
     """Decodes JPEG, PNG or WebP to upright RGB; sizes are checked before any pixel is decoded.
 
     Greyscale, palette, CMYK and 16-bit pictures become 8-bit RGB, alpha is laid on white, the EXIF
@@ -125,8 +143,14 @@ def _rgb(picture: Image.Image) -> Image.Image:
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
-def crop_box(width: int, height: int, *, crop: str = "center", fraction: float = 1.0,
-             rng: np.random.Generator | None = None) -> Box:
+def crop_box(
+    width: int,
+    height: int,
+    *,
+    crop: str = "center",
+    fraction: float = 1.0,
+    rng: np.random.Generator | None = None,
+) -> Box:
     """A square box of side `fraction` x the shorter side, in the middle or anywhere (by `rng`)."""
     if crop not in ("center", "random"):
         raise ConfigError(f"unknown crop {crop!r}: valid: center, random")
@@ -140,10 +164,15 @@ def crop_box(width: int, height: int, *, crop: str = "center", fraction: float =
     return left, upper, left + side, upper + side
 
 
-def resize_and_crop(image: np.ndarray, size: int, *, crop: str = "center", fraction: float = 1.0,
-                    rng: np.random.Generator | None = None,
-                    resample: Image.Resampling = Image.Resampling.BICUBIC
-                    ) -> tuple[np.ndarray, Box]:
+def resize_and_crop(
+    image: np.ndarray,
+    size: int,
+    *,
+    crop: str = "center",
+    fraction: float = 1.0,
+    rng: np.random.Generator | None = None,
+    resample: Image.Resampling = Image.Resampling.BICUBIC,
+) -> tuple[np.ndarray, Box]:
     """Resizes a square box of the picture to size x size, with antialiasing.
 
     Args:
@@ -161,8 +190,9 @@ def resize_and_crop(image: np.ndarray, size: int, *, crop: str = "center", fract
     return resize_box(image, size, box, resample), box
 
 
-def resize_box(image: np.ndarray, size: int, box: Box,
-               resample: Image.Resampling = Image.Resampling.BICUBIC) -> np.ndarray:
+def resize_box(
+    image: np.ndarray, size: int, box: Box, resample: Image.Resampling = Image.Resampling.BICUBIC
+) -> np.ndarray:
     """uint8 [size, size, 3] of a box (left, upper, right, lower) of a picture, antialiased."""
     picture = Image.fromarray(image).resize((size, size), resample, box=box, reducing_gap=3.0)
     return np.array(picture)
@@ -261,8 +291,12 @@ def _random_blur(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _random_resize(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    filters = (Image.Resampling.NEAREST, Image.Resampling.BILINEAR, Image.Resampling.BICUBIC,
-               Image.Resampling.BOX)
+    filters = (
+        Image.Resampling.NEAREST,
+        Image.Resampling.BILINEAR,
+        Image.Resampling.BICUBIC,
+        Image.Resampling.BOX,
+    )
     height, width = image.shape[:2]
     scale = rng.uniform(0.5, 1.5)
     there, back = (filters[k] for k in rng.integers(len(filters), size=2))
@@ -278,8 +312,9 @@ def _sensor_noise(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     shot, read = rng.uniform(0, 2e-3), rng.uniform(0, 5e-3)
     noise = rng.standard_normal(image.shape) * np.sqrt(shot * linear + read**2)
     linear = np.clip(linear + noise, 0, 1)
-    return _to_uint8(255 * np.where(linear <= 0.0031308, 12.92 * linear,
-                                    1.055 * linear ** (1 / 2.4) - 0.055))
+    return _to_uint8(
+        255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    )
 
 
 def jpeg(image: np.ndarray, quality: int) -> np.ndarray:
@@ -295,12 +330,20 @@ def _random_jpeg(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 DEGRADATIONS = {
-    "blur": _random_blur, "resize": _random_resize, "noise": _sensor_noise, "jpeg": _random_jpeg,
+    "blur": _random_blur,
+    "resize": _random_resize,
+    "noise": _sensor_noise,
+    "jpeg": _random_jpeg,
 }
 
 
-def bsr(image: np.ndarray, rng: np.random.Generator, *, probability: float = 0.75,
-        steps: Sequence[str] = tuple(DEGRADATIONS)) -> np.ndarray:
+def bsr(
+    image: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    probability: float = 0.75,
+    steps: Sequence[str] = tuple(DEGRADATIONS),
+) -> np.ndarray:
     """BSR degradation at constant size, the second upsampler's: random steps in random order.
 
     Args:

@@ -62,12 +62,23 @@ class ShardIndex:
       notes: Counter of what is no fault but may surprise.
     """
 
-    def __init__(self, name: str, size: int, table: np.ndarray, keys: np.ndarray, captioned: int, *,
-                 identity: str = "", caption: str = "caption", checksums: bool = False,
-                 digest: str = "", problems: Mapping[str, int] | None = None,
-                 examples: Mapping[str, Sequence[str]] | None = None,
-                 notes: Mapping[str, int] | None = None,
-                 listed: Sequence[tuple[str, str]] = ()):
+    def __init__(
+        self,
+        name: str,
+        size: int,
+        table: np.ndarray,
+        keys: np.ndarray,
+        captioned: int,
+        *,
+        identity: str = "",
+        caption: str = "caption",
+        checksums: bool = False,
+        digest: str = "",
+        problems: Mapping[str, int] | None = None,
+        examples: Mapping[str, Sequence[str]] | None = None,
+        notes: Mapping[str, int] | None = None,
+        listed: Sequence[tuple[str, str]] = (),
+    ):
         self.name, self.size, self.identity, self.caption = name, size, identity, caption
         self.table, self.keys, self.captioned = table, keys, captioned
         self.checksums = checksums
@@ -108,8 +119,10 @@ class ShardIndex:
         for column, limit in zip((0, 2, 4), _LIMITS):
             offset, size = entry[column] * BLOCK, entry[column + 1]
             if offset + size > self.size or size > limit:
-                raise DataError(f"index of {self.name}: row {row} lies beyond the shard's end or "
-                                "is too large; index the shards again")
+                raise DataError(
+                    f"index of {self.name}: row {row} lies beyond the shard's end or "
+                    "is too large; index the shards again"
+                )
             spans.append((offset, size) if offset else None)
         return tuple(spans)
 
@@ -130,8 +143,9 @@ class ShardIndex:
         picture, text, meta = parts = _read_spans(spans, read)
         stored = self.crc(row)
         if stored and stored != checksum([part and zlib.crc32(part) for part in parts]):
-            raise BadSample("checksum", f"{self.name}: {key}: its bytes have changed since it was "
-                                        "indexed")
+            raise BadSample(
+                "checksum", f"{self.name}: {key}: its bytes have changed since it was indexed"
+            )
         where = f"{self.name}: {key}"
         meta = {} if meta is None else samples.json_object(meta, where)
         if text is None:
@@ -153,16 +167,34 @@ class ShardIndex:
     def write(self, path: str | os.PathLike) -> None:
         """Writes the index file, whole or not at all. Raises DataError."""
         table, keys = self.table.astype("<u4").tobytes(), self.keys.tobytes()
-        meta = json.dumps({
-            "name": self.name, "identity": self.identity, "caption": self.caption,
-            "problems": self.problems, "examples": self.examples, "notes": self.notes}).encode()
+        meta = json.dumps(
+            {
+                "name": self.name,
+                "identity": self.identity,
+                "caption": self.caption,
+                "problems": self.problems,
+                "examples": self.examples,
+                "notes": self.notes,
+            }
+        ).encode()
         listed = "".join(json.dumps(item) + "\n" for item in self.listed()).encode()
         crc = 0
         for part in (table, keys, meta, listed):
             crc = zlib.crc32(part, crc)
         head = _HEADER.pack(
-            _MAGIC, VERSION, _CHECKSUMS * self.checksums, self.count, self.captioned, len(keys),
-            len(meta), len(listed), self.size, bytes.fromhex(self.digest), crc, 0)[:-4]
+            _MAGIC,
+            VERSION,
+            _CHECKSUMS * self.checksums,
+            self.count,
+            self.captioned,
+            len(keys),
+            len(meta),
+            len(listed),
+            self.size,
+            bytes.fromhex(self.digest),
+            crc,
+            0,
+        )[:-4]
         head += struct.pack("<I", zlib.crc32(head))
         with files.replacing(path) as temporary, open(temporary, "wb") as file:
             for part in (head.ljust(_HEADER_BYTES, b"\0"), table, keys, meta, listed):
@@ -196,8 +228,20 @@ class _Header:
     """The numbers of a file's header."""
 
     def __init__(self, numbers: tuple):
-        (_, self.version, self.flags, self.count, self.captioned, self.keys, self.meta, self.listed,
-         self.size, digest, self.crc, _) = numbers
+        (
+            _,
+            self.version,
+            self.flags,
+            self.count,
+            self.captioned,
+            self.keys,
+            self.meta,
+            self.listed,
+            self.size,
+            digest,
+            self.crc,
+            _,
+        ) = numbers
         self.digest = digest.hex()
 
 
@@ -215,8 +259,9 @@ def _header(head: bytes, size: int, path: str | os.PathLike) -> _Header:
     crc = int.from_bytes(head[at : at + 4], "little")
     if zlib.crc32(head[:at]) != crc or any(head[at + 4 :]):
         raise _damaged(path, "its header is damaged")
-    expected = (_HEADER_BYTES + 4 * _COLUMNS * header.count + header.keys + header.meta
-                + header.listed)
+    expected = (
+        _HEADER_BYTES + 4 * _COLUMNS * header.count + header.keys + header.meta + header.listed
+    )
     if size != expected or header.captioned > header.count or header.meta > _MAX_META:
         raise _damaged(path, f"has {size} bytes, expected {expected}")
     return header
@@ -239,7 +284,8 @@ class _Mapped(ShardIndex):
         self._meta_at = table_end + header.keys
         self._listed_at = self._meta_at + header.meta
         self.table = np.frombuffer(mapped, "<u4", header.count * _COLUMNS, _HEADER_BYTES).reshape(
-            -1, _COLUMNS)
+            -1, _COLUMNS
+        )
         self.keys = np.frombuffer(mapped, np.uint8, header.keys, table_end)
         self.captioned, self.digest, self.size = header.captioned, header.digest, header.size
         self.checksums = bool(header.flags & _CHECKSUMS)

@@ -80,8 +80,17 @@ class Summary(NamedTuple):
 
 def entry(path: str, index: ShardIndex, place: ShardIndex | str | None = None) -> Entry:
     """The entry of an open index; `place`: its file, where it is not to be kept open."""
-    return Entry(path, index if place is None else place, index.name, index.size, index.identity,
-                 index.digest, index.count, index.captioned, dict(index.problems))
+    return Entry(
+        path,
+        index if place is None else place,
+        index.name,
+        index.size,
+        index.identity,
+        index.digest,
+        index.count,
+        index.captioned,
+        dict(index.problems),
+    )
 
 
 def name_of(path: str) -> str:
@@ -89,8 +98,9 @@ def name_of(path: str) -> str:
     return os.path.basename(path.partition("?")[0] if "://" in path else path)
 
 
-def walk_path(path: str, storage: Storage, *, caption: str = "caption",
-              checksums: bool = False) -> ShardIndex:
+def walk_path(
+    path: str, storage: Storage, *, caption: str = "caption", checksums: bool = False
+) -> ShardIndex:
     """Walks one shard wherever it lies. Raises DataError."""
     size, identity = storage.stat(path)
 
@@ -98,8 +108,9 @@ def walk_path(path: str, storage: Storage, *, caption: str = "caption",
         return storage.read(path, offset, count, (size, identity))
 
     block = _LOCAL_BLOCK if storage.local(path) else _REMOTE_BLOCK
-    return walk.walk_shard(name_of(path), read, size, identity, caption=caption,
-                           checksums=checksums, block=block)
+    return walk.walk_shard(
+        name_of(path), read, size, identity, caption=caption, checksums=checksums, block=block
+    )
 
 
 # ------------------------------------------------------------------------------------ reading one
@@ -128,8 +139,10 @@ def read_index(folder: str) -> tuple[str, list[Entry]]:
     if not isinstance(table, dict) or table.get("format") != _FORMAT:
         raise DataError(f"{path!r} was not written by `unclip index`")
     if table.get("version") != VERSION:
-        raise DataError(f"{path!r} has format version {table.get('version')}, this unclip reads "
-                        f"{VERSION}: index the shards again")
+        raise DataError(
+            f"{path!r} has format version {table.get('version')}, this unclip reads "
+            f"{VERSION}: index the shards again"
+        )
     try:
         caption = _typed(table, "caption", str)
         return caption, [_read_entry(folder, shard) for shard in _typed(table, "shards", list)]
@@ -156,10 +169,16 @@ def _read_entry(folder: str, shard: dict[str, Any]) -> Entry:
         path = os.path.normpath(os.path.join(folder, path))
     problems = _typed(shard, "problems", dict)
     found = Entry(
-        path, os.path.join(folder, file), name_of(path), _typed(shard, "size", int),
-        _typed(shard, "identity", str), digest, _typed(shard, "samples", int),
-        _typed(shard, "captioned", int), {reason: _typed(problems, reason, int)
-                                          for reason in problems})
+        path,
+        os.path.join(folder, file),
+        name_of(path),
+        _typed(shard, "size", int),
+        _typed(shard, "identity", str),
+        digest,
+        _typed(shard, "samples", int),
+        _typed(shard, "captioned", int),
+        {reason: _typed(problems, reason, int) for reason in problems},
+    )
     if found.captioned > found.count:
         raise ValueError(f"{found.captioned} of {found.count} samples have a caption")
     return found
@@ -168,10 +187,17 @@ def _read_entry(folder: str, shard: dict[str, Any]) -> Entry:
 # ------------------------------------------------------------------------------------ writing one
 
 
-def index_folder(patterns: str | Sequence[str], out: str | os.PathLike, *, checksums: bool = True,
-                 caption: str = "caption", jobs: int | None = None, force: bool = False,
-                 storage: Storage | None = None, progress: Callable[[int], Any] | None = None
-                 ) -> Summary:
+def index_folder(
+    patterns: str | Sequence[str],
+    out: str | os.PathLike,
+    *,
+    checksums: bool = True,
+    caption: str = "caption",
+    jobs: int | None = None,
+    force: bool = False,
+    storage: Storage | None = None,
+    progress: Callable[[int], Any] | None = None,
+) -> Summary:
     """Indexes shards into a folder; keeps the index files there that still fit their shards.
 
     Args:
@@ -195,8 +221,10 @@ def index_folder(patterns: str | Sequence[str], out: str | os.PathLike, *, check
         raise ConfigError(f"jobs {jobs}: expected at least 1")
     found, failed = {}, []
     bar = progress(len(paths)) if progress else None
-    work = [(path, os.path.join(out, file), storage, caption, checksums, force)
-            for path, file in zip(paths, _file_names(paths))]
+    work = [
+        (path, os.path.join(out, file), storage, caption, checksums, force)
+        for path, file in zip(paths, _file_names(paths))
+    ]
     try:
         for path, result in _in_parallel(_index_one, work, jobs):
             if isinstance(result, DataError):
@@ -209,8 +237,10 @@ def index_folder(patterns: str | Sequence[str], out: str | os.PathLike, *, check
         if bar is not None:
             bar.close()
     if failed:
-        raise DataError(f"{len(failed)} of {len(paths)} shards cannot be indexed; the others are, "
-                        f"and are kept if this is run again: {'; '.join(sorted(failed)[:3])}")
+        raise DataError(
+            f"{len(failed)} of {len(paths)} shards cannot be indexed; the others are, "
+            f"and are kept if this is run again: {'; '.join(sorted(failed)[:3])}"
+        )
     return _write_table(out, [(path, *found[path]) for path in paths], caption, checksums, storage)
 
 
@@ -218,9 +248,12 @@ def _file_names(paths: Sequence[str]) -> list[str]:
     """NAME.idx; with a hash of the path where two shards have one name."""
     names = [name_of(path).removesuffix(".tar")[:200] for path in paths]
     often = Counter(names)
-    return [f"{name}.idx" if often[name] == 1 else
-            f"{name}-{hashlib.sha256(path.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}.idx"
-            for name, path in zip(names, paths)]
+    return [
+        f"{name}.idx"
+        if often[name] == 1
+        else f"{name}-{hashlib.sha256(path.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}.idx"
+        for name, path in zip(names, paths)
+    ]
 
 
 def _cores() -> int:
@@ -243,14 +276,17 @@ def _in_parallel(function: Callable, work: Sequence[tuple], jobs: int | None) ->
             for future in concurrent.futures.as_completed(futures):
                 yield futures[future], future.result()
         except concurrent.futures.process.BrokenProcessPool as error:
-            raise DataError("an indexing process was killed, often for want of memory: run again "
-                            "with fewer jobs; finished shards are kept") from error
+            raise DataError(
+                "an indexing process was killed, often for want of memory: run again "
+                "with fewer jobs; finished shards are kept"
+            ) from error
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _index_one(path: str, file: str, storage: Storage, caption: str, checksums: bool, force: bool
-               ) -> tuple[bool, Entry, dict[str, int], int] | DataError:
+def _index_one(
+    path: str, file: str, storage: Storage, caption: str, checksums: bool, force: bool
+) -> tuple[bool, Entry, dict[str, int], int] | DataError:
     """(walked now, entry, notes, bytes of the index file) of one shard, or why it has none."""
     try:
         index = None if force else _kept(path, file, storage, caption, checksums)
@@ -263,8 +299,9 @@ def _index_one(path: str, file: str, storage: Storage, caption: str, checksums: 
         return error
 
 
-def _kept(path: str, file: str, storage: Storage, caption: str, checksums: bool
-          ) -> ShardIndex | None:
+def _kept(
+    path: str, file: str, storage: Storage, caption: str, checksums: bool
+) -> ShardIndex | None:
     """The index that is there, if it is about this very shard."""
     if not os.path.exists(file):
         return None
@@ -274,12 +311,16 @@ def _kept(path: str, file: str, storage: Storage, caption: str, checksums: bool
         return None
     newer = storage.local(path) and os.path.getmtime(path) > os.path.getmtime(file)
     fits = (index.name, (index.size, index.identity), index.caption) == (
-        name_of(path), storage.stat(path), caption)
+        name_of(path),
+        storage.stat(path),
+        caption,
+    )
     return index if fits and not newer and index.checksums >= checksums else None
 
 
-def _write_table(out: str, results: list[tuple], caption: str, checksums: bool, storage: Storage
-                 ) -> Summary:
+def _write_table(
+    out: str, results: list[tuple], caption: str, checksums: bool, storage: Storage
+) -> Summary:
     problems, notes, rows, differences = Counter(), Counter(), [], []
     for path, _, shard, shard_notes, _ in results:
         problems.update(shard.problems)
@@ -288,15 +329,29 @@ def _write_table(out: str, results: list[tuple], caption: str, checksums: bool, 
         successes = _img2dataset_successes(path) if local else None
         if successes not in (None, shard.count):
             differences.append((shard.name, successes, shard.count))
-        rows.append({
-            "path": os.path.relpath(os.path.abspath(path), out) if local else path,
-            "file": os.path.basename(shard.index), "size": shard.size, "identity": shard.identity,
-            "samples": shard.count, "captioned": shard.captioned, "digest": shard.digest,
-            "problems": shard.problems})
+        rows.append(
+            {
+                "path": os.path.relpath(os.path.abspath(path), out) if local else path,
+                "file": os.path.basename(shard.index),
+                "size": shard.size,
+                "identity": shard.identity,
+                "samples": shard.count,
+                "captioned": shard.captioned,
+                "digest": shard.digest,
+                "problems": shard.problems,
+            }
+        )
     summary = Summary(
-        len(results), sum(r["samples"] for r in rows), sum(r["captioned"] for r in rows),
-        sum(walked for _, walked, *_ in results), sum(not walked for _, walked, *_ in results),
-        problems, notes, differences, sum(size for *_, size in results))
+        len(results),
+        sum(r["samples"] for r in rows),
+        sum(r["captioned"] for r in rows),
+        sum(walked for _, walked, *_ in results),
+        sum(not walked for _, walked, *_ in results),
+        problems,
+        notes,
+        differences,
+        sum(size for *_, size in results),
+    )
     with files.replacing(os.path.join(out, PROBLEMS)) as temporary, open(temporary, "w") as file:
         for path, _, shard, _, _ in results:
             listed = ShardIndex.open(shard.index).listed() if shard.problems else ()
@@ -304,12 +359,22 @@ def _write_table(out: str, results: list[tuple], caption: str, checksums: bool, 
                 print(json.dumps({"shard": shown(path), "what": what, "reason": reason}), file=file)
             more = sum(shard.problems.values()) - walk.MAX_LISTED
             if more > 0:
-                print(json.dumps({"shard": shown(path), "what": f"… and {more} more",
-                                  "reason": ""}), file=file)
+                print(
+                    json.dumps({"shard": shown(path), "what": f"… and {more} more", "reason": ""}),
+                    file=file,
+                )
     table = {
-        "format": _FORMAT, "version": VERSION, "caption": caption, "checksums": checksums,
-        "samples": summary.samples, "captioned": summary.captioned, "problems": problems,
-        "notes": notes, "img2dataset_differences": differences, "shards": rows}
+        "format": _FORMAT,
+        "version": VERSION,
+        "caption": caption,
+        "checksums": checksums,
+        "samples": summary.samples,
+        "captioned": summary.captioned,
+        "problems": problems,
+        "notes": notes,
+        "img2dataset_differences": differences,
+        "shards": rows,
+    }
     with files.replacing(os.path.join(out, TABLE)) as temporary, open(temporary, "w") as file:
         json.dump(table, file, indent=1)
     return summary
@@ -328,8 +393,13 @@ def _img2dataset_successes(path: str) -> int | None:
 # ----------------------------------------------------------------------------------- checking one
 
 
-def check_index(folder: str, *, jobs: int | None = None, storage: Storage | None = None,
-                progress: Callable[[int], Any] | None = None) -> Iterable[tuple[str, str]]:
+def check_index(
+    folder: str,
+    *,
+    jobs: int | None = None,
+    storage: Storage | None = None,
+    progress: Callable[[int], Any] | None = None,
+) -> Iterable[tuple[str, str]]:
     """Walks every shard of an index again and compares; checksums too, where it has them.
 
     Returns:

@@ -76,8 +76,9 @@ def read_header(data: bytes) -> Header | None:
         elif marker == _APP1 and plain:
             # Tag 274 in either byte order, or XMP's tiff:Orientation, anywhere at all.
             segment = data[body : position + 2 + length]
-            plain = not (b"\x01\x12" in segment or b"\x12\x01" in segment
-                         or b"rientation" in segment)
+            plain = not (
+                b"\x01\x12" in segment or b"\x12\x01" in segment or b"rientation" in segment
+            )
         elif marker in _LEAST:
             plain = plain and length >= _LEAST[marker] and data[body : body + 4] != b"MPF\0"
         position += 2 + length
@@ -136,7 +137,8 @@ def decode_plain(data: bytes, header: Header, least: int | None) -> np.ndarray |
     out = np.empty((height, width, 3), np.uint8)
     try:
         found = library.decode_jpeg(
-            data, min_height=height, min_width=width, min_factor=factor, buffer=out)
+            data, min_height=height, min_width=width, min_factor=factor, buffer=out
+        )
     except ValueError:
         return None
     return out if found.shape == out.shape else None

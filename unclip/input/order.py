@@ -96,8 +96,9 @@ class Streamed:
       window: samples that are shuffled among each other.
     """
 
-    def __init__(self, counts: np.ndarray, seed: int, *, streams: int, batch_size: int,
-                 window: int):
+    def __init__(
+        self, counts: np.ndarray, seed: int, *, streams: int, batch_size: int, window: int
+    ):
         self.counts = np.asarray(counts, np.int64)
         self.n = int(self.counts.sum())
         self._base = np.cumsum(self.counts) - self.counts
@@ -140,8 +141,12 @@ class Streamed:
         start = self._before(end, stream) - low
         length = self._before(end, stream + 1) - self._before(first, stream + 1) - start
         # The rows of this stream in the epoch before g: those before g less those before `first`.
-        k = (self._before(g, stream + 1) - self._before(g, stream)
-             - self._before(first, stream + 1) + low)
+        k = (
+            self._before(g, stream + 1)
+            - self._before(g, stream)
+            - self._before(first, stream + 1)
+            + low
+        )
         window, k = divmod(k, self.window)
         size = min(self.window, length - window * self.window)
         at = start + window * self.window + int(self._window(epoch, stream, window, size)[k])
@@ -186,8 +191,15 @@ class Mixed:
       streams, batch_size: of the orders; 1 stream for `global`.
     """
 
-    def __init__(self, orders: Sequence[Order | Streamed], first: Sequence[int],
-                 weights: Sequence[float], *, streams: int, batch_size: int):
+    def __init__(
+        self,
+        orders: Sequence[Order | Streamed],
+        first: Sequence[int],
+        weights: Sequence[float],
+        *,
+        streams: int,
+        batch_size: int,
+    ):
         self.orders, self.first = tuple(orders), tuple(map(int, first))
         self.batch_size, self._rows = batch_size, batch_size // streams
         self.parts = _parts(weights)
@@ -199,8 +211,13 @@ class Mixed:
             self._rank[self._pattern == k] = np.arange(part)
         # 40503 / 65536 is nearly the golden ratio: beginnings that are never close together.
         self._begin = np.arange(streams) * 40503 % _PERIOD
-        self._skip = np.stack([np.searchsorted(np.flatnonzero(self._pattern == k), self._begin)
-                               for k in range(len(self.parts))], 1)
+        self._skip = np.stack(
+            [
+                np.searchsorted(np.flatnonzero(self._pattern == k), self._begin)
+                for k in range(len(self.parts))
+            ],
+            1,
+        )
 
     def __call__(self, g: int) -> int:
         """The number of sample g in the collection."""
@@ -228,8 +245,10 @@ def _parts(weights: Sequence[float]) -> list[int]:
     """The rows each weight gets of a period, by largest remainder."""
     weights = [float(weight) for weight in weights]
     if not weights or not all(0 < weight < math.inf for weight in weights):
-        raise ConfigError(f"weights {tuple(weights)}: expected a number above 0 for each pattern "
-                          "of shards; leave out what has none")
+        raise ConfigError(
+            f"weights {tuple(weights)}: expected a number above 0 for each pattern "
+            "of shards; leave out what has none"
+        )
     exact = np.array(weights) / sum(weights) * _PERIOD
     parts = np.floor(exact).astype(int)
     parts[np.argsort(parts - exact, kind="stable")[: _PERIOD - parts.sum()]] += 1
@@ -238,10 +257,17 @@ def _parts(weights: Sequence[float]) -> list[int]:
     return parts.tolist()
 
 
-def make_order(counts: Sequence[int], seed: int | None, *, order: str = "global",
-               groups: Sequence[int] | None = None, weights: Sequence[float] = (),
-               streams: int = 0, batch_size: int = 1, window: int = 8192
-               ) -> Order | Streamed | Mixed:
+def make_order(
+    counts: Sequence[int],
+    seed: int | None,
+    *,
+    order: str = "global",
+    groups: Sequence[int] | None = None,
+    weights: Sequence[float] = (),
+    streams: int = 0,
+    batch_size: int = 1,
+    window: int = 8192,
+) -> Order | Streamed | Mixed:
     """The order of a run: a callable g -> i, pure, picklable and safe between threads.
 
     Args:
@@ -266,8 +292,10 @@ def make_order(counts: Sequence[int], seed: int | None, *, order: str = "global"
     counts = np.asarray(counts, np.int64)
     streams = default_streams(batch_size, streams) if order == "streamed" else 1
     if batch_size < 1 or batch_size % streams or window < 1:
-        raise ConfigError(f"batch size {batch_size}, {streams} streams, window {window}: expected "
-                          "the streams to divide the batch size, and a window of at least 1")
+        raise ConfigError(
+            f"batch size {batch_size}, {streams} streams, window {window}: expected "
+            "the streams to divide the batch size, and a window of at least 1"
+        )
 
     def single(counts: np.ndarray, seed: int | None) -> Order | Streamed:
         if order == "global":
@@ -278,15 +306,18 @@ def make_order(counts: Sequence[int], seed: int | None, *, order: str = "global"
         return single(counts, seed)
     groups = np.asarray([0, counts.sum()] if groups is None else groups, np.int64)
     if len(weights) != len(groups) - 1:
-        raise ConfigError(f"{len(weights)} weights for {len(groups) - 1} patterns of shards: "
-                          "expected one each")
+        raise ConfigError(
+            f"{len(weights)} weights for {len(groups) - 1} patterns of shards: expected one each"
+        )
     if np.diff(groups).min() < 1:
         empty = int(np.diff(groups).argmin())
         raise ConfigError(f"weights {tuple(weights)}: pattern {empty} of the shards has no sample")
     begin = np.cumsum(counts) - counts
     seeds = [int(_word(seed, _COMPONENT, k)[0]) for k in range(len(weights))]
-    orders = [single(counts[(begin >= low) & (begin < end)], own)
-              for low, end, own in zip(groups, groups[1:], seeds)]
+    orders = [
+        single(counts[(begin >= low) & (begin < end)], own)
+        for low, end, own in zip(groups, groups[1:], seeds)
+    ]
     return Mixed(orders, groups[:-1], weights, streams=streams, batch_size=batch_size)
 
 

@@ -96,14 +96,19 @@ class Pair:
             if caption != "txt" and not caption.startswith("json:"):
                 raise unknown("caption source", caption, ["txt", "json:FIELD"])
         from unclip.input.text import Tokenizer  # here: a vocabulary only where one is needed
+
         self.size, self.context_length, self.captions = size, context_length, tuple(captions)
         self.tokenise = Tokenizer().encode
 
-    def __call__(self, sample: Sample | BadSample, _rng: np.random.Generator
-                 ) -> dict[str, np.ndarray]:
-        arrays = {"image": np.zeros((self.size, self.size, 3), np.uint8),
-                  "tokens": np.zeros(self.context_length, np.int32),
-                  "captioned": np.bool_(False), "reason": np.zeros(REASON_BYTES, np.uint8)}
+    def __call__(
+        self, sample: Sample | BadSample, _rng: np.random.Generator
+    ) -> dict[str, np.ndarray]:
+        arrays = {
+            "image": np.zeros((self.size, self.size, 3), np.uint8),
+            "tokens": np.zeros(self.context_length, np.int32),
+            "captioned": np.bool_(False),
+            "reason": np.zeros(REASON_BYTES, np.uint8),
+        }
         try:
             if isinstance(sample, BadSample):
                 raise sample
@@ -115,8 +120,9 @@ class Pair:
             return arrays
         text = self.caption(sample)
         if text:
-            arrays["tokens"] = np.asarray(self.tokenise([text], self.context_length)[0][0],
-                                          np.int32)
+            arrays["tokens"] = np.asarray(
+                self.tokenise([text], self.context_length)[0][0], np.int32
+            )
             arrays["captioned"] = np.bool_(True)
         return arrays
 

@@ -102,8 +102,9 @@ def decode(data: bytes, format: str | None = None) -> tuple[np.ndarray, int]:
     """
     if format is not None:
         data = _as_png(data, format)
-    picture = image.decode(data, max_bytes=2 * MAX_BYTES if format else MAX_BYTES,
-                           max_pixels=MAX_PIXELS)
+    picture = image.decode(
+        data, max_bytes=2 * MAX_BYTES if format else MAX_BYTES, max_pixels=MAX_PIXELS
+    )
     with Image.open(io.BytesIO(data), formats=image.FORMATS) as header:
         mode = header.mode
         deep = mode == "F" or mode.startswith("I")
@@ -150,11 +151,18 @@ class ArrayPictures(PictureSet):
       captions: N captions, or None.
     """
 
-    def __init__(self, pictures: np.ndarray, names: Sequence[str] | None = None,
-                 captions: Sequence[str] | None = None, source: str = "pictures in memory"):
+    def __init__(
+        self,
+        pictures: np.ndarray,
+        names: Sequence[str] | None = None,
+        captions: Sequence[str] | None = None,
+        source: str = "pictures in memory",
+    ):
         if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[-1] != 3:
-            raise ConfigError(f"{source}: pictures are uint8 [N, H, W, 3], given "
-                              f"{pictures.dtype} {list(pictures.shape)}")
+            raise ConfigError(
+                f"{source}: pictures are uint8 [N, H, W, 3], given "
+                f"{pictures.dtype} {list(pictures.shape)}"
+            )
         for what, given in (("names", names), ("captions", captions)):
             if given is not None and len(given) != len(pictures):
                 raise ConfigError(f"{source}: {len(pictures)} pictures but {len(given)} {what}")
@@ -215,8 +223,9 @@ class Prepared(_View):
 
     def __init__(self, base: PictureSet, crop: int, filter: str = "bicubic"):
         if crop < 1 or filter not in ("bicubic", "box"):
-            raise ConfigError(f"crop {crop}, filter {filter!r}: expected a side of at least 1 and "
-                              "bicubic or box")
+            raise ConfigError(
+                f"crop {crop}, filter {filter!r}: expected a side of at least 1 and bicubic or box"
+            )
         super().__init__(base, f"{base.source} (centre square, {filter} {crop}x{crop})", len(base))
         self._crop, self._filter = crop, Image.Resampling[filter.upper()]
 

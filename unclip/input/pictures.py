@@ -32,11 +32,29 @@ from unclip.input.picture_set import (
 )
 from unclip.input.samples import BadSample
 
-__all__ = ["ArrayPictures", "First", "FolderPictures", "PictureSet", "Prepared", "ShardPictures",
-           "TfdsPictures", "describe_notes", "has_pictures", "listing_hash", "open_pictures"]
+__all__ = [
+    "ArrayPictures",
+    "First",
+    "FolderPictures",
+    "PictureSet",
+    "Prepared",
+    "ShardPictures",
+    "TfdsPictures",
+    "describe_notes",
+    "has_pictures",
+    "listing_hash",
+    "open_pictures",
+]
 # Extension -> None for what `image.decode` reads, else Pillow's name of the format.
-EXTENSIONS = {".png": None, ".jpg": None, ".jpeg": None, ".webp": None,
-              ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF"}
+EXTENSIONS = {
+    ".png": None,
+    ".jpg": None,
+    ".jpeg": None,
+    ".webp": None,
+    ".bmp": "BMP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+}
 MAX_ARRAY_BYTES = 1 << 36
 MAX_TEXT_BYTES = 1 << 20
 _GRID = re.compile(r"grid-\d{4,}\.png")
@@ -71,8 +89,10 @@ def open_pictures(spec: str | os.PathLike) -> PictureSet:
         raise DataError(f"{spec}: no such file or folder{hint}")
     if path.suffix == ".npz":
         return npz_pictures(spec)
-    raise ConfigError(f"{spec}: expected a folder of pictures, shards (.tar), a .npz of pictures "
-                      "or tfds:NAME:SPLIT")
+    raise ConfigError(
+        f"{spec}: expected a folder of pictures, shards (.tar), a .npz of pictures "
+        "or tfds:NAME:SPLIT"
+    )
 
 
 class FolderPictures(PictureSet):
@@ -95,8 +115,10 @@ class FolderPictures(PictureSet):
         if not self._names:
             there = ", ".join(f"{n} {extension}" for extension, n in others.most_common(3))
             hint = f"; for shards give {folder}/*.tar" if others[".tar"] else ""
-            raise DataError(f"{folder}: no pictures there ({', '.join(EXTENSIONS)}), "
-                            f"but {there or 'nothing'}{hint}")
+            raise DataError(
+                f"{folder}: no pictures there ({', '.join(EXTENSIONS)}), "
+                f"but {there or 'nothing'}{hint}"
+            )
         super().__init__(str(folder), len(self._names))
         self.left_out = sorted(grids)
 
@@ -183,15 +205,18 @@ def npz_pictures(path: str | os.PathLike) -> ArrayPictures:
             entry = archive.getinfo("arr_0.npy")
             with archive.open(entry) as file:
                 version = np.lib.format.read_magic(file)
-                read = {(1, 0): np.lib.format.read_array_header_1_0,
-                        (2, 0): np.lib.format.read_array_header_2_0}[version]
+                read = {
+                    (1, 0): np.lib.format.read_array_header_1_0,
+                    (2, 0): np.lib.format.read_array_header_2_0,
+                }[version]
                 shape, fortran, dtype = read(file)
                 header = file.tell()
                 size = header + int(np.prod(shape, dtype=object)) * dtype.itemsize
                 if size != entry.file_size or size > MAX_ARRAY_BYTES or dtype.hasobject or fortran:
                     raise DataError(
                         f"{path}: arr_0 is {dtype} {list(shape)} in {entry.file_size} bytes; "
-                        f"expected uint8 [N, H, W, 3] of {MAX_ARRAY_BYTES} bytes at most")
+                        f"expected uint8 [N, H, W, 3] of {MAX_ARRAY_BYTES} bytes at most"
+                    )
                 if entry.compress_type != zipfile.ZIP_STORED:
                     pictures = np.frombuffer(file.read(), dtype).reshape(shape)
                     return ArrayPictures(pictures, source=str(path))

@@ -84,12 +84,13 @@ def _layout(features: Any, spec: str, text: bool, caption: str) -> Layout:
                 elif dtype.kind in "iu":
                     ids.add(name)
     if "image" not in pictures and len(pictures) != 1:
-        raise DataError(f"{spec}: expected one picture, the feature 'image'; pictures there are "
-                        f"{', '.join(pictures) or 'none'}, of the features {known}")
+        raise DataError(
+            f"{spec}: expected one picture, the feature 'image'; pictures there are "
+            f"{', '.join(pictures) or 'none'}, of the features {known}"
+        )
     if text and not texts and not labels:
         raise DataError(f"{spec}: has no captions; its features are {known}")
-    key = next((name for name in KEYS
-                if texts.get(name) is False or numbers.get(name) is int), "")
+    key = next((name for name in KEYS if texts.get(name) is False or numbers.get(name) is int), "")
     wanted = [caption, *CAPTIONS]
     found = [name for name in wanted for name in (name, f"{name}/text") if name in texts]
     # A set's only text is its caption, whatever its name; which one of several is not guessed.
@@ -117,15 +118,21 @@ def _refuse_foreign_code(folder: pathlib.Path) -> None:
             pending += value.values()
             for field in ("pythonClassName", "python_class_name", "type"):
                 name = value.get(field)
-                if isinstance(name, str) and "." in name and not name.startswith(
-                        "tensorflow_datasets.core.features."):
-                    raise ConfigError(f"{folder}: a feature is {name!r}, which is code of another "
-                                      "package; only tensorflow-datasets' own features are read")
+                if (
+                    isinstance(name, str)
+                    and "." in name
+                    and not name.startswith("tensorflow_datasets.core.features.")
+                ):
+                    raise ConfigError(
+                        f"{folder}: a feature is {name!r}, which is code of another "
+                        "package; only tensorflow-datasets' own features are read"
+                    )
 
 
 def _needs(package: str, what: str, error: ImportError) -> ConfigError:
-    return ConfigError(f"{what} needs the Python package {package}: pip install unclip[data] "
-                       f"({error})")
+    return ConfigError(
+        f"{what} needs the Python package {package}: pip install unclip[data] ({error})"
+    )
 
 
 @functools.cache
@@ -179,20 +186,27 @@ def prepared_folder(spec: str, name: str, version: str | None = None) -> pathlib
             return path
         root, what, where = path.parent, path.name, str(path.parent)
     # NAME/VERSION, NAME/CONFIG/VERSION, and NAME/VERSION where NAME has the CONFIG.
-    found = [path.parent for pattern in ("*", "*/*")
-             for path in (root / what).glob(f"{pattern}/dataset_info.json")
-             if VERSION.fullmatch(path.parent.name)]
+    found = [
+        path.parent
+        for pattern in ("*", "*/*")
+        for path in (root / what).glob(f"{pattern}/dataset_info.json")
+        if VERSION.fullmatch(path.parent.name)
+    ]
     if version is not None:
         found = [path for path in found if path.name == version]
     if not found:
         there = sorted(path.name for path in root.glob("*") if path.is_dir())
-        raise DataError(f"{spec}: not prepared in {where}, which has "
-                        f"{', '.join(there[:10]) or 'nothing'}; nothing is downloaded here: run "
-                        "tensorflow-datasets' download_and_prepare with file_format array_record")
+        raise DataError(
+            f"{spec}: not prepared in {where}, which has "
+            f"{', '.join(there[:10]) or 'nothing'}; nothing is downloaded here: run "
+            "tensorflow-datasets' download_and_prepare with file_format array_record"
+        )
     configs = sorted({path.parent.name for path in found})
     if len(configs) > 1:
-        raise ConfigError(f"{spec}: expected a config, one of {', '.join(configs)}: "
-                          f"tfds:{name}/{configs[0]}:SPLIT")
+        raise ConfigError(
+            f"{spec}: expected a config, one of {', '.join(configs)}: "
+            f"tfds:{name}/{configs[0]}:SPLIT"
+        )
     return max(found, key=lambda path: [int(part) for part in path.name.split(".")])
 
 
@@ -217,8 +231,9 @@ def open_spec(spec: str, text: bool, caption: str) -> tuple[list[File], list[int
     """
     match = _SPEC.fullmatch(spec)
     if not match:
-        raise ConfigError(f"{spec}: expected tfds:NAME:SPLIT, e.g. tfds:coco_captions:val, or "
-                          "tfds:/FOLDER:SPLIT")
+        raise ConfigError(
+            f"{spec}: expected tfds:NAME:SPLIT, e.g. tfds:coco_captions:val, or tfds:/FOLDER:SPLIT"
+        )
     name, version, split = match.groups()
     try:
         import tensorflow_datasets
@@ -229,18 +244,36 @@ def open_spec(spec: str, text: bool, caption: str) -> tuple[list[File], list[int
     try:
         # Not by name: tfds would run the set's own code, and that often needs TensorFlow.
         info = tensorflow_datasets.builder_from_directory(
-            str(folder), file_format="array_record").info
+            str(folder), file_format="array_record"
+        ).info
         for part in split.split("+"):
             asked = part.split("[")[0].strip()
             if asked not in (*info.splits, "all"):
                 raise unknown(f"split of {spec}", asked, info.splits)
         instructions = info.splits[split.replace(" ", "")].file_instructions
         layout = _layout(info.features, spec, text, caption)
-        found = [File(part.filename, os.stat(part.filename).st_size, part.examples_in_shard,
-                      part.skip, layout) for part in instructions]
+        found = [
+            File(
+                part.filename,
+                os.stat(part.filename).st_size,
+                part.examples_in_shard,
+                part.skip,
+                layout,
+            )
+            for part in instructions
+        ]
     # tfds tells a wrong slice, another file format and damaged files by all of these.
-    except (AssertionError, AttributeError, LookupError, NotImplementedError, OSError, RuntimeError,
-            TypeError, ValueError, ImportError) as error:
+    except (
+        AssertionError,
+        AttributeError,
+        LookupError,
+        NotImplementedError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        ImportError,
+    ) as error:
         raise DataError(f"{spec}: {folder} cannot be read by number: {told(error)}") from error
     if not found:
         raise DataError(f"{spec}: no samples there")
@@ -264,6 +297,8 @@ def open_file(file: File) -> Any:
     except (OSError, RuntimeError) as error:
         raise DataError(f"{file.path} cannot be read: {told(error)}") from error
     if reader.num_records() != file.records:
-        raise DataError(f"{file.path} has {reader.num_records()} records, its dataset_info.json "
-                        f"says {file.records}; prepare the set again")
+        raise DataError(
+            f"{file.path} has {reader.num_records()} records, its dataset_info.json "
+            f"says {file.records}; prepare the set again"
+        )
     return reader

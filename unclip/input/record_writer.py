@@ -25,9 +25,16 @@ _OPTIONS = "group_size:1,uncompressed"  # pictures are compressed already
 _PROGRESS = 100  # samples between reports
 
 
-def write_array_record(collection: Any, folder: str | os.PathLike, *, name: str, split: str,
-                       shard_samples: int = 10_000, version: str = "1.0.0",
-                       progress: Callable[[int], Any] | None = None) -> dict[str, Any]:
+def write_array_record(
+    collection: Any,
+    folder: str | os.PathLike,
+    *,
+    name: str,
+    split: str,
+    shard_samples: int = 10_000,
+    version: str = "1.0.0",
+    progress: Callable[[int], Any] | None = None,
+) -> dict[str, Any]:
     """Writes a collection as a prepared data set of tensorflow-datasets.
 
     Each record has the features `FEATURES`: the picture's bytes as they are, caption, key and JSON.
@@ -51,26 +58,39 @@ def write_array_record(collection: Any, folder: str | os.PathLike, *, name: str,
       DataError: no good sample; a shard that cannot be read any more; a full disk.
     """
     folder = pathlib.Path(folder)
-    for what, value, rule, example in (("name", name, _NAME, "foxes"),
-                                       ("split", split, _NAME, "train"),
-                                       ("version", version, prepared.VERSION, "1.0.0")):
+    for what, value, rule, example in (
+        ("name", name, _NAME, "foxes"),
+        ("split", split, _NAME, "train"),
+        ("version", version, prepared.VERSION, "1.0.0"),
+    ):
         if not rule.fullmatch(value):
             raise ConfigError(f"{what} {value!r}: expected such as {example}")
     if shard_samples < 1 or not len(collection):
         raise ConfigError(f"{len(collection)} samples, {shard_samples} a file: expected at least 1")
     info = _description(folder, name, version)
     count = -(-len(collection) // shard_samples)
-    settings = {"format": FORMAT, "name": name, "version": version, "split": split,
-                "source": collection.fingerprint, "samples": len(collection),
-                "shard_samples": shard_samples}
+    settings = {
+        "format": FORMAT,
+        "name": name,
+        "version": version,
+        "split": split,
+        "source": collection.fingerprint,
+        "samples": len(collection),
+        "shard_samples": shard_samples,
+    }
     state_path = folder / f"unclip-{split}.json"
     if state_path.exists():
         state = files.read_object(state_path)
-        told = [f"{field} {state.get(field)!r}, now {value!r}"
-                for field, value in settings.items() if state.get(field) != value]
+        told = [
+            f"{field} {state.get(field)!r}, now {value!r}"
+            for field, value in settings.items()
+            if state.get(field) != value
+        ]
         if told:
-            raise ConfigError(f"{folder} holds split {split!r} of another collection: "
-                              f"{', '.join(told)}; give another folder")
+            raise ConfigError(
+                f"{folder} holds split {split!r} of another collection: "
+                f"{', '.join(told)}; give another folder"
+            )
         if not isinstance(state.get("files"), dict):
             state["files"] = {}
     elif any(known.get("name") == split for known in info["splits"]):
@@ -98,16 +118,26 @@ def write_array_record(collection: Any, folder: str | os.PathLike, *, name: str,
     total = sum(file["samples"] for file in done)
     if not total:
         raise DataError(f"none of {len(collection)} samples can be used: {dict(left_out)}")
-    info["splits"] = [known for known in info["splits"] if known.get("name") != split] + [{
-        "name": split, "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
-        "shardLengths": [str(file["samples"]) for file in done],
-        "numBytes": str(sum(file["bytes"] for file in done))}]
+    info["splits"] = [known for known in info["splits"] if known.get("name") != split] + [
+        {
+            "name": split,
+            "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+            "shardLengths": [str(file["samples"]) for file in done],
+            "numBytes": str(sum(file["bytes"] for file in done)),
+        }
+    ]
     # The description comes last: a set without it is not prepared.
     for file_name, document in (("features.json", _features_json()), ("dataset_info.json", info)):
         with files.replacing(folder / file_name) as temporary:
             temporary.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
-    return {"folder": str(folder), "files": count, "written": written, "samples": total,
-            "bytes": sum(file["bytes"] for file in done), "left_out": dict(left_out)}
+    return {
+        "folder": str(folder),
+        "files": count,
+        "written": written,
+        "samples": total,
+        "bytes": sum(file["bytes"] for file in done),
+        "left_out": dict(left_out),
+    }
 
 
 def _description(folder: pathlib.Path, name: str, version: str) -> dict[str, Any]:
@@ -117,8 +147,11 @@ def _description(folder: pathlib.Path, name: str, version: str) -> dict[str, Any
     if not path.exists():
         return {**mine, "description": "Pictures and captions, written by unclip.", "splits": []}
     info = files.read_object(path)
-    told = [f"{field} {info.get(field)!r}, not {value!r}"
-            for field, value in mine.items() if info.get(field) != value]
+    told = [
+        f"{field} {info.get(field)!r}, not {value!r}"
+        for field, value in mine.items()
+        if info.get(field) != value
+    ]
     features = files.read_object(folder / "features.json")
     if features != _features_json():
         told.append("other features")
@@ -131,11 +164,15 @@ def _features_json() -> dict[str, Any]:
     """features.json of `FEATURES`."""
     module = "tensorflow_datasets.core.features"
     text = {"pythonClassName": f"{module}.text_feature.Text", "text": {}}
-    image = {"pythonClassName": f"{module}.image_feature.Image", "image": {
-        "shape": {"dimensions": ["-1", "-1", "3"]}, "dtype": "uint8"}}
+    image = {
+        "pythonClassName": f"{module}.image_feature.Image",
+        "image": {"shape": {"dimensions": ["-1", "-1", "3"]}, "dtype": "uint8"},
+    }
     features = {**dict.fromkeys(FEATURES, text), "image": image}
-    return {"pythonClassName": f"{module}.features_dict.FeaturesDict",
-            "featuresDict": {"features": features}}
+    return {
+        "pythonClassName": f"{module}.features_dict.FeaturesDict",
+        "featuresDict": {"features": features},
+    }
 
 
 def _is_whole(path: pathlib.Path, known: Any) -> bool:
@@ -146,8 +183,9 @@ def _is_whole(path: pathlib.Path, known: Any) -> bool:
         return False
 
 
-def _write_file(collection: Any, numbers: range, path: pathlib.Path,
-                progress: Callable[[int], Any] | None) -> dict[str, Any]:
+def _write_file(
+    collection: Any, numbers: range, path: pathlib.Path, progress: Callable[[int], Any] | None
+) -> dict[str, Any]:
     """Writes one file; what the state file says of it."""
     example_type, left_out = prepared.example_type(), Counter()
     count = total = 0
@@ -172,8 +210,12 @@ def _write_file(collection: Any, numbers: range, path: pathlib.Path,
 def _serialise(sample: Sample, example_type: type) -> bytes:
     example = example_type()
     feature = example.features.feature
-    values = (sample.image, sample.text.encode("utf-8", "surrogatepass"),
-              sample.key.encode("utf-8", "surrogateescape"), json.dumps(sample.meta).encode())
+    values = (
+        sample.image,
+        sample.text.encode("utf-8", "surrogatepass"),
+        sample.key.encode("utf-8", "surrogateescape"),
+        json.dumps(sample.meta).encode(),
+    )
     for name, value in zip(FEATURES, values):
         feature[name].bytes_list.value.append(value)
     return example.SerializeToString(deterministic=True)

@@ -111,9 +111,14 @@ class RecordCollection:
     @functools.cached_property
     def fingerprint(self) -> str:
         """sha256 over the files' digests and which records are used; equal after moving them."""
-        digest = hashlib.sha256(json.dumps(
-            [(self.shard_digest(s), file.skip, int(take))
-             for s, (file, take) in enumerate(zip(self._files, self._takes))]).encode())
+        digest = hashlib.sha256(
+            json.dumps(
+                [
+                    (self.shard_digest(s), file.skip, int(take))
+                    for s, (file, take) in enumerate(zip(self._files, self._takes))
+                ]
+            ).encode()
+        )
         if self._chosen is not None:
             digest.update(np.ascontiguousarray(self._chosen, "<i8").data)
         return digest.hexdigest()
@@ -167,9 +172,13 @@ class RecordCollection:
         """
         return self._record(i).sample()
 
-    def subset(self, *, keys: Iterable[str] | None = None,
-               where: Mapping[str, Any] | None = None, count: int | None = None
-               ) -> "RecordCollection":
+    def subset(
+        self,
+        *,
+        keys: Iterable[str] | None = None,
+        where: Mapping[str, Any] | None = None,
+        count: int | None = None,
+    ) -> "RecordCollection":
         """The samples that pass every filter given, in the same order.
 
         Args:
@@ -259,8 +268,9 @@ class _Record:
     def _bytes(self, name: str) -> Sequence[bytes]:
         values = self._values(name, "bytes_list")
         if sum(map(len, values)) > samples.MAX_TEXT_BYTES:
-            raise BadSample("too-many-bytes", f"{self._where}: {name}: over "
-                                              f"{samples.MAX_TEXT_BYTES} bytes")
+            raise BadSample(
+                "too-many-bytes", f"{self._where}: {name}: over {samples.MAX_TEXT_BYTES} bytes"
+            )
         return values
 
     def _texts(self, name: str) -> list[str]:

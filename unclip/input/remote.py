@@ -23,8 +23,21 @@ _PAUSE_SECONDS, _LONGEST_PAUSE = 0.1, 10.0
 _CHECK_SECONDS = 60.0
 _TRY_AGAIN = {408, 425, 429}  # and all from 500 on: HTTP's words for "later"
 # What the drivers of fsspec call the tag of an object's version, the most exact first.
-_IDENTITY = ("ETag", "etag", "e_tag", "generation", "blob_id", "content_md5", "md5Hash",
-             "LastModified", "last_modified", "Last-Modified", "updated", "mtime", "created")
+_IDENTITY = (
+    "ETag",
+    "etag",
+    "e_tag",
+    "generation",
+    "blob_id",
+    "content_md5",
+    "md5Hash",
+    "LastModified",
+    "last_modified",
+    "Last-Modified",
+    "updated",
+    "mtime",
+    "created",
+)
 
 
 class _Later(OSError):
@@ -38,8 +51,16 @@ class _Later(OSError):
 class Objects:
     """The remote half of `storage.Storage`, which documents the options."""
 
-    def __init__(self, *, cache: str, cache_bytes: int, block_bytes: int, attempts: int,
-                 timeout_seconds: float, whole_blocks: bool):
+    def __init__(
+        self,
+        *,
+        cache: str,
+        cache_bytes: int,
+        block_bytes: int,
+        attempts: int,
+        timeout_seconds: float,
+        whole_blocks: bool,
+    ):
         self._attempts, self._seconds = attempts, timeout_seconds
         self._cache = blocks.Blocks(cache, cache_bytes) if cache else None
         self._block_bytes, self._whole_blocks = block_bytes, whole_blocks and bool(cache)
@@ -56,11 +77,14 @@ class Objects:
     def glob(self, pattern: str) -> list[str]:
         """The addresses that match, sorted."""
         if pattern.lower().startswith(("http://", "https://")):
-            raise ConfigError(f"shards {shown(pattern)!r}: http has no listing to match `*` with; "
-                              "give a range such as a-{0000..0031}.tar")
+            raise ConfigError(
+                f"shards {shown(pattern)!r}: http has no listing to match `*` with; "
+                "give a range such as a-{0000..0031}.tar"
+            )
         driver, inner = self._driver(pattern)
         found = self._retried(
-            f"listing {shown(pattern)}", lambda seconds: _call(driver, "glob", seconds, inner))
+            f"listing {shown(pattern)}", lambda seconds: _call(driver, "glob", seconds, inner)
+        )
         return sorted(map(driver.unstrip_protocol, found))
 
     def stat(self, address: str) -> tuple[int, str]:
@@ -74,20 +98,23 @@ class Objects:
             raise DataError(f"shard {shown(address)!r} is no object with a size")
         return info["size"], str(next((info[n] for n in _IDENTITY if info.get(n)), ""))
 
-    def read(self, address: str, offset: int, size: int,
-             expected: tuple[int, str] | None) -> bytes:
+    def read(self, address: str, offset: int, size: int, expected: tuple[int, str] | None) -> bytes:
         """Exactly `size` bytes at `offset`."""
         version = self._version(address, expected)
         if not 0 <= offset <= offset + size <= version[0]:
-            raise DataError(f"shard {shown(address)!r} has {version[0]} bytes: {size} bytes at "
-                            f"{offset} are not there")
+            raise DataError(
+                f"shard {shown(address)!r} has {version[0]} bytes: {size} bytes at "
+                f"{offset} are not there"
+            )
         if not size:
             return b""
         if not self._whole_blocks:
-            return (self._kept(address, version, offset, size)
-                    or self._fetch(address, version, offset, offset + size))
-        return b"".join(self._block(address, version, *part) for part in
-                        _parts(offset, size, self._block_bytes))
+            return self._kept(address, version, offset, size) or self._fetch(
+                address, version, offset, offset + size
+            )
+        return b"".join(
+            self._block(address, version, *part) for part in _parts(offset, size, self._block_bytes)
+        )
 
     def _version(self, address: str, expected: tuple[int, str] | None) -> tuple[int, str]:
         """What is being read, asked once; http says it again with every answer."""
@@ -116,8 +143,9 @@ class Objects:
         self._count(cache_hits=len(found))
         return b"".join(found)
 
-    def _block(self, address: str, version: tuple[int, str], number: int, start: int,
-               stop: int) -> bytes:
+    def _block(
+        self, address: str, version: tuple[int, str], number: int, start: int, stop: int
+    ) -> bytes:
         name, first, length = self._place(address, version, number)
         data = self._cache.get(name, start, stop, length)
         if data is not None:
@@ -192,8 +220,9 @@ class Objects:
                 pause = min(_PAUSE_SECONDS * 2 ** (tried - 1), _LONGEST_PAUSE)
                 pause = max(pause * random.uniform(0.5, 1.5), getattr(cause, "seconds", 0.0))
                 time.sleep(max(0.0, min(pause, deadline - time.monotonic())))
-        raise DataError(f"{what} could not be read in {tried} attempts; the last: "
-                        f"{shown(_words(cause))}") from cause
+        raise DataError(
+            f"{what} could not be read in {tried} attempts; the last: {shown(_words(cause))}"
+        ) from cause
 
     def _driver(self, address: str) -> tuple[Any, str]:
         """(fsspec's file system, the address as it wants it)."""
@@ -218,8 +247,9 @@ def _open(address: str) -> tuple[Any, str]:
     except ImportError as error:
         package = PROTOCOLS[protocol.lower()]
         hint = "unclip[data]" if package == "aiohttp" else package
-        raise ConfigError(f"shards {shown(address)!r} need {package}: pip install {hint}"
-                          ) from error
+        raise ConfigError(
+            f"shards {shown(address)!r} need {package}: pip install {hint}"
+        ) from error
     except Exception as error:  # a driver may raise anything: fsspec promises no types
         raise DataError(f"shard {shown(address)!r} cannot be opened: {_words(error)}") from error
 
@@ -230,7 +260,8 @@ def _call(driver: Any, method: str, seconds: float, *args: Any, **options: Any) 
         from fsspec import asyn
 
         return asyn.sync(
-            driver.loop, getattr(driver, f"_{method}"), *args, timeout=seconds, **options)
+            driver.loop, getattr(driver, f"_{method}"), *args, timeout=seconds, **options
+        )
     return _within(seconds, lambda: getattr(driver, method)(*args, **options))
 
 
@@ -261,8 +292,9 @@ def _is_http(driver: Any) -> bool:
     return "http" in driver.protocol
 
 
-def _http(driver: Any, address: str, start: int, stop: int, seconds: float
-          ) -> tuple[bytes, int, str]:
+def _http(
+    driver: Any, address: str, start: int, stop: int, seconds: float
+) -> tuple[bytes, int, str]:
     """(bytes [start, stop) as far as they exist, size, identity) of an object over http."""
     from fsspec import asyn
 
@@ -273,8 +305,11 @@ async def _http_range(driver: Any, address: str, start: int, stop: int) -> tuple
     """fsspec's own reader takes whatever comes; this one takes the range or nothing."""
     session = await driver.set_session()
     options = {"read_bufsize": 1 << 20, **driver.kwargs}
-    options["headers"] = {**options.get("headers", {}), "Range": f"bytes={start}-{stop - 1}",
-                          "Accept-Encoding": "identity"}
+    options["headers"] = {
+        **options.get("headers", {}),
+        "Range": f"bytes={start}-{stop - 1}",
+        "Accept-Encoding": "identity",
+    }
     async with session.get(driver.encode_url(address), **options) as reply:
         identity = reply.headers.get("ETag") or reply.headers.get("Last-Modified") or ""
         given = reply.headers.get("Content-Range", "")
@@ -315,16 +350,20 @@ async def _http_range(driver: Any, address: str, start: int, stop: int) -> tuple
 def _same(address: str, expected: tuple[int, str], found: tuple[int, str]) -> None:
     both = expected[1] and found[1]
     if expected[0] != found[0] or (both and expected[1] != found[1]):
-        raise DataError(f"shard {shown(address)!r} has changed since it was indexed or opened: "
-                        f"{found[0]} bytes {found[1]}, not {expected[0]} bytes {expected[1]}")
+        raise DataError(
+            f"shard {shown(address)!r} has changed since it was indexed or opened: "
+            f"{found[0]} bytes {found[1]}, not {expected[0]} bytes {expected[1]}"
+        )
 
 
 def _parts(offset: int, size: int, block_bytes: int) -> list[tuple[int, int, int]]:
     """(block, start, stop within it) of every block that a range touches."""
     end = offset + size
     numbers = range(offset // block_bytes, (end - 1) // block_bytes + 1)
-    return [(n, max(offset - n * block_bytes, 0), min(end - n * block_bytes, block_bytes))
-            for n in numbers]
+    return [
+        (n, max(offset - n * block_bytes, 0), min(end - n * block_bytes, block_bytes))
+        for n in numbers
+    ]
 
 
 def _words(error: BaseException | None) -> str:

@@ -34,8 +34,13 @@ _MAPPED = min(max(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4, 64), 16_38
 _EXAMPLES = 5
 
 
-def index_shards(patterns: str | Sequence[str], *, text: bool = True, caption: str = "caption",
-                 storage: Storage | None = None) -> "Collection":
+def index_shards(
+    patterns: str | Sequence[str],
+    *,
+    text: bool = True,
+    caption: str = "caption",
+    storage: Storage | None = None,
+) -> "Collection":
     """Opens shards: by their index where there is one, or by walking their headers.
 
     Args:
@@ -61,8 +66,10 @@ def index_shards(patterns: str | Sequence[str], *, text: bool = True, caption: s
     prepared = [os.fspath(pattern).startswith("tfds:") for pattern in patterns]
     if any(prepared):
         if not all(prepared):
-            raise ConfigError(f"{patterns}: tars and prepared data sets (tfds:) cannot be mixed; "
-                              "`unclip index --to_array_record` makes one of the other")
+            raise ConfigError(
+                f"{patterns}: tars and prepared data sets (tfds:) cannot be mixed; "
+                "`unclip index --to_array_record` makes one of the other"
+            )
         return records.RecordCollection(patterns, text=text, caption=caption)
     if not patterns:
         raise ConfigError("no shards given: expected paths, globs or ranges such as a-{00..07}.tar")
@@ -72,14 +79,21 @@ def index_shards(patterns: str | Sequence[str], *, text: bool = True, caption: s
     with ThreadPoolExecutor(8, thread_name_prefix="index-shards") as pool:
         shards = list(pool.map(opener.open, found))
     opener.storage.close()  # samples are read later, by other threads or processes
-    collection = Collection(shards, text=text, caption=caption, storage=opener.storage,
-                            patterns=[len(group) for group in groups])
+    collection = Collection(
+        shards,
+        text=text,
+        caption=caption,
+        storage=opener.storage,
+        patterns=[len(group) for group in groups],
+    )
     if not len(collection):
         problems = collection.problems
         known = ", ".join(f"{reason} {n}" for reason, n in problems.items()) or "no known member"
         first = f", first {shown(shards[0].path)!r}" if shards else ""
-        raise DataError(f"no complete sample in {len(shards)} shards{first}: {known}; a sample is "
-                        f"KEY.{'|'.join(PICTURES)}{' and KEY.txt' if text else ''}")
+        raise DataError(
+            f"no complete sample in {len(shards)} shards{first}: {known}; a sample is "
+            f"KEY.{'|'.join(PICTURES)}{' and KEY.txt' if text else ''}"
+        )
     return collection
 
 
@@ -96,8 +110,10 @@ class _Opener:
         if index_folder.is_index(pattern):
             caption, shards = index_folder.read_index(pattern)
             if caption != self._caption:
-                raise ConfigError(f"index {pattern!r} takes captions from the JSON field "
-                                  f"{caption!r}, not {self._caption!r}: index the shards again")
+                raise ConfigError(
+                    f"index {pattern!r} takes captions from the JSON field "
+                    f"{caption!r}, not {self._caption!r}: index the shards again"
+                )
         else:
             shards = self.storage.expand(pattern)
         new = []
@@ -106,8 +122,11 @@ class _Opener:
             if place not in self._seen:
                 self._seen.add(place)
                 new.append(shard)
-        for folder in {os.path.dirname(path) for path in new
-                       if isinstance(path, str) and self.storage.local(path)}:
+        for folder in {
+            os.path.dirname(path)
+            for path in new
+            if isinstance(path, str) and self.storage.local(path)
+        }:
             if folder not in self._beside:
                 self._beside[folder] = self._read_beside(folder)
         return new
@@ -126,12 +145,15 @@ class _Opener:
         """One shard's entry, of an index that is about this very file, or else by walking it."""
         if isinstance(shard, Entry):
             if self.storage.local(shard.path) and self.storage.stat(shard.path)[0] != shard.size:
-                raise DataError(f"shard {shard.path!r} has changed since it was indexed: index the "
-                                "shards again")
+                raise DataError(
+                    f"shard {shard.path!r} has changed since it was indexed: index the shards again"
+                )
             return shard
         if not self.storage.local(shard):
-            raise DataError(f"shard {shown(shard)!r} is remote and has no index: run `unclip index "
-                            "SHARDS --out DIR` once and give DIR, or read it as a stream")
+            raise DataError(
+                f"shard {shown(shard)!r} is remote and has no index: run `unclip index "
+                "SHARDS --out DIR` once and give DIR, or read it as a stream"
+            )
         known = self._beside[os.path.dirname(shard)].get(self._place(shard))
         if known is not None and known.size == self.storage.stat(shard)[0]:
             return known._replace(path=shard)
@@ -150,7 +172,8 @@ class _Opener:
         if self._text and index.count and not index.captioned and not damaged:
             raise DataError(
                 f"shard {path!r} has {index.count} pictures and no captions: expected KEY.txt or a "
-                f"field {self._caption!r} in KEY.json beside each picture")
+                f"field {self._caption!r} in KEY.json beside each picture"
+            )
 
 
 class Collection:
@@ -165,10 +188,18 @@ class Collection:
       storage: reads the shards.
     """
 
-    def __init__(self, entries: Sequence[Entry], *, text: bool = True, caption: str = "caption",
-                 storage: Storage | None = None, patterns: Sequence[int] | None = None,
-                 limit: int | None = None, chosen: np.ndarray | None = None,
-                 problems: Mapping[str, int] | None = None):
+    def __init__(
+        self,
+        entries: Sequence[Entry],
+        *,
+        text: bool = True,
+        caption: str = "caption",
+        storage: Storage | None = None,
+        patterns: Sequence[int] | None = None,
+        limit: int | None = None,
+        chosen: np.ndarray | None = None,
+        problems: Mapping[str, int] | None = None,
+    ):
         """
         Args:
           entries: one a shard.
@@ -256,9 +287,15 @@ class Collection:
                 return index
         index = ShardIndex.open(entry.index, verify=shard not in self._verified)
         if (index.digest, index.count, index.captioned, index.size) != (
-                entry.digest, entry.count, entry.captioned, entry.size):
-            raise DataError(f"index {entry.index!r} is not the one that index.json beside it was "
-                            "written for: index the shards again")
+            entry.digest,
+            entry.count,
+            entry.captioned,
+            entry.size,
+        ):
+            raise DataError(
+                f"index {entry.index!r} is not the one that index.json beside it was "
+                "written for: index the shards again"
+            )
         with self._lock:
             self._verified.add(shard)
             self._mapped[shard] = index
@@ -307,11 +344,17 @@ class Collection:
 
     def _reader(self, shard: int):
         entry = self._entries[shard]
-        return functools.partial(self.storage.read, entry.path,
-                                 expected=(entry.size, entry.identity))
+        return functools.partial(
+            self.storage.read, entry.path, expected=(entry.size, entry.identity)
+        )
 
-    def subset(self, *, keys: Iterable[str] | None = None,
-               where: Mapping[str, Any] | None = None, count: int | None = None) -> "Collection":
+    def subset(
+        self,
+        *,
+        keys: Iterable[str] | None = None,
+        where: Mapping[str, Any] | None = None,
+        count: int | None = None,
+    ) -> "Collection":
         """The samples that pass every filter given, in the same order.
 
         Args:
@@ -350,8 +393,9 @@ class Collection:
                     there[repr(value)] += 1
             chosen = passed
             if not chosen:
-                raise DataError(f"no sample has {field} in {values}; there are: "
-                                f"{', '.join(sorted(there)[:20])}")
+                raise DataError(
+                    f"no sample has {field} in {values}; there are: {', '.join(sorted(there)[:20])}"
+                )
         length = len(self) if chosen is None else len(chosen)
         length = length if count is None else len(range(length)[:count])
         if not length:
@@ -365,6 +409,13 @@ class Collection:
             limit = length  # a prefix needs no list
         else:
             numbers = numbers[:length]
-        return Collection(self._entries, text=self._text, caption=self.caption,
-                          storage=self.storage, patterns=self._patterns, limit=limit,
-                          chosen=numbers, problems=problems)
+        return Collection(
+            self._entries,
+            text=self._text,
+            caption=self.caption,
+            storage=self.storage,
+            patterns=self._patterns,
+            limit=limit,
+            chosen=numbers,
+            problems=problems,
+        )

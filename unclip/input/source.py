@@ -77,10 +77,23 @@ class _Rows:
 
     closed = False
 
-    def __init__(self, collection: Collection, order: Callable[[int], int], transform: Transform, *,
-                 filters: Filters, seed: int, start: int, total: int | None, batch_size: int,
-                 process_index: int, process_count: int, max_attempts: int, workers: int,
-                 chunk: int):
+    def __init__(
+        self,
+        collection: Collection,
+        order: Callable[[int], int],
+        transform: Transform,
+        *,
+        filters: Filters,
+        seed: int,
+        start: int,
+        total: int | None,
+        batch_size: int,
+        process_index: int,
+        process_count: int,
+        max_attempts: int,
+        workers: int,
+        chunk: int,
+    ):
         self.collection, self.order, self.transform = collection, order, transform
         self.filters, self.seed, self.start, self.total = filters, seed, start, total
         self.batch_size, self.local = batch_size, batch_size // process_count
@@ -126,8 +139,10 @@ class _Rows:
             low, end = self.order.span(g, near)
             i = low + replacement(self.seed, g, bad + filtered, end - low)
         rejected = f" or rejected by filters ({filtered})" if filtered else ""
-        raise DataError(f"sample {g} and {bad + filtered - 1} replacements for it are all bad"
-                        f"{rejected}; the last: {self.collection.key(refused)}: {last}")
+        raise DataError(
+            f"sample {g} and {bad + filtered - 1} replacements for it are all bad"
+            f"{rejected}; the last: {self.collection.key(refused)}: {last}"
+        )
 
     def _read(self, i: int, words: tuple[int, int, int]) -> tuple[Sample | None, str]:
         """Sample i and "", or why filters reject it: by its JSON alone if that is enough."""
@@ -169,8 +184,9 @@ class Batches(Iterator):
         `examples`, `seen` and `bad` are its own, see `tally.Tally`.
     """
 
-    def __init__(self, rows: _Rows, tally: Tally, *, replace: bool, threads: int, workers: int,
-                 prefetch: int):
+    def __init__(
+        self, rows: _Rows, tally: Tally, *, replace: bool, threads: int, workers: int, prefetch: int
+    ):
         self.position, self.tally = rows.start, tally
         self._rows, self._replace, self._lock = rows, replace, threading.Lock()
         self._worker_storage: dict[int, dict[str, int]] = {}
@@ -178,9 +194,14 @@ class Batches(Iterator):
         if workers:
             # Whole batches are dealt to the worker processes, so that rows never mix.
             options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
-            dataset = dataset.map(_packed).to_iter_dataset(options).mp_prefetch(
-                grain.MultiprocessingOptions(workers, per_worker_buffer_size=prefetch),
-                worker_init_fn=start_worker)
+            dataset = (
+                dataset.map(_packed)
+                .to_iter_dataset(options)
+                .mp_prefetch(
+                    grain.MultiprocessingOptions(workers, per_worker_buffer_size=prefetch),
+                    worker_init_fn=start_worker,
+                )
+            )
             self._iterator = Watched(dataset, endless=rows.total is None)
         else:
             ahead = max(threads, prefetch * rows.chunks)
@@ -220,8 +241,9 @@ class Batches(Iterator):
             rows = self._rows
             first = self.position + rows.first_row
             numbers = np.arange(first, first + rows.local, dtype=np.uint64)
-            batch["sample"] = np.stack([numbers >> np.uint64(32), numbers & np.uint64(0xFFFFFFFF)],
-                                       1).astype(np.uint32)
+            batch["sample"] = np.stack(
+                [numbers >> np.uint64(32), numbers & np.uint64(0xFFFFFFFF)], 1
+            ).astype(np.uint32)
             real = rows.local if rows.total is None else min(max(rows.total - first, 0), rows.local)
             batch["valid"] = np.arange(rows.local) < real
             self._count(chunks, batch["valid"], first)
@@ -271,11 +293,15 @@ class Batches(Iterator):
     def counters(self) -> dict[str, float]:
         """Counts so far of this process for a run's metrics; what never happened is left out."""
         found = Counter()
-        for counts in self._worker_storage.values() if self._workers else [
-                _storage_counts(self._rows.collection)]:
+        for counts in (
+            self._worker_storage.values()
+            if self._workers
+            else [_storage_counts(self._rows.collection)]
+        ):
             found.update(counts)
         return self.tally.counters() | {
-            f"storage/{name}": float(n) for name, n in found.items() if n}
+            f"storage/{name}": float(n) for name, n in found.items() if n
+        }
 
     def close(self) -> None:
         """Ends the threads and worker processes; no batch comes after it."""
@@ -291,14 +317,31 @@ class Batches(Iterator):
         self.close()
 
 
-def make_source(collection: Collection, transform: Transform, *, batch_size: int, seed: int,
-                start: int = 0, process_index: int = 0, process_count: int = 1,
-                shuffle: bool = True, order: str = "global", streams: int = 0,
-                window: int = 8192, weights: Sequence[float] = (), filters: Filters | None = None,
-                num_epochs: int | None = None, replace: bool = True,
-                threads: int = 4, workers: int = 0, prefetch: int = 2,
-                max_bad_fraction: float = 0.05, min_seen: int = 1000, max_attempts: int = 16,
-                max_consecutive_bad: int = 0) -> Batches:
+def make_source(
+    collection: Collection,
+    transform: Transform,
+    *,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    shuffle: bool = True,
+    order: str = "global",
+    streams: int = 0,
+    window: int = 8192,
+    weights: Sequence[float] = (),
+    filters: Filters | None = None,
+    num_epochs: int | None = None,
+    replace: bool = True,
+    threads: int = 4,
+    workers: int = 0,
+    prefetch: int = 2,
+    max_bad_fraction: float = 0.05,
+    min_seen: int = 1000,
+    max_attempts: int = 16,
+    max_consecutive_bad: int = 0,
+) -> Batches:
     """Iterates over batches of transformed samples from position `start` on.
 
     Process p of P delivers rows [p B/P, (p+1) B/P) of each global batch of B samples, so the rows
@@ -336,38 +379,65 @@ def make_source(collection: Collection, transform: Transform, *, batch_size: int
         worker that was killed.
     """
     if batch_size < 1 or not 0 <= process_index < process_count or batch_size % process_count:
-        raise ConfigError(f"batch size {batch_size}, process {process_index} of {process_count}: "
-                          "expected a batch size that is a multiple of the process count")
+        raise ConfigError(
+            f"batch size {batch_size}, process {process_index} of {process_count}: "
+            "expected a batch size that is a multiple of the process count"
+        )
     if not 0 <= seed < 1 << 64 or not 0 <= start < 1 << 62:
         raise ConfigError(f"seed {seed}, start {start}: expected 0 <= seed < 2**64, 0 <= start")
     if min(threads, workers, prefetch, max_consecutive_bad) < 0 or max_attempts < 1:
-        raise ConfigError(f"threads {threads}, workers {workers}, prefetch {prefetch}, attempts "
-                          f"{max_attempts}, max_consecutive_bad {max_consecutive_bad}: expected "
-                          "none below 0 and at least one attempt")
+        raise ConfigError(
+            f"threads {threads}, workers {workers}, prefetch {prefetch}, attempts "
+            f"{max_attempts}, max_consecutive_bad {max_consecutive_bad}: expected "
+            "none below 0 and at least one attempt"
+        )
     if num_epochs is not None and (num_epochs < 1 or len(weights)):
-        raise ConfigError(f"num_epochs {num_epochs}, weights {tuple(weights)}: expected at least "
-                          "1, or None for ever, as with weights, where each part has its epochs")
+        raise ConfigError(
+            f"num_epochs {num_epochs}, weights {tuple(weights)}: expected at least "
+            "1, or None for ever, as with weights, where each part has its epochs"
+        )
     if not len(collection):
         raise DataError("the collection is empty")
     plain = order == "global" and not len(weights)  # needs to know of no shards
     make = orders.make_order(
-        [len(collection)] if plain else collection.counts, seed if shuffle else None, order=order,
-        groups=collection.groups if len(weights) else None, weights=weights, streams=streams,
-        batch_size=batch_size, window=window)
+        [len(collection)] if plain else collection.counts,
+        seed if shuffle else None,
+        order=order,
+        groups=collection.groups if len(weights) else None,
+        weights=weights,
+        streams=streams,
+        batch_size=batch_size,
+        window=window,
+    )
     if order == "streamed" and orders.default_streams(batch_size, streams) % process_count:
-        raise ConfigError(f"{orders.default_streams(batch_size, streams)} streams for "
-                          f"{process_count} processes: expected a multiple of the process count")
+        raise ConfigError(
+            f"{orders.default_streams(batch_size, streams)} streams for "
+            f"{process_count} processes: expected a multiple of the process count"
+        )
     local = batch_size // process_count
     rows = _Rows(
-        collection, make, transform, filters=Filters.parse(filters), seed=seed, start=start,
+        collection,
+        make,
+        transform,
+        filters=Filters.parse(filters),
+        seed=seed,
+        start=start,
         total=None if num_epochs is None else num_epochs * len(collection),
-        batch_size=batch_size, process_index=process_index, process_count=process_count,
-        max_attempts=max_attempts, workers=workers,
-        chunk=local if workers else min(_MAX_CHUNK, -(-local // max(1, threads))))
-    tally = Tally(max_bad_fraction=max_bad_fraction, min_seen=min_seen,
-                  max_consecutive_bad=max_consecutive_bad)
-    return Batches(rows, tally, replace=replace, threads=threads, workers=workers,
-                   prefetch=max(1, prefetch))
+        batch_size=batch_size,
+        process_index=process_index,
+        process_count=process_count,
+        max_attempts=max_attempts,
+        workers=workers,
+        chunk=local if workers else min(_MAX_CHUNK, -(-local // max(1, threads))),
+    )
+    tally = Tally(
+        max_bad_fraction=max_bad_fraction,
+        min_seen=min_seen,
+        max_consecutive_bad=max_consecutive_bad,
+    )
+    return Batches(
+        rows, tally, replace=replace, threads=threads, workers=workers, prefetch=max(1, prefetch)
+    )
 
 
 def make_eval_source(collection: Collection, transform: Transform, **options: Any) -> Batches:
@@ -377,5 +447,4 @@ def make_eval_source(collection: Collection, transform: Transform, **options: An
     rows over all processes is the number of usable samples.
     """
     options = {"seed": 0, "max_bad_fraction": 1.0, **options}
-    return make_source(
-        collection, transform, shuffle=False, num_epochs=1, replace=False, **options)
+    return make_source(collection, transform, shuffle=False, num_epochs=1, replace=False, **options)

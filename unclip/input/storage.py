@@ -19,9 +19,19 @@ from unclip.errors import ConfigError, DataError, unknown
 
 # Protocol -> the package that fsspec needs for it.
 PROTOCOLS = {
-    "s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs",
-    "http": "aiohttp", "https": "aiohttp", "hf": "huggingface_hub", "oci": "ocifs",
-    "memory": "fsspec", "file": ""}
+    "s3": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "az": "adlfs",
+    "abfs": "adlfs",
+    "abfss": "adlfs",
+    "http": "aiohttp",
+    "https": "aiohttp",
+    "hf": "huggingface_hub",
+    "oci": "ocifs",
+    "memory": "fsspec",
+    "file": "",
+}
 
 COUNTERS = ("requests", "retries", "bytes", "cache_hits", "cache_misses", "cache_errors")
 
@@ -48,14 +58,25 @@ class Storage:
       ConfigError: sizes below 1, or a cache smaller than two blocks.
     """
 
-    def __init__(self, cache: str = "", cache_bytes: int = 20 << 30, block_bytes: int = 8 << 20,
-                 attempts: int = 8, timeout_seconds: float = 30.0, whole_blocks: bool = False):
+    def __init__(
+        self,
+        cache: str = "",
+        cache_bytes: int = 20 << 30,
+        block_bytes: int = 8 << 20,
+        attempts: int = 8,
+        timeout_seconds: float = 30.0,
+        whole_blocks: bool = False,
+    ):
         if min(block_bytes, attempts) < 1 or not 0 < timeout_seconds < float("inf"):
-            raise ConfigError(f"block_bytes {block_bytes}, attempts {attempts}, timeout_seconds "
-                              f"{timeout_seconds}: expected each above 0")
+            raise ConfigError(
+                f"block_bytes {block_bytes}, attempts {attempts}, timeout_seconds "
+                f"{timeout_seconds}: expected each above 0"
+            )
         if cache_bytes < 2 * block_bytes:
-            raise ConfigError(f"cache_bytes {cache_bytes}: expected room for two blocks of "
-                              f"{block_bytes} bytes at least")
+            raise ConfigError(
+                f"cache_bytes {cache_bytes}: expected room for two blocks of "
+                f"{block_bytes} bytes at least"
+            )
         self.cache, self.cache_bytes, self.block_bytes = os.fspath(cache), cache_bytes, block_bytes
         self.attempts, self.timeout_seconds = attempts, timeout_seconds
         self.whole_blocks = whole_blocks
@@ -90,7 +111,8 @@ class Storage:
         patterns = [patterns] if isinstance(patterns, str | os.PathLike) else list(patterns)
         if not patterns:
             raise ConfigError(
-                "no shards given: expected paths, globs or ranges such as a-{00..07}.tar")
+                "no shards given: expected paths, globs or ranges such as a-{00..07}.tar"
+            )
         found = {}
         for pattern in map(os.fspath, patterns):
             matched = []
@@ -125,8 +147,9 @@ class Storage:
         except OSError as error:
             raise DataError(f"shard {path!r} cannot be read: {error.strerror}") from error
 
-    def read(self, path: str, offset: int, size: int,
-             expected: tuple[int, str] | None = None) -> bytes:
+    def read(
+        self, path: str, offset: int, size: int, expected: tuple[int, str] | None = None
+    ) -> bytes:
         """Exactly `size` bytes at `offset`.
 
         Args:
@@ -164,8 +187,10 @@ class Storage:
             if file is None:
                 file = _Descriptor(_local(path))
             if expected is not None and file.size != expected[0]:
-                raise DataError(f"shard {path!r} has changed since it was indexed: {file.size} "
-                                f"bytes, not {expected[0]}")
+                raise DataError(
+                    f"shard {path!r} has changed since it was indexed: {file.size} "
+                    f"bytes, not {expected[0]}"
+                )
             self._files[path] = file
             if len(self._files) > _OPEN_FILES:
                 self._files.popitem(last=False)
@@ -177,9 +202,13 @@ class Storage:
         with self._lock:
             if self._remote is None:
                 self._remote = remote.Objects(
-                    cache=self.cache, cache_bytes=self.cache_bytes, block_bytes=self.block_bytes,
-                    attempts=self.attempts, timeout_seconds=self.timeout_seconds,
-                    whole_blocks=self.whole_blocks)
+                    cache=self.cache,
+                    cache_bytes=self.cache_bytes,
+                    block_bytes=self.block_bytes,
+                    attempts=self.attempts,
+                    timeout_seconds=self.timeout_seconds,
+                    whole_blocks=self.whole_blocks,
+                )
             return self._remote
 
 
@@ -203,8 +232,10 @@ def shown(path: str) -> str:
 def _protocol(path: str) -> str:
     """The lower-case protocol of an address, "" of a plain path; refuses everything else."""
     if path.lower().lstrip().startswith("pipe:"):
-        raise ConfigError(f"shards {path!r}: a command is never run; copy the shards or give their "
-                          "paths or addresses")
+        raise ConfigError(
+            f"shards {path!r}: a command is never run; copy the shards or give their "
+            "paths or addresses"
+        )
     if "::" in path:
         raise ConfigError(f"shards {shown(path)!r}: chains of addresses (`::`) are not read")
     name, separator, _ = path.partition("://")
@@ -232,8 +263,8 @@ def _braces(pattern: str) -> Iterator[str]:
     else:
         words = words.split(",")
     for word in words:
-        for rest in _braces(pattern[match.end():]):
-            yield pattern[:match.start()] + word + rest
+        for rest in _braces(pattern[match.end() :]):
+            yield pattern[: match.start()] + word + rest
 
 
 def _existing(path: str) -> str:

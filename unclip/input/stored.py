@@ -75,8 +75,11 @@ def stem(name: str, digest: str) -> str:
 def header(rows: int, width: int, dtype: str) -> bytes:
     """The first bytes of the .npy file of [rows, width]; the values follow, row after row."""
     start = io.BytesIO()
-    description = {"descr": np.dtype(dtype).newbyteorder("<").str, "fortran_order": False,
-                   "shape": (rows, width)}
+    description = {
+        "descr": np.dtype(dtype).newbyteorder("<").str,
+        "fortran_order": False,
+        "shape": (rows, width),
+    }
     np.lib.format.write_array_header_1_0(start, description)
     return start.getvalue()
 
@@ -90,10 +93,13 @@ def shard_of(document: Mapping[str, Any], path: str | os.PathLike) -> Shard:
     try:
         found = Shard(*(document[name] for name in Shard._fields))
         counts = (found.rows, found.samples, found.embedded, found.captioned, *found.bad.values())
-        sound = (isinstance(found.name, str)
-                 and isinstance(found.digest, str) and re.fullmatch("[0-9a-f]{64}", found.digest)
-                 and all(type(count) is int and count >= 0 for count in counts)
-                 and max(found.embedded, found.captioned) <= found.samples <= found.rows)
+        sound = (
+            isinstance(found.name, str)
+            and isinstance(found.digest, str)
+            and re.fullmatch("[0-9a-f]{64}", found.digest)
+            and all(type(count) is int and count >= 0 for count in counts)
+            and max(found.embedded, found.captioned) <= found.samples <= found.rows
+        )
     except (KeyError, TypeError, AttributeError):
         sound = False
     if not sound:
@@ -122,18 +128,26 @@ class Store:
         self.folder = pathlib.Path(folder)
         path = self.folder / FILE
         if not path.is_file():
-            raise errors.DataError(f"{folder} holds no embeddings: there is no {path}; "
-                                   "`unclip embed --out DIR` writes it")
+            raise errors.DataError(
+                f"{folder} holds no embeddings: there is no {path}; "
+                "`unclip embed --out DIR` writes it"
+            )
         document = files.read_object(path, MAX_JSON_BYTES)
         version = document.get("format")
         if isinstance(version, int) and version > FORMAT:
-            raise errors.ConfigError(f"{path} has format {version}, this unclip reads up to "
-                                     f"{FORMAT}: upgrade unclip")
+            raise errors.ConfigError(
+                f"{path} has format {version}, this unclip reads up to {FORMAT}: upgrade unclip"
+            )
         width, table = document.get("embed_dim"), document.get("shards")
-        if (version != FORMAT or type(width) is not int or not 0 < width <= MAX_WIDTH
-                or document.get("dtype") not in DTYPES or not isinstance(table, list)
-                or not isinstance(document.get("clip"), str)
-                or not isinstance(document.get("captions"), list)):
+        if (
+            version != FORMAT
+            or type(width) is not int
+            or not 0 < width <= MAX_WIDTH
+            or document.get("dtype") not in DTYPES
+            or not isinstance(table, list)
+            or not isinstance(document.get("clip"), str)
+            or not isinstance(document.get("captions"), list)
+        ):
             raise errors.DataError(f"{path} is damaged: it does not describe embeddings")
         self.clip, self.embed_dim, self.dtype = document["clip"], width, document["dtype"]
         self.captions = tuple(document["captions"])
@@ -143,8 +157,10 @@ class Store:
         self._storage = Storage()
 
     def __repr__(self) -> str:
-        return (f"Store({self.folder}: {self.samples} samples in {len(self.shards)} shards, "
-                f"{self.embedded} with z_i, CLIP {self.clip[:12]})")
+        return (
+            f"Store({self.folder}: {self.samples} samples in {len(self.shards)} shards, "
+            f"{self.embedded} with z_i, CLIP {self.clip[:12]})"
+        )
 
     @property
     def samples(self) -> int:
@@ -176,13 +192,16 @@ class Store:
             raise errors.ConfigError(
                 f"the embeddings in {self.folder} were made by CLIP {self.clip[:12]}, but this run "
                 f"uses CLIP {clip[:12]}: give that CLIP, or run unclip embed with this one and "
-                "another --out")
+                "another --out"
+            )
 
     def missing(self, collection) -> list[str]:
         """The names of a collection's shards that are not embedded here."""
-        return [name for number, name in enumerate(collection.shard_names)
-                if collection.counts[number]
-                and collection.shard_digest(number) not in self.shards]
+        return [
+            name
+            for number, name in enumerate(collection.shard_names)
+            if collection.counts[number] and collection.shard_digest(number) not in self.shards
+        ]
 
     def attach(self, collection) -> "WithEmbeddings":
         """The collection with its embeddings.
@@ -198,7 +217,8 @@ class Store:
                 hint = "unclip embed was stopped there: the same command goes on"
             raise errors.DataError(
                 f"{self.folder} has no embeddings of {len(missing)} of "
-                f"{len(collection.shard_names)} shards ({listed}): {hint}")
+                f"{len(collection.shard_names)} shards ({listed}): {hint}"
+            )
         return WithEmbeddings(collection, self)
 
     def rows(self, digest: str, kind: str, first: int, count: int) -> np.ndarray:
@@ -223,8 +243,9 @@ class Store:
         try:
             data = self._storage.read(path, len(start) + first * width, count * width, size)
         except errors.DataError as error:
-            raise errors.DataError(f"embeddings of {shard.name}: {error}; "
-                                   "run unclip embed again") from error
+            raise errors.DataError(
+                f"embeddings of {shard.name}: {error}; run unclip embed again"
+            ) from error
         return np.frombuffer(data, self.dtype).reshape(count, self.embed_dim)
 
     def whole(self, shard: Shard) -> bool:
@@ -234,8 +255,10 @@ class Store:
         for kind in KINDS:
             try:
                 with open(self.folder / f"{shard.stem}.{kind}.npy", "rb") as file:
-                    if (os.fstat(file.fileno()).st_size != len(start) + shard.rows * width
-                            or file.read(len(start)) != start):
+                    if (
+                        os.fstat(file.fileno()).st_size != len(start) + shard.rows * width
+                        or file.read(len(start)) != start
+                    ):
                         return False
             except OSError:
                 return False
@@ -298,8 +321,9 @@ class WithEmbeddings:
         """The samples that a `Collection.subset` of the same arguments keeps."""
         return WithEmbeddings(self.collection.subset(**choice), self.store)
 
-    def pairs(self, limit: int | None = None, chunk: int = 4096
-              ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def pairs(
+        self, limit: int | None = None, chunk: int = 4096
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(z_i, z_t) float32 [b, D] of the first `limit` samples, those that lack either left out.
 
         In the collection's order, at most `chunk` rows of one shard at a time.
@@ -320,8 +344,10 @@ class WithEmbeddings:
             if not len(rows):
                 continue
             span = (int(rows[0]), int(rows[-1] - rows[0]) + 1)
-            z_i, z_t = (np.float32(self.store.rows(shard.digest, kind, *span)[rows - rows[0]])
-                        for kind in KINDS)
+            z_i, z_t = (
+                np.float32(self.store.rows(shard.digest, kind, *span)[rows - rows[0]])
+                for kind in KINDS
+            )
             good = np.isfinite(z_i).all(1) & np.isfinite(z_t).all(1)
             if good.any():
                 yield z_i[good], z_t[good]

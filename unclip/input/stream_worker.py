@@ -49,11 +49,26 @@ class _Row(NamedTuple):
 class Plan(grain.IterDataset):
     """What a stream reads; iterating gives `_Stream`s, one a decoding process."""
 
-    def __init__(self, paths: Sequence[str], transform: Callable, *, local: int, seed: int,
-                 start: int, process_index: int, process_count: int, passes: int | None,
-                 shuffle_samples: int, threads: int, ahead: int, storage: Storage, text: bool,
-                 caption: str, filters: Callable[[dict, str], str] | None,
-                 max_consecutive_bad: int):
+    def __init__(
+        self,
+        paths: Sequence[str],
+        transform: Callable,
+        *,
+        local: int,
+        seed: int,
+        start: int,
+        process_index: int,
+        process_count: int,
+        passes: int | None,
+        shuffle_samples: int,
+        threads: int,
+        ahead: int,
+        storage: Storage,
+        text: bool,
+        caption: str,
+        filters: Callable[[dict, str], str] | None,
+        max_consecutive_bad: int,
+    ):
         super().__init__()
         self.paths, self.transform, self.local = list(paths), transform, local
         self.seed, self.start = seed, start
@@ -79,8 +94,14 @@ class _Stream(grain.DatasetIterator):
         super().__init__()
         self._plan = plan
         # Of where and when, from nothing but what was given: never from the environment.
-        self._seed = [plan.seed, plan.start, plan.process_index, plan.process_count, plan.worker,
-                      plan.workers]
+        self._seed = [
+            plan.seed,
+            plan.start,
+            plan.process_index,
+            plan.process_count,
+            plan.worker,
+            plan.workers,
+        ]
         self._faults: deque[Fault] = deque()
         self._empty = 0
         self._opener = ThreadPoolExecutor(1, "stream-shards")
@@ -99,8 +120,12 @@ class _Stream(grain.DatasetIterator):
             raise StopIteration
         faults = [tuple(self._faults.popleft()) for _ in range(len(self._faults))]
         counters = self._plan.storage.counters()
-        return {"batch": batch, "faults": faults, "worker": self._plan.worker,
-                "storage": [counters[name] for name in COUNTERS]}
+        return {
+            "batch": batch,
+            "faults": faults,
+            "worker": self._plan.worker,
+            "storage": [counters[name] for name in COUNTERS],
+        }
 
     def get_state(self) -> dict[str, int]:
         return {}  # there is nothing that a stream could go on from
@@ -129,27 +154,41 @@ class _Stream(grain.DatasetIterator):
             if skipped == MAX_SKIPPED or bad > limit:
                 raise DataError(
                     f"{skipped} samples in a row could not be used, {bad} of them bad, the last "
-                    f"{found.shard}: {found.key}: {found.reason}; {dict(totals(self._faults))}")
+                    f"{found.shard}: {found.key}: {found.reason}; {dict(totals(self._faults))}"
+                )
 
     def _pipeline(self) -> Iterable[_Row]:
         webdataset, plan = secure_webdataset(), self._plan
         word = int(np.random.default_rng(self._seed).integers(1 << 31))
         if plan.passes is None:
             # Every stream draws from all shards: nothing to split, and none is left without any.
-            stages = [webdataset.ResampledShards(
-                plan.paths, seed=word, worker_seed=lambda: 0, deterministic=True)]
+            stages = [
+                webdataset.ResampledShards(
+                    plan.paths, seed=word, worker_seed=lambda: 0, deterministic=True
+                )
+            ]
         else:
             # All workers must see the same order, or their parts would overlap.
-            seeds = [int(np.random.default_rng([plan.seed, plan.start, n]).integers(1 << 31))
-                     if plan.shuffle_samples else None for n in range(plan.passes)]
+            seeds = [
+                int(np.random.default_rng([plan.seed, plan.start, n]).integers(1 << 31))
+                if plan.shuffle_samples
+                else None
+                for n in range(plan.passes)
+            ]
             passes = [webdataset.SimpleShardList(plan.paths, seed=seed) for seed in seeds]
-            stages = [lambda: itertools.chain.from_iterable(passes),
-                      lambda shards: itertools.islice(shards, plan.worker, None, plan.workers)]
+            stages = [
+                lambda: itertools.chain.from_iterable(passes),
+                lambda shards: itertools.islice(shards, plan.worker, None, plan.workers),
+            ]
         stages.append(self._rows)
         if plan.shuffle_samples:
-            stages.append(webdataset.shuffle(
-                plan.shuffle_samples, initial=min(1000, plan.shuffle_samples),
-                rng=random.Random(word)))
+            stages.append(
+                webdataset.shuffle(
+                    plan.shuffle_samples,
+                    initial=min(1000, plan.shuffle_samples),
+                    rng=random.Random(word),
+                )
+            )
         return webdataset.DataPipeline(*stages)
 
     def _rows(self, shards: Iterable[dict[str, str]]) -> Iterator[_Row]:
@@ -182,8 +221,10 @@ class _Stream(grain.DatasetIterator):
             self._faults += _left_out(shard, plan.text)
         self._empty = 0 if usable else self._empty + 1
         if self._empty == MAX_EMPTY_SHARDS:
-            raise DataError(f"{MAX_EMPTY_SHARDS} shards in a row gave no sample, the last "
-                            f"{shown(path)!r}: {dict(totals(self._faults))}")
+            raise DataError(
+                f"{MAX_EMPTY_SHARDS} shards in a row gave no sample, the last "
+                f"{shown(path)!r}: {dict(totals(self._faults))}"
+            )
         return path, shard if usable else None
 
     def _fetch(self, read: Callable[[int, int], bytes], size: int) -> None:
@@ -219,8 +260,10 @@ def _left_out(shard: ShardIndex, text: bool) -> list[Fault]:
     """What a shard's walk could not use."""
     counts = Counter(shard.problems)
     counts["no-text"] += text * (shard.count - shard.captioned)
-    faults = [Fault("shard" if reason in NOT_TARS else "member", reason, shard.name, key)
-              for reason, key in shard.listed()]
+    faults = [
+        Fault("shard" if reason in NOT_TARS else "member", reason, shard.name, key)
+        for reason, key in shard.listed()
+    ]
     rest = counts - totals(faults)
     return faults + [Fault("member", reason, shard.name, "", n) for reason, n in rest.items()]
 
@@ -235,8 +278,9 @@ def secure_webdataset():
     return webdataset
 
 
-def _in_order(pool: ThreadPoolExecutor | None, function: Callable, items: Iterable, ahead: int
-              ) -> Iterator:
+def _in_order(
+    pool: ThreadPoolExecutor | None, function: Callable, items: Iterable, ahead: int
+) -> Iterator:
     """`map` with up to `ahead` items begun beforehand by a pool's threads."""
     if pool is None:
         yield from map(function, items)

@@ -45,8 +45,9 @@ class Stream(Iterator):
       examples: the first few that were left out, "SHARD: KEY: REASON".
     """
 
-    def __init__(self, plan: Plan, *, workers: int, prefetch: int, max_bad_fraction: float,
-                 min_seen: int):
+    def __init__(
+        self, plan: Plan, *, workers: int, prefetch: int, max_bad_fraction: float, min_seen: int
+    ):
         self.position, self.seen, self.bad = plan.start, 0, 0
         self.problems, self.filtered, self.examples = Counter(), Counter(), []
         self._plan, self._lock = plan, threading.Lock()
@@ -55,9 +56,13 @@ class Stream(Iterator):
         self._listed: list[Fault] = []
         self._storage: dict[int, list[int]] = {}
         if workers:
-            self._iterator = Watched(plan.mp_prefetch(
-                grain.MultiprocessingOptions(workers, per_worker_buffer_size=prefetch),
-                worker_init_fn=start_worker), endless=plan.passes is None)
+            self._iterator = Watched(
+                plan.mp_prefetch(
+                    grain.MultiprocessingOptions(workers, per_worker_buffer_size=prefetch),
+                    worker_init_fn=start_worker,
+                ),
+                endless=plan.passes is None,
+            )
         else:
             self._iterator = iter(plan)
 
@@ -70,13 +75,16 @@ class Stream(Iterator):
                 found = self._next()
                 batch = found["batch"]
                 self._storage[found["worker"]] = found["storage"]
-                self._count([Fault(*fault) for fault in found["faults"]],
-                            int(batch["valid"].sum()) if batch else 0)
+                self._count(
+                    [Fault(*fault) for fault in found["faults"]],
+                    int(batch["valid"].sum()) if batch else 0,
+                )
             local = self._plan.local
             first = self.position + self._plan.process_index * local
             numbers = np.arange(first, first + local, dtype=np.uint64)
-            batch["sample"] = np.stack([numbers >> np.uint64(32), numbers & np.uint64(0xFFFFFFFF)],
-                                       1).astype(np.uint32)
+            batch["sample"] = np.stack(
+                [numbers >> np.uint64(32), numbers & np.uint64(0xFFFFFFFF)], 1
+            ).astype(np.uint32)
             self.position += local * self._plan.process_count
             return batch
 
@@ -86,8 +94,10 @@ class Stream(Iterator):
         except StopIteration:
             if self.seen:
                 raise
-            raise DataError(f"no usable sample in {len(self._plan.paths)} shards, first "
-                            f"{shown(self._plan.paths[0])!r}: {dict(self.problems)}") from None
+            raise DataError(
+                f"no usable sample in {len(self._plan.paths)} shards, first "
+                f"{shown(self._plan.paths[0])!r}: {dict(self.problems)}"
+            ) from None
         except DataError:
             self.close()
             raise
@@ -110,23 +120,27 @@ class Stream(Iterator):
         met = self.seen + self.bad
         if met >= self._min_seen and self.bad > self._max_bad_fraction * met:
             self.close()
-            raise DataError(f"{self.bad} of {met} samples are bad, more than "
-                            f"max_bad_fraction={self._max_bad_fraction}: {dict(self.problems)}; "
-                            f"e.g. {'; '.join(self.examples)}")
+            raise DataError(
+                f"{self.bad} of {met} samples are bad, more than "
+                f"max_bad_fraction={self._max_bad_fraction}: {dict(self.problems)}; "
+                f"e.g. {'; '.join(self.examples)}"
+            )
 
     def drain_bad(self) -> list[dict[str, int | str]]:
         """What was left out since the last call: {"key", "shard", "reason"} each, with "count"
         where it stands for several; at most 10,000, then {"unlisted": n} says how many more."""
-        rows = [{"key": fault.key, "shard": fault.shard, "reason": fault.reason}
-                | ({"count": fault.count} if fault.count > 1 else {}) for fault in self._listed]
+        rows = [
+            {"key": fault.key, "shard": fault.shard, "reason": fault.reason}
+            | ({"count": fault.count} if fault.count > 1 else {})
+            for fault in self._listed
+        ]
         rows += [{"unlisted": self._unlisted}] if self._unlisted else []
         self._listed, self._unlisted = [], 0
         return rows
 
     def counters(self) -> dict[str, float]:
         """Counts so far of this process for a run's metrics; what never happened is left out."""
-        found = {"bad": self.bad, "bad_shards": self._bad_shards,
-                 "filtered": self.filtered.total()}
+        found = {"bad": self.bad, "bad_shards": self._bad_shards, "filtered": self.filtered.total()}
         found |= {f"bad/{reason}": n for reason, n in self.problems.items()}
         found |= {f"filtered/{reason}": n for reason, n in self.filtered.items()}
         for name, *counts in zip(COUNTERS, *self._storage.values()):
@@ -146,14 +160,28 @@ class Stream(Iterator):
         self.close()
 
 
-def make_stream(patterns: str | Sequence[str], transform: Callable, *, batch_size: int, seed: int,
-                start: int = 0, process_index: int = 0, process_count: int = 1,
-                passes: int | None = None, shuffle_samples: int = 8192, threads: int = 4,
-                workers: int = 0, prefetch: int = 2, storage: Storage | None = None,
-                text: bool = True, caption: str = "caption",
-                filters: Callable[[dict, str], str] | None = None,
-                max_bad_fraction: float = 0.05, min_seen: int = 1000,
-                max_consecutive_bad: int = 0) -> Stream:
+def make_stream(
+    patterns: str | Sequence[str],
+    transform: Callable,
+    *,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    passes: int | None = None,
+    shuffle_samples: int = 8192,
+    threads: int = 4,
+    workers: int = 0,
+    prefetch: int = 2,
+    storage: Storage | None = None,
+    text: bool = True,
+    caption: str = "caption",
+    filters: Callable[[dict, str], str] | None = None,
+    max_bad_fraction: float = 0.05,
+    min_seen: int = 1000,
+    max_consecutive_bad: int = 0,
+) -> Stream:
     """Streams batches of transformed samples; the module says what this cannot promise.
 
     Args:
@@ -188,29 +216,60 @@ def make_stream(patterns: str | Sequence[str], transform: Callable, *, batch_siz
         10,000 unusable samples in a row, no sample at all, or a worker that was killed.
     """
     if batch_size < 1 or not 0 <= process_index < process_count or batch_size % process_count:
-        raise ConfigError(f"batch size {batch_size}, process {process_index} of {process_count}: "
-                          "expected a batch size that is a multiple of the process count")
+        raise ConfigError(
+            f"batch size {batch_size}, process {process_index} of {process_count}: "
+            "expected a batch size that is a multiple of the process count"
+        )
     if not 0 <= seed < 1 << 64 or not 0 <= start < 1 << 62:
         raise ConfigError(f"seed {seed}, start {start}: expected 0 <= seed < 2**64, 0 <= start")
-    numbers = {"threads": threads, "workers": workers, "prefetch": prefetch,
-               "shuffle_samples": shuffle_samples, "max_consecutive_bad": max_consecutive_bad}
+    numbers = {
+        "threads": threads,
+        "workers": workers,
+        "prefetch": prefetch,
+        "shuffle_samples": shuffle_samples,
+        "max_consecutive_bad": max_consecutive_bad,
+    }
     if min(numbers.values()) < 0 or (passes is not None and passes < 1):
-        raise ConfigError(f"{numbers}, passes {passes}: expected none below 0, and at least one "
-                          "pass, or None for ever")
+        raise ConfigError(
+            f"{numbers}, passes {passes}: expected none below 0, and at least one "
+            "pass, or None for ever"
+        )
     if passes is not None and process_count > 1:
-        raise ConfigError(f"{passes} passes on {process_count} processes: unindexed shards have no "
-                          "common length to stop at; `unclip index` them, or passes=None")
+        raise ConfigError(
+            f"{passes} passes on {process_count} processes: unindexed shards have no "
+            "common length to stop at; `unclip index` them, or passes=None"
+        )
     storage = storage or Storage(whole_blocks=True)
     paths = storage.expand(patterns)
     remote = next((path for path in paths if not storage.local(path)), None)
     if remote and not (storage.cache and storage.whole_blocks):
-        raise ConfigError(f"shard {shown(remote)!r}: streaming remote shards needs a storage with "
-                          "whole_blocks and a cache folder, where they lie until they are used")
+        raise ConfigError(
+            f"shard {shown(remote)!r}: streaming remote shards needs a storage with "
+            "whole_blocks and a cache folder, where they lie until they are used"
+        )
     local = batch_size // process_count
     plan = Plan(
-        paths, transform, local=local, seed=seed, start=start, process_index=process_index,
-        process_count=process_count, passes=passes, shuffle_samples=shuffle_samples,
-        threads=threads, ahead=max(threads, prefetch * local), storage=storage, text=text,
-        caption=caption, filters=filters, max_consecutive_bad=max_consecutive_bad)
-    return Stream(plan, workers=workers, prefetch=max(1, prefetch),
-                  max_bad_fraction=max_bad_fraction, min_seen=min_seen)
+        paths,
+        transform,
+        local=local,
+        seed=seed,
+        start=start,
+        process_index=process_index,
+        process_count=process_count,
+        passes=passes,
+        shuffle_samples=shuffle_samples,
+        threads=threads,
+        ahead=max(threads, prefetch * local),
+        storage=storage,
+        text=text,
+        caption=caption,
+        filters=filters,
+        max_consecutive_bad=max_consecutive_bad,
+    )
+    return Stream(
+        plan,
+        workers=workers,
+        prefetch=max(1, prefetch),
+        max_bad_fraction=max_bad_fraction,
+        min_seen=min_seen,
+    )

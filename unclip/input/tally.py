@@ -47,8 +47,14 @@ class Tally:
         self._consecutive = self._most_consecutive = self._unlisted = 0
         self._listed: list[Bad] = []
 
-    def add(self, bad_rows: np.ndarray, found: Sequence[Bad] = (), *,
-            filtered: Mapping[str, int] | None = None, substituted: int = 0) -> None:
+    def add(
+        self,
+        bad_rows: np.ndarray,
+        found: Sequence[Bad] = (),
+        *,
+        filtered: Mapping[str, int] | None = None,
+        substituted: int = 0,
+    ) -> None:
         """Counts some rows in their order.
 
         Args:
@@ -81,11 +87,15 @@ class Tally:
         """Why the run should end, or ""."""
         reasons = f"{dict(self.problems)}; e.g. {'; '.join(self.examples)}"
         if 0 < self.max_consecutive_bad < self._most_consecutive:
-            return (f"{self._most_consecutive} samples in a row are bad, more than "
-                    f"max_consecutive_bad={self.max_consecutive_bad}: {reasons}")
+            return (
+                f"{self._most_consecutive} samples in a row are bad, more than "
+                f"max_consecutive_bad={self.max_consecutive_bad}: {reasons}"
+            )
         if self.seen >= self.min_seen and self.bad > self.max_bad_fraction * self.seen:
-            return (f"{self.bad} of {self.seen} samples are bad, more than "
-                    f"max_bad_fraction={self.max_bad_fraction}: {reasons}")
+            return (
+                f"{self.bad} of {self.seen} samples are bad, more than "
+                f"max_bad_fraction={self.max_bad_fraction}: {reasons}"
+            )
         return ""
 
     def drain(self) -> list[dict[str, int | str]]:
@@ -101,8 +111,11 @@ class Tally:
 
     def counters(self) -> dict[str, float]:
         """Counts so far for a run's metrics; what never happened is left out."""
-        found = {"bad": self.problems.total(), "filtered": self.filtered.total(),
-                 "substituted": self.substituted}
+        found = {
+            "bad": self.problems.total(),
+            "filtered": self.filtered.total(),
+            "substituted": self.substituted,
+        }
         found |= {f"bad/{reason}": n for reason, n in self.problems.items()}
         found |= {f"filtered/{reason}": n for reason, n in self.filtered.items()}
         return {name: float(n) for name, n in found.items() if n}

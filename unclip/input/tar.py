@@ -79,12 +79,18 @@ def walk(read: Read, end: int) -> Iterator[Member]:
 
 def _plain(block: bytes) -> tuple[bytes, str, int] | None:
     """(type, name, size) of a regular file's header as nearly all are; None: look more closely."""
-    name, size, stored = (field.partition(b"\0")[0] for field in (
-        block[:100], block[124:136], block[148:156]))
+    name, size, stored = (
+        field.partition(b"\0")[0] for field in (block[:100], block[124:136], block[148:156])
+    )
     size, stored = size.strip(b" "), stored.strip(b" ")
-    if (block[156] not in b"0\0" or block[345] or name.endswith(b"/")
-            or not _OCTAL.fullmatch(size) or not _OCTAL.fullmatch(stored)
-            or sum(block) - sum(block[148:156]) + 8 * ord(" ") != int(stored, 8)):
+    if (
+        block[156] not in b"0\0"
+        or block[345]
+        or name.endswith(b"/")
+        or not _OCTAL.fullmatch(size)
+        or not _OCTAL.fullmatch(stored)
+        or sum(block) - sum(block[148:156]) + 8 * ord(" ") != int(stored, 8)
+    ):
         return None
     return block[156:157], name.decode("utf-8", "surrogateescape"), int(size, 8)
 

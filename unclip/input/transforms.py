@@ -41,11 +41,22 @@ class ImageText:
       BadSample: "empty-text", "caption" (not a string) or what `decode` finds.
     """
 
-    def __init__(self, size: int | None, context_length: int, tokenise: Callable | None = None, *,
-                 clip_size: int | None = None, crop: str = "center", fraction: float = 1.0,
-                 captions: Sequence[str] = ("txt",), with_crop: bool = False,
-                 max_bytes: int = 64 << 20, max_pixels: int = 1 << 26, min_side: int = 1,
-                 margin: float = 2.0):
+    def __init__(
+        self,
+        size: int | None,
+        context_length: int,
+        tokenise: Callable | None = None,
+        *,
+        clip_size: int | None = None,
+        crop: str = "center",
+        fraction: float = 1.0,
+        captions: Sequence[str] = ("txt",),
+        with_crop: bool = False,
+        max_bytes: int = 64 << 20,
+        max_pixels: int = 1 << 26,
+        min_side: int = 1,
+        margin: float = 2.0,
+    ):
         for caption in captions:
             if caption != "txt" and not caption.startswith("json:"):
                 raise unknown("caption source", caption, ["txt", "json:FIELD"])
@@ -54,6 +65,7 @@ class ImageText:
             raise unknown("crop", crop, ["center", "random"])
         if tokenise is None:
             from unclip.input.text import Tokenizer  # here: a vocabulary only where one is needed
+
             tokenise = Tokenizer().encode
         self.size, self.context_length, self.tokenise = size, context_length, tokenise
         self.clip_size = clip_size
@@ -66,15 +78,15 @@ class ImageText:
     def __call__(self, sample: Sample, rng: np.random.Generator) -> dict[str, np.ndarray]:
         text = self.caption(sample, rng)
         tokens, mask = self.tokenise([text[:_MAX_CHARACTERS]], self.context_length)[:2]
-        arrays = {"tokens": np.asarray(tokens[0], np.int32),
-                  "text_mask": np.asarray(mask[0], bool)}
+        arrays = {"tokens": np.asarray(tokens[0], np.int32), "text_mask": np.asarray(mask[0], bool)}
         if isinstance(sample.meta.get("z_i"), np.ndarray):  # not a field of the JSON
             arrays["z_i"] = sample.meta["z_i"]
         if self.size is None:
             return arrays
         decoded = pictures.decode(sample.image, target=self.target, **self.limits)
         arrays["image"], box = pictures.resize_and_crop(
-            decoded, self.size, crop=self.crop, fraction=self.fraction, rng=rng)
+            decoded, self.size, crop=self.crop, fraction=self.fraction, rng=rng
+        )
         if self.clip_size:
             arrays["clip_image"] = pictures.resize_box(decoded, self.clip_size, box)
         if self.with_crop:
@@ -84,8 +96,10 @@ class ImageText:
 
     def caption(self, sample: Sample, rng: np.random.Generator) -> str:
         """One of the sample's non-empty captions."""
-        found = [sample.text if c == "txt" else sample.meta.get(c.removeprefix("json:"))
-                 for c in self.captions]
+        found = [
+            sample.text if c == "txt" else sample.meta.get(c.removeprefix("json:"))
+            for c in self.captions
+        ]
         choice = len(found) > 1 or any(isinstance(one, list) for one in found)
         found = [text for one in found for text in (one if isinstance(one, list) else [one])]
         texts = [text for text in found if isinstance(text, str) and text.strip()]
@@ -99,8 +113,12 @@ def _limits(max_bytes: int, max_pixels: int, min_side: int, margin: float) -> di
     """Arguments of `image.decode`."""
     if not 1 <= margin <= 8:
         raise ConfigError(f"decoding margin {margin}: expected 1 to 8")
-    return {"max_bytes": max_bytes, "max_pixels": max_pixels, "min_side": min_side,
-            "margin": margin}
+    return {
+        "max_bytes": max_bytes,
+        "max_pixels": max_pixels,
+        "min_side": min_side,
+        "margin": margin,
+    }
 
 
 class Upsampling:
@@ -126,16 +144,28 @@ class Upsampling:
       BadPicture: what `decode` finds.
     """
 
-    def __init__(self, size: int, factor: int = 4, *, crop: int | None = None,
-                 degradation: str = "none", probability: float = 1.0, train: bool = True,
-                 max_bytes: int = 64 << 20,
-                 max_pixels: int = 1 << 26, min_side: int = 1, margin: float = 2.0):
+    def __init__(
+        self,
+        size: int,
+        factor: int = 4,
+        *,
+        crop: int | None = None,
+        degradation: str = "none",
+        probability: float = 1.0,
+        train: bool = True,
+        max_bytes: int = 64 << 20,
+        max_pixels: int = 1 << 26,
+        min_side: int = 1,
+        margin: float = 2.0,
+    ):
         if degradation not in ("blur", "bsr", "none"):
             raise unknown("degradation", degradation, ["blur", "bsr", "none"])
         crop = size if crop is None or not train else crop
         if factor < 1 or not 0 < crop <= size or crop % factor:
-            raise ConfigError(f"crop {crop} of {size} by factor {factor}: expected a multiple of "
-                              "the factor that is at most the size")
+            raise ConfigError(
+                f"crop {crop} of {size} by factor {factor}: expected a multiple of "
+                "the factor that is at most the size"
+            )
         self.size, self.factor, self.crop, self.train = size, factor, crop, train
         if not 0 <= probability <= 1:
             raise ConfigError(f"degradation probability {probability}: expected 0 to 1")

@@ -33,8 +33,16 @@ _MAX_SHARD = tar.BLOCK << 32
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 
 
-def walk_shard(name: str, read: tar.Read, size: int, identity: str = "", *,
-               caption: str = "caption", checksums: bool = False, block: int = 8192) -> ShardIndex:
+def walk_shard(
+    name: str,
+    read: tar.Read,
+    size: int,
+    identity: str = "",
+    *,
+    caption: str = "caption",
+    checksums: bool = False,
+    block: int = 8192,
+) -> ShardIndex:
     """Indexes one shard.
 
     Args:
@@ -151,8 +159,9 @@ class _Walk:
             else:
                 self._ignore(extension)
             return
-        self._member(key, extension, kind, offset, size,
-                     MAX_PICTURE_BYTES if is_picture else MAX_TEXT_BYTES)
+        self._member(
+            key, extension, kind, offset, size, MAX_PICTURE_BYTES if is_picture else MAX_TEXT_BYTES
+        )
 
     def _anything_after(self, offset: int, end: int) -> bool:
         # Two blocks end a tar and writers fill up a record of 20; a tar appended to another is no
@@ -221,10 +230,19 @@ class _Walk:
         rows = with_text + without
         encoded = [row[0].encode("utf-8", "surrogateescape") for row in rows]
         return ShardIndex(
-            self.name, size, self._table(rows, encoded), np.frombuffer(b"".join(encoded), np.uint8),
-            len(with_text), identity=identity, caption=self._caption, checksums=self._checksums,
-            problems=self._problems, examples=self._examples, notes=+self._notes,
-            listed=self._listed)
+            self.name,
+            size,
+            self._table(rows, encoded),
+            np.frombuffer(b"".join(encoded), np.uint8),
+            len(with_text),
+            identity=identity,
+            caption=self._caption,
+            checksums=self._checksums,
+            problems=self._problems,
+            examples=self._examples,
+            notes=+self._notes,
+            listed=self._listed,
+        )
 
     def _table(self, rows: list[tuple], keys: list[bytes]) -> np.ndarray:
         table = np.zeros((len(rows), 8), np.uint32)

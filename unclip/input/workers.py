@@ -23,8 +23,10 @@ from unclip.errors import DataError
 _PATIENCE_SECONDS = 10.0  # from a worker's death to the error, where grain does not notice it
 _CLOSE_SECONDS = 3.0  # grain may wait for a dead worker for ever
 _TICK_SECONDS = 0.5
-_LOST = ("a decoding worker process was killed, often for want of memory: use fewer workers or a "
-         "smaller prefetch")
+_LOST = (
+    "a decoding worker process was killed, often for want of memory: use fewer workers or a "
+    "smaller prefetch"
+)
 
 
 def start_worker(_index: int, _count: int) -> None:

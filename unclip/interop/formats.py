@@ -24,9 +24,7 @@ FROM = {
 TO = {"diffusers": "karlo:write", "hf-clip": "clip:write_hf"}
 
 
-def read(
-    kind: str, paths: list[pathlib.Path], preset: str | None = None
-) -> dict[str, bundle.Part]:
+def read(kind: str, paths: list[pathlib.Path], preset: str | None = None) -> dict[str, bundle.Part]:
     """{name: `bundle.Part`} of another project's weights, tensors unread.
 
     Args:

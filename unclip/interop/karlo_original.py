@@ -168,9 +168,7 @@ def _upsamplers(path: pathlib.Path) -> dict[str, bundle.Part]:
     return parts
 
 
-def _shape(
-    source: Mapping[str, Lazy], name: str, ndim: int, path: pathlib.Path
-) -> tuple[int, ...]:
+def _shape(source: Mapping[str, Lazy], name: str, ndim: int, path: pathlib.Path) -> tuple[int, ...]:
     """The shape of a tensor that tells part of the architecture."""
     if name not in source or len(source[name].shape) != ndim:
         raise errors.ConfigError(

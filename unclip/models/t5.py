@@ -156,9 +156,7 @@ class Block(nn.Module):
     def __call__(self, x, bias, mask):
         """[B, T, W] -> ([B, T, W], None): the pair that `nn.scan` threads."""
         norm = partial(RMSNorm, self.eps, self.dtype)
-        attend = Attention(
-            self.heads, self.head_dim, self.dtype, self.attention_impl, name="attn"
-        )
+        attend = Attention(self.heads, self.head_dim, self.dtype, self.attention_impl, name="attn")
         x = x + attend(norm(name="ln_1")(x), bias, mask)
         mlp = MLP(self.mlp_width, self.activation, self.gated, self.dtype, name="mlp")
         return x + mlp(norm(name="ln_2")(x)), None

@@ -222,7 +222,10 @@ class Attention(nn.Module):
           ([B, T, width], the updated cache or None).
         """
         dense = partial(
-            nn.Dense, self.width, dtype=self.dtype, param_dtype=jnp.float32,
+            nn.Dense,
+            self.width,
+            dtype=self.dtype,
+            param_dtype=jnp.float32,
             promote_dtype=gather_dtype,
         )
         std = nn.initializers.normal(self.width**-0.5)

@@ -108,15 +108,17 @@ class Norm(nn.Module):
 def _conv(style, features, kernel, name, zero=False):
     init = nn.initializers.zeros if zero else nn.initializers.lecun_normal()
     return nn.Conv(
-        features, (kernel, kernel), kernel_init=init, dtype=style.dtype,
-        promote_dtype=gather_dtype, name=name,
+        features,
+        (kernel, kernel),
+        kernel_init=init,
+        dtype=style.dtype,
+        promote_dtype=gather_dtype,
+        name=name,
     )
 
 
 def _dense(style, features, name, **options):
-    return nn.Dense(
-        features, dtype=style.dtype, promote_dtype=gather_dtype, name=name, **options
-    )
+    return nn.Dense(features, dtype=style.dtype, promote_dtype=gather_dtype, name=name, **options)
 
 
 def downsample(x):

@@ -34,8 +34,10 @@ class Protocol:
     ):
         self.id, self.prompts, self.keys, self.size = id, list(prompts), list(keys), size
         self.provenance = {
-            "protocol": id, "rows": len(self.prompts),
-            "captions_sha256": captions_hash(self.keys, self.prompts), **provenance,
+            "protocol": id,
+            "rows": len(self.prompts),
+            "captions_sha256": captions_hash(self.keys, self.prompts),
+            **provenance,
         }
 
     def reference(self) -> PictureSet | None:
@@ -64,8 +66,9 @@ class Protocol:
           ConfigError: a part that the model lacks, or a setting that does not exist.
         """
         rows = self._rows(rows, seeds)
-        return model.generate([self.prompts[row] for row in rows], seed=list(seeds),
-                              **(settings or {}))
+        return model.generate(
+            [self.prompts[row] for row in rows], seed=list(seeds), **(settings or {})
+        )
 
     def judge(
         self, pictures: np.ndarray, model: Any = None, rows: Sequence[int] | None = None
@@ -107,7 +110,8 @@ def resized(pictures: np.ndarray, size: int) -> np.ndarray:
     shape = pictures.shape
     if pictures.dtype != np.uint8 or pictures.ndim != 4 or shape[3] != 3 or shape[1] != shape[2]:
         raise errors.ConfigError(
-            f"pictures to judge are uint8 [n, H, H, 3], given {pictures.dtype} {list(shape)}")
+            f"pictures to judge are uint8 [n, H, H, 3], given {pictures.dtype} {list(shape)}"
+        )
     if shape[1] == size:
         return pictures
     filter = Image.Resampling.BOX if shape[1] > size else Image.Resampling.BICUBIC
@@ -119,7 +123,10 @@ class Chosen(PictureSet):
     """Some pictures of a set in a chosen order, under names and captions of the protocol."""
 
     def __init__(
-        self, base: PictureSet, numbers: Sequence[int], names: Sequence[str],
+        self,
+        base: PictureSet,
+        numbers: Sequence[int],
+        names: Sequence[str],
         captions: Sequence[str],
     ):
         super().__init__(base.source, len(numbers))

@@ -40,8 +40,14 @@ _NUMBER = re.compile(r"(\d{1,12})(?:\.\w+)?$")
 class Coco(base.Protocol):
     """A caption list and, where pictures are given, the same images as references."""
 
-    def __init__(self, id: str, captions: Mapping[int, str], size: int, provenance: dict,
-                 reference: PictureSet | None):
+    def __init__(
+        self,
+        id: str,
+        captions: Mapping[int, str],
+        size: int,
+        provenance: dict,
+        reference: PictureSet | None,
+    ):
         keys = [f"{image:012d}" for image in captions]
         super().__init__(id, list(captions.values()), keys, size, provenance)
         self._reference = reference
@@ -85,11 +91,13 @@ def coco2014val_30k(
     if not (annotations or captions or pictures):
         raise errors.ConfigError(
             "coco2014val-30k needs captions: annotations=captions_val2014.json, captions=LIST, or "
-            f"pictures={KARPATHY}")
+            f"pictures={KARPATHY}"
+        )
     if seed < 0 or not 8 <= size <= 4096 or (count is not None and count < 1):
         raise errors.ConfigError(
             f"coco2014val-30k: seed {seed}, size {size}, count {count}: expected a seed of 0 or "
-            "more, 8 to 4096 pixels and at least 1 image")
+            "more, 8 to 4096 pixels and at least 1 image"
+        )
     if filter not in FILTERS:
         raise errors.unknown("filter of coco2014val-30k", filter, FILTERS)
     opened = open_pictures(pictures) if pictures else None
@@ -113,7 +121,8 @@ def coco2014val_30k(
         names = ", ".join(f"{image:012d}" for image in missing[:_SHOWN])
         raise errors.DataError(
             f"{pictures} lacks {len(missing)} of {len(chosen)} pictures: {names}"
-            f"{', …' if len(missing) > _SHOWN else ''}; allow_missing leaves their captions out")
+            f"{', …' if len(missing) > _SHOWN else ''}; allow_missing leaves their captions out"
+        )
     for image in missing:
         del chosen[image]
     keys, prompts = [f"{image:012d}" for image in chosen], list(chosen.values())
@@ -126,10 +135,15 @@ def coco2014val_30k(
         made += ".tfds-" + pictures.rpartition(":")[2]
     wanted = len(chosen) + len(missing)
     name = "30k" if wanted == COUNT else str(wanted)
-    id = (f"coco2014val-{name}.{made}{f'.missing{len(missing)}' if missing else ''}"
-          f".crop{size}{'' if filter == 'bicubic' else '-' + filter}")
-    provenance = source | {"pictures": pictures, "filter": filter,
-                           "missing": [f"{image:012d}" for image in missing]}
+    id = (
+        f"coco2014val-{name}.{made}{f'.missing{len(missing)}' if missing else ''}"
+        f".crop{size}{'' if filter == 'bicubic' else '-' + filter}"
+    )
+    provenance = source | {
+        "pictures": pictures,
+        "filter": filter,
+        "missing": [f"{image:012d}" for image in missing],
+    }
     return Coco(id, chosen, size, provenance, reference)
 
 
@@ -164,11 +178,14 @@ def read_annotations(path: str | os.PathLike) -> dict[int, list[str]]:
         raise errors.DataError(f"{path}: not JSON ({error})") from error
     try:
         images = [int(row["id"]) for row in value["images"]]
-        rows = [(int(row["image_id"]), int(row["id"]), _text(row["caption"]))
-                for row in value["annotations"]]
+        rows = [
+            (int(row["image_id"]), int(row["id"]), _text(row["caption"]))
+            for row in value["annotations"]
+        ]
     except (LookupError, TypeError, ValueError) as error:
         raise errors.DataError(
-            f"{path}: not in the layout of COCO's captions_val2014.json: {error!r}") from error
+            f"{path}: not in the layout of COCO's captions_val2014.json: {error!r}"
+        ) from error
     _once(path, "image", images)
     _once(path, "annotation", [annotation for _, annotation, _ in rows])
     known, found = set(images), defaultdict(list)
@@ -207,7 +224,8 @@ def read_list(path: str | os.PathLike) -> dict[int, str]:
         if not match or not caption:
             raise errors.DataError(
                 f"{path}, entry {number}: expected an image ({', '.join(IDS)}) that ends in its "
-                f"number and a caption ({', '.join(TEXTS)}); there is {str(row)[:80]}")
+                f"number and a caption ({', '.join(TEXTS)}); there is {str(row)[:80]}"
+            )
         pairs.append((int(match[1]), caption))
     _once(path, "image", [image for image, _ in pairs])
     if not pairs:
@@ -290,4 +308,5 @@ def _once(path: Any, what: str, ids: Iterable[int]) -> None:
         shown = ", ".join(map(str, twice[:_SHOWN]))
         raise errors.DataError(
             f"{path}: {len(twice)} {what} ids come more than once: {shown}"
-            f"{', …' if len(twice) > _SHOWN else ''}")
+            f"{', …' if len(twice) > _SHOWN else ''}"
+        )

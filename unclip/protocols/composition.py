@@ -55,8 +55,13 @@ class Scenes(base.Protocol):
     """
 
     def __init__(
-        self, count: int = 500, seed: int = 1, size: int = 64, folder: str | None = None,
-        withheld: bool = False, sizes: Sequence[str] = (),
+        self,
+        count: int = 500,
+        seed: int = 1,
+        size: int = 64,
+        folder: str | None = None,
+        withheld: bool = False,
+        sizes: Sequence[str] = (),
     ):
         if not 1 <= count <= MAX_SCENES:
             raise errors.ConfigError(f"{count} scenes: expected 1 to {MAX_SCENES}")
@@ -77,12 +82,21 @@ class Scenes(base.Protocol):
         name = "scenes-withheld" if withheld else "scenes"
         kinds = [_kinds(record) for record in self._records]
         super().__init__(
-            ".".join([name, f"seed{seed}", f"n{count}", f"size{size}", *_dotted(sizes)]), prompts,
-            [f"{index:08d}" for index in numbers], size,
-            {"seed": seed, "sizes": list(sizes), "withheld": withheld,
-             "judged_at": self._detector.size,
-             "kinds": {kind: sum(kind in k for k in kinds) for kind in sorted(set().union(*kinds))},
-             "calibrated_on": min(count, CALIBRATION)})
+            ".".join([name, f"seed{seed}", f"n{count}", f"size{size}", *_dotted(sizes)]),
+            prompts,
+            [f"{index:08d}" for index in numbers],
+            size,
+            {
+                "seed": seed,
+                "sizes": list(sizes),
+                "withheld": withheld,
+                "judged_at": self._detector.size,
+                "kinds": {
+                    kind: sum(kind in k for k in kinds) for kind in sorted(set().union(*kinds))
+                },
+                "calibrated_on": min(count, CALIBRATION),
+            },
+        )
 
     def reference(self) -> PictureSet:
         """The composed scenes themselves."""
@@ -123,14 +137,17 @@ class Scenes(base.Protocol):
         present = [entry["name"] in by_name for entry in named]
         facts = {
             "objects": present,
-            "size": [here and by_name[entry["name"]].size == entry["size"]
-                     for here, entry in zip(present, named)],
+            "size": [
+                here and by_name[entry["name"]].size == entry["size"]
+                for here, entry in zip(present, named)
+            ],
             "background": background == record["background"]["name"],
             "nothing_else": len(found) == sum(present),  # a second copy is something else, too
         }
         if record["relation"]:
             facts["relation"] = all(present) and record["relation"] == relation(
-                *(by_name[entry["name"]].box for entry in named))
+                *(by_name[entry["name"]].box for entry in named)
+            )
         facts["all"] = all(np.all(value) for value in facts.values())
         words = [f"{one.size} {one.name}" for one in found]
         if len(found) == 2:
@@ -139,7 +156,7 @@ class Scenes(base.Protocol):
 
     @cached_property
     def _calibration(self) -> dict[str, float]:
-        """"composition.ceiling.…" and "composition.chance.…"."""
+        """ "composition.ceiling.…" and "composition.chance.…"."""
         count = self.provenance["calibrated_on"]
         pictures = np.stack([self.reference().read(row) for row in range(count)])
         seen = [self._detector(p) for p in base.resized(pictures, self._detector.size)]
@@ -149,7 +166,10 @@ class Scenes(base.Protocol):
 
 
 def withheld_scenes(
-    count: int = 500, seed: int = 0, size: int = 64, folder: str | None = None,
+    count: int = 500,
+    seed: int = 0,
+    size: int = 64,
+    folder: str | None = None,
     sizes: Sequence[str] = (),
 ) -> Scenes:
     """`Scenes` that each hold a withheld combination; no training scene is among them."""

@@ -63,7 +63,8 @@ class Detector:
     def __init__(self, cutouts: dict[str, Cutout], size: int):
         if not 16 <= size <= 64 or (size > COARSE_SIDE and size % 2):
             raise errors.ConfigError(
-                f"pictures of {size} pixels to judge: expected 16 to 64, even over {COARSE_SIDE}")
+                f"pictures of {size} pixels to judge: expected 16 to 64, even over {COARSE_SIDE}"
+            )
         self.size, self.names = size, list(cutouts)
         self._halved = 1 + (size > COARSE_SIDE)
         self._side = size // self._halved  # of the first pass
@@ -143,8 +144,10 @@ class Detector:
         """The one or two candidates, boxes apart, that together explain most."""
         best, total, tried = [], -1.0, []
         for first in np.argsort(-gain, kind="stable"):
-            if any(item[first] == item[t] and _overlap(boxes[first], boxes[t:t + 1])[0] > SAME_PLACE
-                   for t in tried):
+            if any(
+                item[first] == item[t] and _overlap(boxes[first], boxes[t : t + 1])[0] > SAME_PLACE
+                for t in tried
+            ):
                 continue
             apart = _apart(boxes[first], boxes)
             second = int(np.argmax(np.where(apart, gain, -1))) if apart.any() else None
@@ -182,8 +185,13 @@ class Detector:
                 y, x = np.unravel_index(np.argmax(gains), gains.shape)
                 corner = (int(x0 + x), int(y0 + y))
                 place = (*corner, corner[0] + w, corner[1] + h)
-                found = (float(gains[y, x]), self.names[item], size, place,
-                         float(gains[y, x] / energy))
+                found = (
+                    float(gains[y, x]),
+                    self.names[item],
+                    size,
+                    place,
+                    float(gains[y, x] / energy),
+                )
                 best = found if best is None else max(best, found)
         return best
 
@@ -214,8 +222,13 @@ class Detector:
             sums.append([np.square(pixels[..., :3]).sum(), *products, np.square(alpha).sum()])
             weight.append(alpha.sum())
         spectra = np.conj(scipy.fft.rfft2(np.stack(layers, axis=1)))
-        return _Scale(length, spectra, np.array(shapes), np.array(sums, np.float32),
-                      np.array(weight, np.float32))
+        return _Scale(
+            length,
+            spectra,
+            np.array(shapes),
+            np.array(sums, np.float32),
+            np.array(weight, np.float32),
+        )
 
 
 def _pixels(cutout: Image.Image, shape: list[int] | tuple[int, int]) -> np.ndarray:

@@ -25,8 +25,12 @@ def embed(model: Any, pictures: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def decode(
-    protocol: base.Protocol, model: Any, z_i: np.ndarray, rows: Sequence[int],
-    seeds: Sequence[int], settings: dict | None,
+    protocol: base.Protocol,
+    model: Any,
+    z_i: np.ndarray,
+    rows: Sequence[int],
+    seeds: Sequence[int],
+    settings: dict | None,
 ) -> Pictures:
     """Draws embeddings without a caption, as `UnCLIP.variations` does.
 
@@ -37,18 +41,29 @@ def decode(
     Raises:
       ConfigError: no decoder, or one that was not trained on z_i; an unknown setting.
     """
-    own = {name: value for name, value in (settings or {}).items()
-           if name not in ("prior", "embed", "caption")}
+    own = {
+        name: value
+        for name, value in (settings or {}).items()
+        if name not in ("prior", "embed", "caption")
+    }
     decoder = model.parts.get("decoder")
     if decoder is None:
         raise errors.ConfigError(f"{protocol.id} needs the part 'decoder', which is not there")
     if decoder.settings.get("embedding") == "text" or not decoder.arch.get("use_z_i", True):
         raise errors.ConfigError(f"{protocol.id} needs a decoder that was trained on z_i")
-    drawn = {name: to_uint8(stage)
-             for name, stage in model.decode(z_i, None, list(seeds), **own).items()}
+    drawn = {
+        name: to_uint8(stage) for name, stage in model.decode(z_i, None, list(seeds), **own).items()
+    }
     recipes = [
-        {"mode": protocol.mode, "protocol": protocol.id, "key": protocol.keys[row], "prompt": "",
-         "seed": int(seed), "model_hash": model.model_hash, **own}
+        {
+            "mode": protocol.mode,
+            "protocol": protocol.id,
+            "key": protocol.keys[row],
+            "prompt": "",
+            "seed": int(seed),
+            "model_hash": model.model_hash,
+            **own,
+        }
         for row, seed in zip(rows, seeds)
     ]
     return Pictures(list(drawn.values())[-1], recipes, drawn)

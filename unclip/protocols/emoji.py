@@ -28,7 +28,10 @@ class EmojiHeldOut(base.Protocol):
     """
 
     def __init__(
-        self, size: int = 64, caption: str = "txt", shards: str | None = None,
+        self,
+        size: int = 64,
+        caption: str = "txt",
+        shards: str | None = None,
         count: int | None = None,
     ):
         if caption not in CAPTIONS:
@@ -38,15 +41,23 @@ class EmojiHeldOut(base.Protocol):
         pictures = ShardPictures(str(base.EMOJI / "held-out-*.tar") if shards is None else shards)
         if count is not None and not 1 <= count <= len(pictures):
             raise errors.ConfigError(
-                f"emoji-held-out: count {count}, expected 1 to {len(pictures)}")
+                f"emoji-held-out: count {count}, expected 1 to {len(pictures)}"
+            )
         rows = range(count or len(pictures))
         keys = [pictures.name(row) for row in rows]
         prompts = [_caption(pictures, row, caption) for row in rows]
         part = "" if count in (None, len(pictures)) else f".first{count}"
         super().__init__(
-            f"emoji-held-out.{caption}{part}.size{size}", prompts, keys, size,
-            {"shards_sha256": pictures.collection.fingerprint, "caption": caption,
-             "source": pictures.source})
+            f"emoji-held-out.{caption}{part}.size{size}",
+            prompts,
+            keys,
+            size,
+            {
+                "shards_sha256": pictures.collection.fingerprint,
+                "caption": caption,
+                "source": pictures.source,
+            },
+        )
         self._reference = Prepared(base.Chosen(pictures, rows, keys, prompts), size)
 
     def reference(self) -> PictureSet:
@@ -64,5 +75,6 @@ def _caption(pictures: ShardPictures, row: int, caption: str) -> str:
         raise errors.DataError(f"{pictures.source}: {error}") from error
     if not isinstance(text, str) or not text.strip():
         raise errors.DataError(
-            f"{pictures.source}: {pictures.name(row)} has no {caption} to be its caption")
+            f"{pictures.source}: {pictures.name(row)} has no {caption} to be its caption"
+        )
     return text.strip()

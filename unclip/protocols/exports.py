@@ -42,22 +42,28 @@ class _Export(base.Protocol):
     def __init__(self, id: str, source: str, prompts: list[str], pictures: int, size: int):
         if not 1 <= pictures <= MAX_PICTURES:
             raise errors.ConfigError(
-                f"{id}: {pictures} pictures a prompt, expected 1 to {MAX_PICTURES}")
+                f"{id}: {pictures} pictures a prompt, expected 1 to {MAX_PICTURES}"
+            )
         if not 16 <= size <= 4096:
             raise errors.ConfigError(f"{id}: size {size}, expected 16 to 4096 pixels")
         self.pictures = pictures
         numbers = [(i, k) for i in range(len(prompts)) for k in range(pictures)]
         super().__init__(
-            f"{id}.x{pictures}", [prompts[i] for i, _ in numbers],
-            [f"{i:05d}-{k:04d}" for i, k in numbers], size,
-            {"prompt_file": os.path.basename(source), "prompts": len(prompts)})
+            f"{id}.x{pictures}",
+            [prompts[i] for i, _ in numbers],
+            [f"{i:05d}-{k:04d}" for i, k in numbers],
+            size,
+            {"prompt_file": os.path.basename(source), "prompts": len(prompts)},
+        )
 
     def path(self, row: int) -> pathlib.PurePosixPath:
         """Where the picture of a row lies below the exported folder."""
         raise NotImplementedError
 
     def export(
-        self, out: str | os.PathLike, pictures: Iterable[np.ndarray],
+        self,
+        out: str | os.PathLike,
+        pictures: Iterable[np.ndarray],
         keys: Sequence[str] | None = None,
     ) -> list[pathlib.Path]:
         """Writes pictures in the benchmark's layout.
@@ -113,7 +119,7 @@ class GenEval(_Export):
         super().__init__("geneval", prompts, texts, pictures, size)
 
     def path(self, row: int) -> pathlib.PurePosixPath:
-        """"00000/samples/0000.png": prompt, picture."""
+        """ "00000/samples/0000.png": prompt, picture."""
         prompt, picture = divmod(row, self.pictures)
         return pathlib.PurePosixPath(f"{prompt:05d}", "samples", f"{picture:04d}.png")
 
@@ -140,7 +146,7 @@ class T2ICompBench(_Export):
         super().__init__("t2i-compbench", prompts, read_t2i_compbench(prompts), pictures, size)
 
     def path(self, row: int) -> pathlib.PurePosixPath:
-        """"samples/PROMPT_000000.png", numbered throughout: its judges sort by the number."""
+        """ "samples/PROMPT_000000.png", numbered throughout: its judges sort by the number."""
         return pathlib.PurePosixPath("samples", f"{self.prompts[row]}_{row:06d}.png")
 
 
@@ -159,7 +165,8 @@ def read_geneval(path: str | os.PathLike) -> list[str]:
             raise errors.DataError(f'{where}: expected an object with "prompt", given {line[:60]}')
         if not isinstance(record.get("tag"), str) or not isinstance(record.get("include"), list):
             raise errors.DataError(
-                f'{where}: GenEval scores by "tag" and "include"; there is {", ".join(record)}')
+                f'{where}: GenEval scores by "tag" and "include"; there is {", ".join(record)}'
+            )
         _checked(record["prompt"].strip(), where)
     return [line for _, line in _counted(lines, path)]
 
@@ -179,7 +186,8 @@ def read_t2i_compbench(path: str | os.PathLike) -> list[str]:
         if bad or line.startswith("."):
             raise errors.DataError(
                 f"{where}: {line[:60]!r} has {bad[0] if bad else '.'!r}, but the benchmark makes "
-                "prompts into file names; expected none of / \\ _ and no leading .")
+                "prompts into file names; expected none of / \\ _ and no leading ."
+            )
         if len(f"{line}_000000.png".encode()) > MAX_NAME_BYTES:
             raise errors.DataError(f"{where}: too long for a file name: {line[:60]!r}…")
     return [line for _, line in _counted(lines, path)]
@@ -204,7 +212,8 @@ def _parsed(line: str) -> Any:
 def _checked(prompt: str, where: str) -> None:
     if not prompt or len(prompt) > MAX_PROMPT_CHARS:
         raise errors.DataError(
-            f"{where}: a prompt of {len(prompt)} characters, expected 1 to {MAX_PROMPT_CHARS}")
+            f"{where}: a prompt of {len(prompt)} characters, expected 1 to {MAX_PROMPT_CHARS}"
+        )
 
 
 def _counted(lines: list, path: str | os.PathLike) -> list:

@@ -47,8 +47,14 @@ class Reconstruction(base.Protocol):
     mode = "reconstruct"
 
     def __init__(
-        self, count: int = 8, size: int = 64, dims: Sequence[int] = DIMS, width: int | None = None,
-        pictures: str | None = None, fit: str | None = None, fit_count: int = 2000,
+        self,
+        count: int = 8,
+        size: int = 64,
+        dims: Sequence[int] = DIMS,
+        width: int | None = None,
+        pictures: str | None = None,
+        fit: str | None = None,
+        fit_count: int = 2000,
     ):
         dims = [min(int(d), width or int(d)) for d in dims]
         dims = sorted(set(dims)) if width else dims
@@ -57,13 +63,15 @@ class Reconstruction(base.Protocol):
         if not 8 <= size <= 4096 or not 2 <= fit_count <= MAX_PICTURES:
             raise errors.ConfigError(
                 f"reconstruction: size {size}, fit_count {fit_count}: expected 8 to 4096 pixels "
-                f"and 2 to {MAX_PICTURES} pictures to fit on")
+                f"and 2 to {MAX_PICTURES} pictures to fit on"
+            )
         self._source = open_pictures(pictures or str(base.EMOJI / "held-out-*.tar"))
         self._fit = open_pictures(fit or str(base.EMOJI / "train-*.tar"))
         self._fit_count = min(fit_count, len(self._fit))
         if not 1 <= count <= min(len(self._source), MAX_PICTURES):
             raise errors.ConfigError(
-                f"reconstruction: count {count}, expected 1 to {len(self._source)}")
+                f"reconstruction: count {count}, expected 1 to {len(self._source)}"
+            )
         self.columns = (*dims, FULL)
         captions = [self._source.caption(i) or self._source.name(i) for i in range(count)]
         names = [self._source.name(i) for i in range(count)]
@@ -72,9 +80,16 @@ class Reconstruction(base.Protocol):
         super().__init__(
             f"reconstruction.n{count}.d{'-'.join(map(str, dims))}.fit{self._fit_count}.size{size}",
             [caption for caption in captions for _ in self.columns],
-            [f"{i:04d}-{word}" for i in range(count) for word in words], size,
-            {"pictures": self._source.source, "fit": self._fit.source, "count": count,
-             "fit_count": self._fit_count, "dims": list(self.columns)})
+            [f"{i:04d}-{word}" for i in range(count) for word in words],
+            size,
+            {
+                "pictures": self._source.source,
+                "fit": self._fit.source,
+                "count": count,
+                "fit_count": self._fit_count,
+                "dims": list(self.columns),
+            },
+        )
         # A weak reference: parameters of a model that is done with must not stay on the device.
         self._known: tuple[Any, tuple] = (lambda: None, ())
 
@@ -83,7 +98,10 @@ class Reconstruction(base.Protocol):
         return self._reference
 
     def draw(
-        self, model: Any, seeds: Sequence[int], settings: dict | None = None,
+        self,
+        model: Any,
+        seeds: Sequence[int],
+        settings: dict | None = None,
         rows: Sequence[int] | None = None,
     ):
         """Decodes the projections of rows; the PCA is fitted at a model's first call.
@@ -112,13 +130,19 @@ class Reconstruction(base.Protocol):
             for fact, row, drawn in zip(facts, rows, z_drawn):
                 z = embedded.unit(self._embeddings(model)[1][row // len(self.columns)])
                 projected = embedded.unit(self._projected(model, row))
-                fact |= {"explained": self.explained(model, self.columns[row % len(self.columns)]),
-                         "cosine": float(projected @ z), "drawn_cosine": float(drawn @ z)}
+                fact |= {
+                    "explained": self.explained(model, self.columns[row % len(self.columns)]),
+                    "cosine": float(projected @ z),
+                    "drawn_cosine": float(drawn @ z),
+                }
         values = {}
         for measure in ("explained", "cosine", "drawn_cosine", "mse"):
             for components in self.columns:
-                found = [f[measure] for f in facts
-                         if measure in f and f["components"] == (components or "full")]
+                found = [
+                    f[measure]
+                    for f in facts
+                    if measure in f and f["components"] == (components or "full")
+                ]
                 name = f"d{components}" if components else "full"
                 if found:
                     values[f"reconstruction.{name}.{measure}"] = float(np.mean(found))

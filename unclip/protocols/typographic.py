@@ -50,24 +50,28 @@ class Typographic(base.Protocol):
 
     mode = "variations"
 
-    def __init__(
-        self, count: int = 32, seed: int = 0, size: int = 64, folder: str | None = None
-    ):
+    def __init__(self, count: int = 32, seed: int = 0, size: int = 64, folder: str | None = None):
         cutouts = load_cutouts(base.EMOJI if folder is None else pathlib.Path(folder))
         if not 3 <= count <= len(cutouts):
             raise errors.ConfigError(
-                f"typographic: count {count}, expected 3 to {len(cutouts)} objects")
+                f"typographic: count {count}, expected 3 to {len(cutouts)} objects"
+            )
         if seed < 0 or not 16 <= size <= SIDE:
             raise errors.ConfigError(
-                f"typographic: seed {seed}, size {size}, expected 0 or more and 16 to {SIDE}")
+                f"typographic: seed {seed}, size {size}, expected 0 or more and 16 to {SIDE}"
+            )
         order = lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest()
         names = sorted(cutouts, key=order)[:count]
         turned = [names[k:] + names[:k] for k in range(3)]
         self.labels = list(zip(*turned))
         keys = [f"{row:04d}-{name.replace(' ', '-')}" for row, name in enumerate(names)]
         super().__init__(
-            f"typographic.scene-objects.seed{seed}.n{count}.size{size}", names, keys, size,
-            {"seed": seed, "labels": self.labels})
+            f"typographic.scene-objects.seed{seed}.n{count}.size{size}",
+            names,
+            keys,
+            size,
+            {"seed": seed, "labels": self.labels},
+        )
         clean = np.stack([_on_white(cutouts[name].pixels) for name in names])
         attacked = np.stack([paste_label(p, labels[1]) for p, labels in zip(clean, self.labels)])
         self.clean = ArrayPictures(clean, keys, names, f"{self.id}, clean")
@@ -78,7 +82,10 @@ class Typographic(base.Protocol):
         return Prepared(self.clean, self.size)
 
     def draw(
-        self, model: Any, seeds: Sequence[int], settings: dict | None = None,
+        self,
+        model: Any,
+        seeds: Sequence[int],
+        settings: dict | None = None,
         rows: Sequence[int] | None = None,
     ):
         """Variations of attacked pictures, one a row (`UnCLIP.variations`)."""
@@ -100,12 +107,17 @@ class Typographic(base.Protocol):
         nearest = [int(np.argmin(np.square(self._small - one).mean((1, 2, 3)))) for one in small]
         facts = [{"nearest": self.prompts[number]} for number in nearest]
         hit = lambda k: np.mean([f["nearest"] == self.labels[r][k] for f, r in zip(facts, rows)])
-        values = {"typographic.drawn.nearest_true": float(hit(0)),
-                  "typographic.drawn.nearest_pasted": float(hit(1))}
+        values = {
+            "typographic.drawn.nearest_true": float(hit(0)),
+            "typographic.drawn.nearest_pasted": float(hit(1)),
+        }
         if model is None or "clip" not in model.parts:
             return values, facts
-        sets = {"clean": [self.clean.read(row) for row in rows],
-                "attacked": [self.attacked.read(row) for row in rows], "drawn": list(pictures)}
+        sets = {
+            "clean": [self.clean.read(row) for row in rows],
+            "attacked": [self.attacked.read(row) for row in rows],
+            "drawn": list(pictures),
+        }
         for name, some in sets.items():
             shares = self.probabilities(model, some, rows)
             values[f"typographic.{name}.p_true"] = float(shares[:, 0].mean())
@@ -158,8 +170,9 @@ def paste_label(picture: np.ndarray, text: str) -> np.ndarray:
     canvas = Image.fromarray(picture)
     pen = ImageDraw.Draw(canvas)
     words = text.split()
-    lines = [text] + ["\n".join((" ".join(words[:k]), " ".join(words[k:])))
-                      for k in range(1, len(words))]
+    lines = [text] + [
+        "\n".join((" ".join(words[:k]), " ".join(words[k:]))) for k in range(1, len(words))
+    ]
     for size in FONT_SIZES:
         font = ImageFont.load_default(size * canvas.width / SIDE)
         boxes = {line: pen.multiline_textbbox((0, 0), line, font, align="center") for line in lines}

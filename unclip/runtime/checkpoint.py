@@ -31,8 +31,12 @@ from unclip.runtime.lock import DirectoryLock
 from unclip.runtime.sharding import nest, tree_paths
 
 STATE = "state"
-_COMPLETE = ("_CHECKPOINT_METADATA", "commit_success.txt", f"{STATE}/_METADATA",
-             f"{STATE}/manifest.ocdbt")
+_COMPLETE = (
+    "_CHECKPOINT_METADATA",
+    "commit_success.txt",
+    f"{STATE}/_METADATA",
+    f"{STATE}/manifest.ocdbt",
+)
 _SHOWN = 10
 
 
@@ -77,8 +81,11 @@ def steps(directory: str | os.PathLike) -> list[int]:
     directory = pathlib.Path(directory)
     if not directory.is_dir():
         return []
-    return sorted(int(path.name) for path in directory.iterdir()
-                  if path.name.isdecimal() and all((path / name).exists() for name in _COMPLETE))
+    return sorted(
+        int(path.name)
+        for path in directory.iterdir()
+        if path.name.isdecimal() and all((path / name).exists() for name in _COMPLETE)
+    )
 
 
 def _choose(directory: pathlib.Path, step: int | None) -> int:
@@ -86,8 +93,10 @@ def _choose(directory: pathlib.Path, step: int | None) -> int:
     if not there:
         raise DataError(f"no complete checkpoint in {directory}")
     if step is not None and step not in there:
-        raise DataError(f"no complete checkpoint of step {step} in {directory}; "
-                        f"there: {', '.join(map(str, there))}")
+        raise DataError(
+            f"no complete checkpoint of step {step} in {directory}; "
+            f"there: {', '.join(map(str, there))}"
+        )
     return there[-1] if step is None else step
 
 
@@ -123,14 +132,18 @@ def verify(directory: str | os.PathLike, step: int | None = None) -> int:
         if name not in found:
             raise DataError(f"checkpoint {directory / str(step)} is damaged: {name} is missing")
         if found[name] != [size, crc]:
-            how = "has other contents" if found[name][0] == size else (
-                f"has {found[name][0]} bytes, expected {size}")
+            how = (
+                "has other contents"
+                if found[name][0] == size
+                else (f"has {found[name][0]} bytes, expected {size}")
+            )
             raise DataError(f"checkpoint {directory / str(step)} is damaged: {name} {how}")
     return len(expected)
 
 
-def stored(directory: str | os.PathLike, step: int | None = None
-           ) -> tuple[int, dict[str, Any], dict[str, Any]]:
+def stored(
+    directory: str | os.PathLike, step: int | None = None
+) -> tuple[int, dict[str, Any], dict[str, Any]]:
     """What a checkpoint holds, without reading its arrays.
 
     Returns:
@@ -145,8 +158,10 @@ def stored(directory: str | os.PathLike, step: int | None = None
         metadata = ocp.checkpointables_metadata(directory / str(step))
         if metadata.metadata.get(STATE) is None:
             # orbax logs a damaged description and goes on without one.
-            raise DataError(f"cannot read checkpoint {directory / str(step)}: its description "
-                            f"{STATE}/_METADATA is damaged")
+            raise DataError(
+                f"cannot read checkpoint {directory / str(step)}: its description "
+                f"{STATE}/_METADATA is damaged"
+            )
         return step, tree_paths(metadata.metadata[STATE]), dict(metadata.custom_metadata)
 
 
@@ -157,13 +172,17 @@ def difference(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
       there: {path: leaf} of the checkpoint.
       wanted: {path: leaf} of the model.
     """
-    lines = [f"  missing  {path} {tuple(wanted[path].shape)}" for path in wanted
-             if path not in there]
-    lines += [f"  extra    {path} {tuple(there[path].shape)}" for path in there
-              if path not in wanted]
-    lines += [f"  shape    {path} {tuple(there[path].shape)}, the model has "
-              f"{tuple(wanted[path].shape)}" for path in wanted
-              if path in there and tuple(there[path].shape) != tuple(wanted[path].shape)]
+    lines = [
+        f"  missing  {path} {tuple(wanted[path].shape)}" for path in wanted if path not in there
+    ]
+    lines += [
+        f"  extra    {path} {tuple(there[path].shape)}" for path in there if path not in wanted
+    ]
+    lines += [
+        f"  shape    {path} {tuple(there[path].shape)}, the model has {tuple(wanted[path].shape)}"
+        for path in wanted
+        if path in there and tuple(there[path].shape) != tuple(wanted[path].shape)
+    ]
     if len(lines) > _SHOWN:
         lines[_SHOWN:] = [f"  … and {len(lines) - _SHOWN} more"]
     return "\n".join(lines)
@@ -185,14 +204,23 @@ class Checkpointer:
       DataError: the directory cannot be written, or a live run holds it.
     """
 
-    def __init__(self, directory: str | os.PathLike, save_every_steps: int = 1000, keep: int = 3,
-                 keep_every: int | None = None):
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        save_every_steps: int = 1000,
+        keep: int = 3,
+        keep_every: int | None = None,
+    ):
         if save_every_steps < 1 or keep < 1 or (keep_every is not None and keep_every < 1):
-            raise ConfigError(f"checkpoints: save_every_steps={save_every_steps}, keep={keep}, "
-                              f"keep_every={keep_every} must all be at least 1")
+            raise ConfigError(
+                f"checkpoints: save_every_steps={save_every_steps}, keep={keep}, "
+                f"keep_every={keep_every} must all be at least 1"
+            )
         if "://" in os.fspath(directory):
-            raise ConfigError(f"checkpoint directory {directory}: expected a path of a file "
-                              "system; mount the bucket (gcsfuse, s3fs) and give that path")
+            raise ConfigError(
+                f"checkpoint directory {directory}: expected a path of a file "
+                "system; mount the bucket (gcsfuse, s3fs) and give that path"
+            )
         self.directory = pathlib.Path(directory).absolute()
         self._every = save_every_steps
         self._lock = None
@@ -204,9 +232,11 @@ class Checkpointer:
             self._tidy()
         distributed.barrier("checkpoint directory ready")
         if not (self.directory / "lock.json").exists():
-            raise ConfigError(f"{self.directory} is not shared: process 0 wrote to it and process "
-                              f"{distributed.process_index()} does not see that; put --workdir on "
-                              "storage that every process mounts")
+            raise ConfigError(
+                f"{self.directory} is not shared: process 0 wrote to it and process "
+                f"{distributed.process_index()} does not see that; put --workdir on "
+                "storage that every process mounts"
+            )
         policies = ocp.training.preservation_policies
         kept = [policies.LatestN(keep)]
         if keep_every is not None:
@@ -226,8 +256,11 @@ class Checkpointer:
                 self.directory,
                 # Ours is the only decision: every call that reaches orbax is forced.
                 save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(
-                    self._every),
-                preservation_policy=self._keep, cleanup_tmp_directories=True)
+                    self._every
+                ),
+                preservation_policy=self._keep,
+                cleanup_tmp_directories=True,
+            )
 
     def _reopen(self) -> None:
         """A fresh orbax: after a failure the old one reports it again, and lists steps wrongly."""
@@ -270,8 +303,14 @@ class Checkpointer:
         """Whether `save(step, …)` would act without `force`."""
         return step > 0 and step % self._every == 0
 
-    def save(self, step: int, state: Any, position: int, meta: Mapping[str, Any] | None = None,
-             force: bool = False) -> bool:
+    def save(
+        self,
+        step: int,
+        state: Any,
+        position: int,
+        meta: Mapping[str, Any] | None = None,
+        force: bool = False,
+    ) -> bool:
         """Starts writing a step and returns once the arrays are copied off the devices.
 
         An earlier save is waited for first, and its failure is raised here. A step that is already
@@ -301,7 +340,8 @@ class Checkpointer:
         record = {"position": int(position), "meta": json.loads(json.dumps(dict(meta or {})))}
         with self._saving(step):
             response = self._orbax.save_checkpointables_async(
-                step, {STATE: nest(tree_paths(state))}, custom_metadata=record, force=True)
+                step, {STATE: nest(tree_paths(state))}, custom_metadata=record, force=True
+            )
         self._pending = self._pool.submit(self._commit, step, response)
         return True
 
@@ -399,8 +439,9 @@ def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
 
-def load(directory: str | os.PathLike, step: int | None, abstract_state: Any
-         ) -> tuple[Any, int, dict[str, Any]]:
+def load(
+    directory: str | os.PathLike, step: int | None, abstract_state: Any
+) -> tuple[Any, int, dict[str, Any]]:
     """`Checkpointer.restore` without taking the directory: for evaluation beside a running job.
 
     Args and returns as there. Raises ConfigError or DataError.
@@ -412,19 +453,28 @@ def load(directory: str | os.PathLike, step: int | None, abstract_state: Any
         verify(directory, step)  # first, so that damage is not taken for another model
     table = difference(there, wanted)
     if table:
-        raise ConfigError(f"{directory / str(step)} is a checkpoint of another model "
-                          f"(expected {len(wanted)} leaves, found {len(there)}):", table)
+        raise ConfigError(
+            f"{directory / str(step)} is a checkpoint of another model "
+            f"(expected {len(wanted)} leaves, found {len(there)}):",
+            table,
+        )
     with _io(f"cannot read checkpoint {directory / str(step)}"):
-        tree = ocp.load_checkpointables(directory / str(step), {
-            STATE: nest({path: _placed(leaf) for path, leaf in wanted.items()})})[STATE]
+        tree = ocp.load_checkpointables(
+            directory / str(step),
+            {STATE: nest({path: _placed(leaf) for path, leaf in wanted.items()})},
+        )[STATE]
     found = tree_paths(tree)
     state = jax.tree.unflatten(jax.tree.structure(abstract_state), [found[p] for p in wanted])
     return state, int(record["position"]), dict(record["meta"])
 
 
-def load_subtree(directory: str | os.PathLike, prefixes: Sequence[str] = ("params",),
-                 step: int | None = None, shardings: Mapping[str, Any] | None = None,
-                 dtype: Any = None) -> dict[str, Any]:
+def load_subtree(
+    directory: str | os.PathLike,
+    prefixes: Sequence[str] = ("params",),
+    step: int | None = None,
+    shardings: Mapping[str, Any] | None = None,
+    dtype: Any = None,
+) -> dict[str, Any]:
     """Some branches of a checkpoint, without knowing the rest: for export and frozen parts.
 
     Args:
@@ -448,8 +498,9 @@ def load_subtree(directory: str | os.PathLike, prefixes: Sequence[str] = ("param
     for prefix in prefixes:
         if not any(path == prefix or path.startswith(prefix + "/") for path in there):
             top = sorted({path.split("/")[0] for path in there})
-            raise ConfigError(f"no {prefix!r} in {directory / str(step)}: it holds "
-                              + ", ".join(top))
+            raise ConfigError(
+                f"no {prefix!r} in {directory / str(step)}: it holds " + ", ".join(top)
+            )
     where = tree_paths(shardings) if shardings else {}
     wanted = {}
     for path, leaf in there.items():
@@ -457,8 +508,11 @@ def load_subtree(directory: str | os.PathLike, prefixes: Sequence[str] = ("param
             kind = leaf.dtype
             if dtype is not None and jax.numpy.issubdtype(kind, jax.numpy.floating):
                 kind = np.dtype(dtype)
-            wanted[path] = (jax.ShapeDtypeStruct(leaf.shape, kind, sharding=where[path])
-                            if path in where else np.empty(leaf.shape, kind))
+            wanted[path] = (
+                jax.ShapeDtypeStruct(leaf.shape, kind, sharding=where[path])
+                if path in where
+                else np.empty(leaf.shape, kind)
+            )
     context = ocp.Context()
     context.pytree_options.loading.partial_load = True
     with _io(f"cannot read checkpoint {directory / str(step)}"), context:

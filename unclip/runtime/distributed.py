@@ -33,8 +33,9 @@ def detect(env: Mapping[str, str]) -> str | None:
     if env.get("JAX_COORDINATOR_ADDRESS") and env.get("JAX_NUM_PROCESSES"):
         return "explicit"
     on_tpu = not env.get("JAX_PLATFORMS", "tpu").startswith(("cpu", "cuda", "gpu"))
-    if on_tpu and ("," in env.get("TPU_WORKER_HOSTNAMES", "")
-                   or env.get("MEGASCALE_COORDINATOR_ADDRESS")):
+    if on_tpu and (
+        "," in env.get("TPU_WORKER_HOSTNAMES", "") or env.get("MEGASCALE_COORDINATOR_ADDRESS")
+    ):
         return "tpu"
     slurm = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
     if all(name in env for name in slurm) and int(env.get("SLURM_NTASKS", "1")) > 1:
@@ -70,7 +71,8 @@ def slurm_devices(env: Mapping[str, str]) -> list[int] | None:
         raise ConfigError(
             f"{tasks} SLURM tasks on a node cannot share {count} GPUs evenly "
             f"(CUDA_VISIBLE_DEVICES={env['CUDA_VISIBLE_DEVICES']}): "
-            f"use --ntasks-per-node=1 or --ntasks-per-node={count}")
+            f"use --ntasks-per-node=1 or --ntasks-per-node={count}"
+        )
     each = count // tasks
     return list(range(local * each, (local + 1) * each))
 
@@ -80,11 +82,13 @@ def _on_cloud_tpu() -> bool:
     from jax._src import cloud_tpu_init
 
     return cloud_tpu_init.running_in_cloud_tpu_vm and not os.environ.get(
-        "JAX_PLATFORMS", "tpu").startswith("cpu")
+        "JAX_PLATFORMS", "tpu"
+    ).startswith("cpu")
 
 
-def initialize(coordinator: str | None = None, process_count: int | None = None,
-               process_id: int | None = None) -> None:
+def initialize(
+    coordinator: str | None = None, process_count: int | None = None, process_id: int | None = None
+) -> None:
     """Joins the processes of a job and starts listening for SIGTERM. Call before any device query.
 
     With no arguments the cluster is detected (TPU pod, SLURM, Open MPI, Kubernetes indexed job, or
@@ -112,14 +116,16 @@ def initialize(coordinator: str | None = None, process_count: int | None = None,
         if coordinator is None or process_count is None or process_id is None:
             raise ConfigError(
                 f"coordinator={coordinator!r}, process_count={process_count!r}, process_id="
-                f"{process_id!r}: give all three, or none to detect the cluster")
+                f"{process_id!r}: give all three, or none to detect the cluster"
+            )
         if not 0 <= process_id < process_count:
             raise ConfigError(f"process_id is {process_id}, expected 0 … {process_count - 1}")
         if ":" not in coordinator:
             raise ConfigError(f"coordinator is {coordinator!r}, expected host:port")
     if kind is not None and process_count != 1 and not jax.distributed.is_initialized():
-        arguments = dict(coordinator_address=coordinator, num_processes=process_count,
-                         process_id=process_id)
+        arguments = dict(
+            coordinator_address=coordinator, num_processes=process_count, process_id=process_id
+        )
         if kind == "explicit":
             arguments["cluster_detection_method"] = "deactivate"
         if kind == "slurm":
@@ -166,8 +172,10 @@ def barrier(name: str, timeout_s: float = 600.0) -> None:
     try:
         client.wait_at_barrier(f"unclip/{name}/{next(_barriers)}", int(timeout_s * 1000))
     except Exception as error:  # jaxlib raises its own status class, which has no public name
-        raise Stopped(f"barrier {name!r}: not every one of {process_count()} processes arrived "
-                      f"within {timeout_s:g} s ({str(error).splitlines()[0]})") from error
+        raise Stopped(
+            f"barrier {name!r}: not every one of {process_count()} processes arrived "
+            f"within {timeout_s:g} s ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def listen() -> None:
@@ -177,6 +185,7 @@ def listen() -> None:
     interrupts. In a job of several processes JAX's preemption service already owns SIGTERM (it has
     to tell the other processes), so only Ctrl-C is routed to it.
     """
+
     def stop(number, _frame):
         request_stop()
         logging.warning("%s: stopping at the next step", signal.Signals(number).name)

@@ -128,8 +128,9 @@ def measured_peak(device: Any = None, size: int = 1024, dtype: Any = jnp.float32
     return 2.0 * size**3 / best
 
 
-def utilisation(flops: float | None, seconds: float, devices: Sequence, *,
-                peak: float | None = None) -> float | None:
+def utilisation(
+    flops: float | None, seconds: float, devices: Sequence, *, peak: float | None = None
+) -> float | None:
     """The fraction of the devices' peak that a step reached, in [0, 1].
 
     Args:

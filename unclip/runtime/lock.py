@@ -33,9 +33,14 @@ class DirectoryLock:
 
     def __init__(self, directory: str | os.PathLike):
         self._path = pathlib.Path(directory) / "lock.json"
-        self._text = json.dumps({
-            "host": socket.gethostname(), "pid": os.getpid(),
-            "started": psutil.Process().create_time(), "id": os.urandom(8).hex()})
+        self._text = json.dumps(
+            {
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "started": psutil.Process().create_time(),
+                "id": os.urandom(8).hex(),
+            }
+        )
         if not self._create():
             self._take_over()
         self._done = threading.Event()
@@ -55,11 +60,17 @@ class DirectoryLock:
     def _take_over(self) -> None:
         owner = self._owner()
         if self._alive(owner):
-            raise DataError(f"{self._path.parent} is in use by process {owner['pid']} on "
-                            f"{owner['host']}; give this run another --workdir, or remove "
-                            f"{self._path} if that run is gone")
-        logging.warning("taking over %s from process %s on %s, which is gone", self._path.parent,
-                        owner["pid"], owner["host"])
+            raise DataError(
+                f"{self._path.parent} is in use by process {owner['pid']} on "
+                f"{owner['host']}; give this run another --workdir, or remove "
+                f"{self._path} if that run is gone"
+            )
+        logging.warning(
+            "taking over %s from process %s on %s, which is gone",
+            self._path.parent,
+            owner["pid"],
+            owner["host"],
+        )
         # Renaming decides between two that find the same stale lock: only one rename succeeds.
         grave = self._path.with_name(f"lock.{os.urandom(8).hex()}")
         with contextlib.suppress(FileNotFoundError):
@@ -71,8 +82,11 @@ class DirectoryLock:
     def _owner(self) -> dict:
         try:
             owner = json.loads(self._path.read_text())
-            return {"pid": int(owner["pid"]), "host": str(owner["host"]),
-                    "started": float(owner["started"])}
+            return {
+                "pid": int(owner["pid"]),
+                "host": str(owner["host"]),
+                "started": float(owner["started"]),
+            }
         except (OSError, ValueError, KeyError, TypeError):
             # Killed while it was written, it names nobody: stale unless someone keeps touching it.
             return {"pid": 0, "host": "an unknown host", "started": 0.0}
@@ -84,8 +98,13 @@ class DirectoryLock:
                 return abs(psutil.Process(owner["pid"]).create_time() - owner["started"]) < 2.0
             except psutil.NoSuchProcess:
                 return False
-        logging.warning("%s belongs to process %s on %s: watching it for %g s",
-                        self._path, owner["pid"], owner["host"], SILENCE_S)
+        logging.warning(
+            "%s belongs to process %s on %s: watching it for %g s",
+            self._path,
+            owner["pid"],
+            owner["host"],
+            SILENCE_S,
+        )
         before, deadline = self._path.stat().st_mtime_ns, time.monotonic() + SILENCE_S
         while time.monotonic() < deadline:
             time.sleep(min(1.0, SILENCE_S / 10))

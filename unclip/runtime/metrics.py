@@ -45,8 +45,14 @@ class MetricWriter:
       DataError: the directory cannot be written.
     """
 
-    def __init__(self, workdir: str | os.PathLike, *, tensorboard: bool = True,
-                 wandb: Mapping[str, Any] | None = None, restored_step: int | None = None):
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        *,
+        tensorboard: bool = True,
+        wandb: Mapping[str, Any] | None = None,
+        restored_step: int | None = None,
+    ):
         self._file = self._board = self._wandb = None
         self.restored_names: set[str] = set()
         if not distributed.is_main():
@@ -56,11 +62,13 @@ class MetricWriter:
             try:
                 import wandb as wandb_module
             except ImportError as error:
-                raise ConfigError("W&B logging is on and the package wandb is not installed: "
-                                  "pip install 'unclip[tracking]', or set wandb to None"
-                                  ) from error
+                raise ConfigError(
+                    "W&B logging is on and the package wandb is not installed: "
+                    "pip install 'unclip[tracking]', or set wandb to None"
+                ) from error
             self._wandb = wandb_module.init(
-                **{"dir": str(workdir), "id": workdir.resolve().name, "resume": "allow", **wandb})
+                **{"dir": str(workdir), "id": workdir.resolve().name, "resume": "allow", **wandb}
+            )
         self._path = workdir / "metrics.jsonl"
         try:
             workdir.mkdir(parents=True, exist_ok=True)
@@ -71,7 +79,8 @@ class MetricWriter:
 
                 self._board = tensorboardX.SummaryWriter(
                     str(workdir / "tensorboard"),
-                    purge_step=None if restored_step is None else restored_step + 1)
+                    purge_step=None if restored_step is None else restored_step + 1,
+                )
         except OSError as error:
             raise DataError(f"cannot write {self._path}: {error.strerror}") from error
 
@@ -141,8 +150,9 @@ class MetricWriter:
         """
         picture = np.asarray(picture)
         if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3:
-            raise ValueError(f"picture {name!r} is {picture.dtype} {picture.shape}, expected uint8 "
-                             "[H, W, 3]")
+            raise ValueError(
+                f"picture {name!r} is {picture.dtype} {picture.shape}, expected uint8 [H, W, 3]"
+            )
         if self._board is not None:
             self._board.add_image(name, picture, int(step), dataformats="HWC")
         if self._wandb is not None:

@@ -29,23 +29,76 @@ NO_DECAY = (
 # Table 3 (iterations are `total_steps`); the paper gives no schedule, so the rate is constant after
 # a warm-up of ours. CLIP: learning rate and SAM rho from section C, the rest as CLIP's own paper.
 PRESETS: dict[str, dict[str, Any]] = {
-    "clip": dict(learning_rate=3e-4, b1=0.9, b2=0.98, eps=1e-6, weight_decay=0.2,
-                 schedule="cosine", sam_rho=0.1),
-    "prior_ar": dict(learning_rate=1.6e-4, b1=0.9, b2=0.91, eps=1e-10, weight_decay=4e-2,
-                     ema_decay=0.999, total_steps=1_000_000, batch_size=4096),
-    "prior": dict(learning_rate=1.1e-4, b1=0.9, b2=0.96, eps=1e-6, weight_decay=6e-2,
-                  ema_decay=0.9999, total_steps=600_000, batch_size=4096),
-    "decoder": dict(learning_rate=1.2e-4, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0,
-                    ema_decay=0.9999, total_steps=800_000, batch_size=2048),
-    "upsampler_256": dict(learning_rate=1.2e-4, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0,
-                          ema_decay=0.9999, total_steps=1_000_000, batch_size=1024),
-    "upsampler_1024": dict(learning_rate=1e-4, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0,
-                           ema_decay=0.9999, total_steps=1_000_000, batch_size=512),
+    "clip": dict(
+        learning_rate=3e-4,
+        b1=0.9,
+        b2=0.98,
+        eps=1e-6,
+        weight_decay=0.2,
+        schedule="cosine",
+        sam_rho=0.1,
+    ),
+    "prior_ar": dict(
+        learning_rate=1.6e-4,
+        b1=0.9,
+        b2=0.91,
+        eps=1e-10,
+        weight_decay=4e-2,
+        ema_decay=0.999,
+        total_steps=1_000_000,
+        batch_size=4096,
+    ),
+    "prior": dict(
+        learning_rate=1.1e-4,
+        b1=0.9,
+        b2=0.96,
+        eps=1e-6,
+        weight_decay=6e-2,
+        ema_decay=0.9999,
+        total_steps=600_000,
+        batch_size=4096,
+    ),
+    "decoder": dict(
+        learning_rate=1.2e-4,
+        b1=0.9,
+        b2=0.999,
+        eps=1e-8,
+        weight_decay=0.0,
+        ema_decay=0.9999,
+        total_steps=800_000,
+        batch_size=2048,
+    ),
+    "upsampler_256": dict(
+        learning_rate=1.2e-4,
+        b1=0.9,
+        b2=0.999,
+        eps=1e-8,
+        weight_decay=0.0,
+        ema_decay=0.9999,
+        total_steps=1_000_000,
+        batch_size=1024,
+    ),
+    "upsampler_1024": dict(
+        learning_rate=1e-4,
+        b1=0.9,
+        b2=0.999,
+        eps=1e-8,
+        weight_decay=0.0,
+        ema_decay=0.9999,
+        total_steps=1_000_000,
+        batch_size=512,
+    ),
 }
 
 
-def make_schedule(learning_rate: float, total_steps: int, *, schedule: str = "constant",
-                  warmup_steps: int = 0, end_fraction: float = 0.0) -> Callable[[Any], jax.Array]:
+def make_schedule(
+    learning_rate: float,
+    total_steps: int,
+    *,
+    schedule: str = "constant",
+    warmup_steps: int = 0,
+    end_fraction: float = 0.0,
+) -> Callable[[Any], jax.Array]:
     """The learning rate of step t = 0, 1, …
 
     Over the warm-up it is learning_rate · (t + 1) / warmup_steps, so that no step is wasted at
@@ -108,11 +161,14 @@ def path_mask(tree: Any, patterns: Sequence[str], *, strict: bool = False) -> An
     paths = list(tree_paths(tree))
     for pattern in compiled:
         if strict and not any(pattern.search(path) for path in paths):
-            raise ConfigError(f"pattern {pattern.pattern!r} matches no parameter; near it: "
-                              + ", ".join(near_paths(pattern.pattern, paths)))
+            raise ConfigError(
+                f"pattern {pattern.pattern!r} matches no parameter; near it: "
+                + ", ".join(near_paths(pattern.pattern, paths))
+            )
     return jax.tree.unflatten(
         jax.tree.structure(tree),
-        [any(pattern.search(path) for pattern in compiled) for path in paths])
+        [any(pattern.search(path) for pattern in compiled) for path in paths],
+    )
 
 
 def decay_mask(params: Any, no_decay: Sequence[str] = NO_DECAY) -> Any:
@@ -121,12 +177,22 @@ def decay_mask(params: Any, no_decay: Sequence[str] = NO_DECAY) -> Any:
     return jax.tree.map(lambda leaf, out: len(leaf.shape) > 1 and not out, params, excluded)
 
 
-def make_optimizer(params: Any, *, learning_rate: float, total_steps: int,
-                   schedule: str = "constant", warmup_steps: int = 0, end_fraction: float = 0.0,
-                   b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8,
-                   weight_decay: float = 0.0, no_decay: Sequence[str] = NO_DECAY,
-                   clip_norm: float | None = 1.0, freeze: Sequence[str] = (),
-                   ) -> tuple[optax.GradientTransformation, Callable[[Any], jax.Array]]:
+def make_optimizer(
+    params: Any,
+    *,
+    learning_rate: float,
+    total_steps: int,
+    schedule: str = "constant",
+    warmup_steps: int = 0,
+    end_fraction: float = 0.0,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    no_decay: Sequence[str] = NO_DECAY,
+    clip_norm: float | None = 1.0,
+    freeze: Sequence[str] = (),
+) -> tuple[optax.GradientTransformation, Callable[[Any], jax.Array]]:
     """AdamW: u = m̂ / (sqrt(v̂) + eps) + weight_decay · w; w ← w − rate(t) · u.
 
     Args:
@@ -148,17 +214,25 @@ def make_optimizer(params: Any, *, learning_rate: float, total_steps: int,
         if not 0 <= value < 1:
             raise ConfigError(f"{name} is {value}, expected 0 ≤ {name} < 1")
     if learning_rate < 0 or weight_decay < 0 or eps <= 0 or (clip_norm or 1) <= 0:
-        raise ConfigError(f"learning_rate={learning_rate}, weight_decay={weight_decay}, eps={eps}, "
-                          f"clip_norm={clip_norm}: expected none negative and eps > 0")
-    rate = make_schedule(learning_rate, total_steps, schedule=schedule, warmup_steps=warmup_steps,
-                         end_fraction=end_fraction)
+        raise ConfigError(
+            f"learning_rate={learning_rate}, weight_decay={weight_decay}, eps={eps}, "
+            f"clip_norm={clip_norm}: expected none negative and eps > 0"
+        )
+    rate = make_schedule(
+        learning_rate,
+        total_steps,
+        schedule=schedule,
+        warmup_steps=warmup_steps,
+        end_fraction=end_fraction,
+    )
     steps = [optax.scale_by_adam(b1=b1, b2=b2, eps=eps)]
     if clip_norm is not None:
         steps.insert(0, optax.clip_by_global_norm(clip_norm))
     if weight_decay:
         # A callable mask is applied to the tree it meets, which lacks the frozen leaves.
-        steps.append(optax.add_decayed_weights(
-            weight_decay, mask=lambda tree: decay_mask(tree, no_decay)))
+        steps.append(
+            optax.add_decayed_weights(weight_decay, mask=lambda tree: decay_mask(tree, no_decay))
+        )
     transformation = optax.chain(*steps, optax.scale_by_learning_rate(rate))
     if freeze:
         frozen = path_mask(params, freeze, strict=True)
@@ -166,7 +240,8 @@ def make_optimizer(params: Any, *, learning_rate: float, total_steps: int,
             raise ConfigError(f"freeze={list(freeze)} leaves no parameter to train")
         transformation = optax.partition(
             {"train": transformation, "freeze": optax.set_to_zero()},
-            jax.tree.map(lambda out: "freeze" if out else "train", frozen))
+            jax.tree.map(lambda out: "freeze" if out else "train", frozen),
+        )
     return transformation, rate
 
 
@@ -190,8 +265,9 @@ def ema_update(ema: Any, params: Any, step: Any, decay: float, *, warmup: bool =
     return jax.tree.map(lambda e, p: e + (1 - d) * (p.astype(jnp.float32) - e), ema, params)
 
 
-def sam_gradient(value_and_grad_fn: Callable, params: Any, rho: float, *args: Any,
-                 **kwargs: Any) -> tuple[Any, Any]:
+def sam_gradient(
+    value_and_grad_fn: Callable, params: Any, rho: float, *args: Any, **kwargs: Any
+) -> tuple[Any, Any]:
     """The gradient of sharpness-aware minimisation (arXiv 2010.01412, equations 2 and 3).
 
     g = ∇L(w); the result is ∇L at w + rho · g / ‖g‖₂. Costs two gradients. The paper's CLIP uses
@@ -238,8 +314,9 @@ def accumulate(value_and_grad_fn: Callable, microbatches: int) -> Callable:
 
     def split(leaf):
         if leaf.shape[0] % microbatches:
-            raise ConfigError(f"a batch of {leaf.shape[0]} does not divide into {microbatches} "
-                              "microbatches")
+            raise ConfigError(
+                f"a batch of {leaf.shape[0]} does not divide into {microbatches} microbatches"
+            )
         rows = leaf.reshape(leaf.shape[0] // microbatches, microbatches, *leaf.shape[1:])
         return jnp.swapaxes(rows, 0, 1)
 

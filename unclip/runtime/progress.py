@@ -22,8 +22,16 @@ def _clock(seconds: float) -> str:
 class Progress:
     """Counts units of work. Iterate it, or call `update`; close it, or use it in `with`."""
 
-    def __init__(self, iterable: Iterable | None, total: int | None, description: str, unit: str,
-                 initial: int, interval: float, stream: TextIO):
+    def __init__(
+        self,
+        iterable: Iterable | None,
+        total: int | None,
+        description: str,
+        unit: str,
+        initial: int,
+        interval: float,
+        stream: TextIO,
+    ):
         self._iterable, self._total, self._unit = iterable, total, unit
         self._description, self._interval, self._stream = description, interval, stream
         self._initial = self.count = initial
@@ -31,8 +39,14 @@ class Progress:
         self._shown = distributed.is_main()
         self._bar = None
         if self._shown and stream.isatty():
-            self._bar = tqdm.tqdm(total=total, desc=description or None, unit=unit,
-                                  initial=initial, file=stream, dynamic_ncols=True)
+            self._bar = tqdm.tqdm(
+                total=total,
+                desc=description or None,
+                unit=unit,
+                initial=initial,
+                file=stream,
+                dynamic_ncols=True,
+            )
 
     def update(self, count: int = 1, **notes: Any) -> None:
         """Adds finished units; `notes` (e.g. loss="0.123") are shown beside the count."""
@@ -82,8 +96,15 @@ class Progress:
         self.close()
 
 
-def progress(work: Iterable | int | None, description: str = "", unit: str = "step", *,
-             initial: int = 0, interval: float = 10.0, stream: TextIO | None = None) -> Progress:
+def progress(
+    work: Iterable | int | None,
+    description: str = "",
+    unit: str = "step",
+    *,
+    initial: int = 0,
+    interval: float = 10.0,
+    stream: TextIO | None = None,
+) -> Progress:
     """Progress with rate and time left, on process 0 only.
 
     Args:

@@ -84,8 +84,9 @@ def compile_pattern(pattern: str) -> re.Pattern:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise ConfigError(f"path pattern {pattern!r} is not a regular expression: {error}"
-                          ) from error
+        raise ConfigError(
+            f"path pattern {pattern!r} is not a regular expression: {error}"
+        ) from error
 
 
 def make_mesh(spec: Mapping[str, int] | None = None, devices: Sequence | None = None) -> Mesh:
@@ -118,24 +119,32 @@ def make_mesh(spec: Mapping[str, int] | None = None, devices: Sequence | None = 
         sizes[sizes.index(-1)] = len(devices) // known
     elif -1 in sizes or known != len(devices):
         divisors = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0]
-        raise ConfigError(f"mesh {shown} does not fit {len(devices)} devices: the sizes must "
-                          f"multiply to {len(devices)}, each one of {divisors}, or one be -1")
+        raise ConfigError(
+            f"mesh {shown} does not fit {len(devices)} devices: the sizes must "
+            f"multiply to {len(devices)}, each one of {divisors}, or one be -1"
+        )
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices > 1:
         if sizes[0] % slices:
-            raise ConfigError(f"mesh axis data={sizes[0]} must be a multiple of the {slices} "
-                              "slices: only data parallelism crosses the network between slices")
+            raise ConfigError(
+                f"mesh axis data={sizes[0]} must be a multiple of the {slices} "
+                "slices: only data parallelism crosses the network between slices"
+            )
         grid = mesh_utils.create_hybrid_device_mesh(
-            (sizes[0] // slices, *sizes[1:]), (slices, 1, 1), devices=devices)
+            (sizes[0] // slices, *sizes[1:]), (slices, 1, 1), devices=devices
+        )
         mesh = Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
     else:
-        mesh = jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES),
-                             devices=devices)
+        mesh = jax.make_mesh(
+            tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+        )
     for row in mesh.devices.reshape(-1, sizes[2]):
         if len({device.process_index for device in row}) > 1:
-            raise ConfigError(f"mesh axis tensor={sizes[2]} would span processes; it may be at "
-                              "most the number of devices of one process, so that every process "
-                              "feeds its own rows of the batch")
+            raise ConfigError(
+                f"mesh axis tensor={sizes[2]} would span processes; it may be at "
+                "most the number of devices of one process, so that every process "
+                "feeds its own rows of the batch"
+            )
     return mesh
 
 
@@ -148,8 +157,9 @@ def _fsdp(shape: tuple[int, ...], size: int, min_size: int) -> PartitionSpec:
     return PartitionSpec(*([None] * best), "fsdp")
 
 
-def _resolve(path: str, shape: tuple[int, ...], spec: Any, mesh: Mesh, min_size: int
-             ) -> PartitionSpec:
+def _resolve(
+    path: str, shape: tuple[int, ...], spec: Any, mesh: Mesh, min_size: int
+) -> PartitionSpec:
     if spec == "replicate":
         return PartitionSpec()
     if spec == "fsdp":
@@ -160,8 +170,7 @@ def _resolve(path: str, shape: tuple[int, ...], spec: Any, mesh: Mesh, min_size:
     if spec[:1] == (...,):
         spec = (None,) * (len(shape) - len(spec) + 1) + spec[1:]
     if len(spec) > len(shape):
-        raise ConfigError(f"sharding rule {spec} has {len(spec)} dimensions, but {path} is "
-                          f"{shape}")
+        raise ConfigError(f"sharding rule {spec} has {len(spec)} dimensions, but {path} is {shape}")
     for size, names in zip(shape, spec):
         names = () if names is None else (names,) if isinstance(names, str) else tuple(names)
         for name in names:
@@ -169,8 +178,10 @@ def _resolve(path: str, shape: tuple[int, ...], spec: Any, mesh: Mesh, min_size:
                 raise unknown("mesh axis", name, mesh.axis_names)
         ways = math.prod(mesh.shape[name] for name in names)
         if size % ways:
-            raise ConfigError(f"{path} {shape}: dimension {size} cannot be split {ways} ways over "
-                              f"mesh axes {'×'.join(names)}; change the mesh or the rule")
+            raise ConfigError(
+                f"{path} {shape}: dimension {size} cannot be split {ways} ways over "
+                f"mesh axes {'×'.join(names)}; change the mesh or the rule"
+            )
     return PartitionSpec(*spec)
 
 
@@ -178,18 +189,22 @@ def _check_rules(rules: Rules, paths: Sequence[str]) -> list[tuple[re.Pattern, A
     compiled = []
     for rule in rules:
         if len(rule) not in (2, 3) or (len(rule) == 3 and rule[2] != "optional"):
-            raise ConfigError(f"sharding rule {rule!r}: expected (pattern, spec) or "
-                              "(pattern, spec, 'optional')")
+            raise ConfigError(
+                f"sharding rule {rule!r}: expected (pattern, spec) or (pattern, spec, 'optional')"
+            )
         pattern = compile_pattern(rule[0])
         if len(rule) == 2 and paths and not any(pattern.search(path) for path in paths):
-            raise ConfigError(f"sharding pattern {rule[0]!r} matches no parameter; near it: "
-                              + ", ".join(near_paths(rule[0], paths)))
+            raise ConfigError(
+                f"sharding pattern {rule[0]!r} matches no parameter; near it: "
+                + ", ".join(near_paths(rule[0], paths))
+            )
         compiled.append((pattern, rule[1]))
     return compiled
 
 
-def shardings(abstract_tree: Any, mesh: Mesh, rules: Rules = DATA, *,
-              min_size: int = FSDP_MIN_SIZE) -> Any:
+def shardings(
+    abstract_tree: Any, mesh: Mesh, rules: Rules = DATA, *, min_size: int = FSDP_MIN_SIZE
+) -> Any:
     """A NamedSharding for every leaf of a state, for `jit(init, out_shardings=…)`.
 
     The first rule found in a path decides. In a tree with a "params" entry the rules are about the
@@ -216,12 +231,17 @@ def shardings(abstract_tree: Any, mesh: Mesh, rules: Rules = DATA, *,
         for pattern, spec in compiled:
             if pattern.search(path):
                 return PartitionSpec() if not shape else _resolve(path, shape, spec, mesh, min_size)
-        raise ConfigError(f"no sharding rule matches {path} {shape}; "
-                          "end the rules with ('.', 'replicate') or ('.', 'fsdp')")
+        raise ConfigError(
+            f"no sharding rule matches {path} {shape}; "
+            "end the rules with ('.', 'replicate') or ('.', 'fsdp')"
+        )
 
     specs = {path: by_rule(path, leaves[path].shape) for path in ruled}
-    parameters = {} if whole else {
-        path.removeprefix("params/"): (leaves[path].shape, specs[path]) for path in ruled}
+    parameters = (
+        {}
+        if whole
+        else {path.removeprefix("params/"): (leaves[path].shape, specs[path]) for path in ruled}
+    )
     for path, leaf in leaves.items():
         if path not in specs:
             parts = path.split("/")
@@ -232,8 +252,7 @@ def shardings(abstract_tree: Any, mesh: Mesh, rules: Rules = DATA, *,
             elif found and found[0] == leaf.shape:
                 specs[path] = found[1]
             else:
-                specs[path] = (PartitionSpec() if parts[0] == "opt"
-                               else by_rule(path, leaf.shape))
+                specs[path] = PartitionSpec() if parts[0] == "opt" else by_rule(path, leaf.shape)
     structure = jax.tree.structure(abstract_tree)
     return jax.tree.unflatten(structure, [NamedSharding(mesh, specs[path]) for path in leaves])
 
@@ -242,7 +261,9 @@ def abstract(tree: Any, tree_shardings: Any) -> Any:
     """ShapeDtypeStructs that carry their shardings, what a restore or an AOT compile asks for."""
     return jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        tree, tree_shardings)
+        tree,
+        tree_shardings,
+    )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -273,10 +294,14 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
     local = max(1, ways * len(mesh.local_devices) // mesh.devices.size)
     for name, value in batch.items():
         if np.ndim(value) == 0 or len(value) % local:
-            raise ConfigError(f"batch entry {name!r} has shape {np.shape(value)}: its rows must "
-                              f"be a multiple of the {local} devices (data×fsdp) of this process")
-    return {name: jax.make_array_from_process_local_data(where, np.asarray(value))
-            for name, value in batch.items()}
+            raise ConfigError(
+                f"batch entry {name!r} has shape {np.shape(value)}: its rows must "
+                f"be a multiple of the {local} devices (data×fsdp) of this process"
+            )
+    return {
+        name: jax.make_array_from_process_local_data(where, np.asarray(value))
+        for name, value in batch.items()
+    }
 
 
 class Row(NamedTuple):
@@ -300,8 +325,16 @@ def describe(abstract_tree: Any, tree_shardings: Any) -> list[Row]:
     rows = []
     for path, leaf in tree_paths(abstract_tree).items():
         shard = where[path].shard_shape(leaf.shape)
-        spec = ", ".join("×".join(s) if isinstance(s, tuple) else str(s or "·")
-                         for s in where[path].spec)
-        rows.append(Row(path, tuple(leaf.shape), str(leaf.dtype), spec or "replicated",
-                        math.prod(shard) * leaf.dtype.itemsize))
+        spec = ", ".join(
+            "×".join(s) if isinstance(s, tuple) else str(s or "·") for s in where[path].spec
+        )
+        rows.append(
+            Row(
+                path,
+                tuple(leaf.shape),
+                str(leaf.dtype),
+                spec or "replicated",
+                math.prod(shard) * leaf.dtype.itemsize,
+            )
+        )
     return rows

@@ -70,7 +70,7 @@ class Runner:
         return plan.cells(self.config, self.scorer.measured, captions=self.protocol.mode == "text")
 
     def status(self, cell: plan.Cell) -> str:
-        """"finished", "damaged" or "to do"."""
+        """ "finished", "damaged" or "to do"."""
         path = store.cell_path(self.workdir, cell.id)
         if not path.exists():
             return "to do"
@@ -166,7 +166,9 @@ class Runner:
             },
             "recipe": self._recipe,
             "seconds": {
-                "load": loaded - started, "draw": drawn - loaded, "score": scored - drawn,
+                "load": loaded - started,
+                "draw": drawn - loaded,
+                "score": scored - drawn,
             },
             "pictures": self.total,
             "batch_size": self.config["batch_size"],
@@ -221,7 +223,9 @@ class Runner:
                 with warnings.catch_warnings(record=True) as told:
                     warnings.simplefilter("always")
                     made = self.protocol.draw(
-                        model, [seed + k * len(prompts) + i for i, k in both], options,
+                        model,
+                        [seed + k * len(prompts) + i for i, k in both],
+                        options,
                         rows=[i for i, _ in both],
                     )
                 # The model tells each only once, at the first cell.
@@ -246,6 +250,9 @@ def _summary(warned: Sequence[str]) -> list[str]:
 def versions() -> dict[str, str]:
     """What computed a cell."""
     return {
-        "unclip": unclip.__version__, "jax": jax.__version__, "numpy": np.__version__,
-        "python": platform.python_version(), "machine": platform.machine(),
+        "unclip": unclip.__version__,
+        "jax": jax.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
     }

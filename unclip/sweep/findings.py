@@ -15,8 +15,16 @@ from unclip import errors
 # Families of metrics of which less is better, and more; the judges of protocols have both.
 LESS = ("fid", "sfid", "kid", "cmmd", "fd")
 MORE = (
-    "is", "precision", "recall", "f_score", "density", "coverage", "clip_score", "clip_cosine",
-    "ref_clip_score", "r_precision",
+    "is",
+    "precision",
+    "recall",
+    "f_score",
+    "density",
+    "coverage",
+    "clip_score",
+    "clip_cosine",
+    "ref_clip_score",
+    "r_precision",
 )
 RISE = "rise:"
 QUALITY = ("fid", "fid-clean", "fid-pytorch", "fd-dinov2", "fd-clip", "cmmd", "kid")

@@ -53,8 +53,14 @@ DRAW = {
     "guidance": ("decoder", "guidance"),
 }
 _SHORT = {
-    "prior_steps": "ps", "prior_guidance": "pg", "candidates": "c", "temperature": "t",
-    "eta": "eta", "steps": "s", "guidance": "g", "seed": "seed",
+    "prior_steps": "ps",
+    "prior_guidance": "pg",
+    "candidates": "c",
+    "temperature": "t",
+    "eta": "eta",
+    "steps": "s",
+    "guidance": "g",
+    "seed": "seed",
 }
 
 
@@ -247,9 +253,7 @@ def _checked(point: dict[str, Any]) -> dict[str, Any]:
     return point
 
 
-def _cell(
-    source: Source, config: Mapping, point: dict, measured: Mapping, captions: bool
-) -> Cell:
+def _cell(source: Source, config: Mapping, point: dict, measured: Mapping, captions: bool) -> Cell:
     settings = {"model": source.name} | {axis: point.get(axis) for axis in AXES if axis != "model"}
     settings["weights"] = settings["weights"] or "ema"
     settings["seed"] = settings["seed"] or 0

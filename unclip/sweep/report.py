@@ -44,7 +44,13 @@ from unclip.sweep.findings import (
 )
 
 NUMERIC = (
-    "step", "guidance", "steps", "prior_guidance", "prior_steps", "eta", "candidates",
+    "step",
+    "guidance",
+    "steps",
+    "prior_guidance",
+    "prior_steps",
+    "eta",
+    "candidates",
     "temperature",
 )
 KEYS = 12  # of more metrics than these, a judge's details go into a table of their own
@@ -88,11 +94,14 @@ def _jsonl(path: pathlib.Path, records: Sequence[Mapping]) -> None:
     with files.replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as out:
         for record in records:
             line = {
-                "id": record["id"], **record["settings"],
+                "id": record["id"],
+                **record["settings"],
                 "model_hash": record.get("model", {}).get("hash"),
                 "protocol": record.get("protocol", {}).get("id"),
-                "pictures": record.get("pictures"), "seconds": record.get("seconds"),
-                "values": record["values"], "warnings": record.get("warnings", []),
+                "pictures": record.get("pictures"),
+                "seconds": record.get("seconds"),
+                "values": record["values"],
+                "warnings": record.get("warnings", []),
             }
             out.write(json.dumps(line) + "\n")
 
@@ -104,11 +113,16 @@ def _csv(path: pathlib.Path, records: Sequence[Mapping]) -> None:
         table.writerow(["id", *axes, "model_hash", "protocol", "pictures", *keys])
         for record in records:
             values = values_of(record)
-            table.writerow([
-                record["id"], *(record["settings"].get(axis) for axis in axes),
-                record.get("model", {}).get("hash"), record.get("protocol", {}).get("id"),
-                record.get("pictures"), *(values.get(key) for key in keys),
-            ])
+            table.writerow(
+                [
+                    record["id"],
+                    *(record["settings"].get(axis) for axis in axes),
+                    record.get("model", {}).get("hash"),
+                    record.get("protocol", {}).get("id"),
+                    record.get("pictures"),
+                    *(values.get(key) for key in keys),
+                ]
+            )
 
 
 # ============================================================ the page
@@ -145,16 +159,19 @@ def _page(workdir, records, claims, config, damaged) -> Report:
         report.table(found["claims"])
     _plots(report, records, keys)
     report.section(
-        "All cells", "\n\n".join([
-            "A metric's name is its full key: extractor, resize, protocol and number of pictures.",
-            *(f"Left out: {line}." for line in damaged),
-        ]),
+        "All cells",
+        "\n\n".join(
+            [
+                "A metric's name is its full key: extractor, resize, protocol and number of "
+                "pictures.",
+                *(f"Left out: {line}." for line in damaged),
+            ]
+        ),
     )
     axes = [axis for axis in axes_of(records) if axis in varied(records) or axis == "model"]
     rows = [
-        {axis: record["settings"].get(axis) for axis in axes} | {
-            key: values_of(record).get(key) for key in keys
-        }
+        {axis: record["settings"].get(axis) for axis in axes}
+        | {key: values_of(record).get(key) for key in keys}
         for record in records
     ]
     report.table(rows, [*axes, *keys], best=ways)
@@ -167,8 +184,19 @@ def _page(workdir, records, claims, config, damaged) -> Report:
     report.section("Settings")
     report.settings(config, "this evaluation")
     for record in records:
-        shown = ("settings", "identity", "model", "protocol", "recipe", "seconds", "devices",
-                 "processes", "batch_size", "versions", "provenance")
+        shown = (
+            "settings",
+            "identity",
+            "model",
+            "protocol",
+            "recipe",
+            "seconds",
+            "devices",
+            "processes",
+            "batch_size",
+            "versions",
+            "provenance",
+        )
         report.settings({name: record[name] for name in shown if name in record}, record["id"])
     return report
 
@@ -187,7 +215,9 @@ def _plots(report: Report, records, keys) -> None:
             found = _few(lines(records, x, y, "guidance"))
             report.curves(
                 {name: [(a, b) for _, a, b in points] for name, points in found.items()},
-                f"{title(y)} against {title(x)} over guidance", metric_of(x), metric_of(y),
+                f"{title(y)} against {title(x)} over guidance",
+                metric_of(x),
+                metric_of(y),
                 labels={name: [f"{at:g}" for at, _, _ in p] for name, p in found.items()},
             )
     for axis, key in itertools.product(ways, keys):

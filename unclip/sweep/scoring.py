@@ -126,9 +126,12 @@ class Scorer:
             judged, facts = self._judge(fake, model)
             values += judged
         return {
-            "values": values, "warnings": result.warnings, "provenance": result.provenance,
+            "values": values,
+            "warnings": result.warnings,
+            "provenance": result.provenance,
             "protocol": {"id": self.protocol.id, "provenance": self.protocol.provenance},
-            "scores": scores, "facts": facts,
+            "scores": scores,
+            "facts": facts,
         }
 
     def _measure(self, fake, captions: list[str]) -> tuple[measure.Result, dict[str, list]]:
@@ -186,8 +189,12 @@ class Scorer:
             }
             for name in names
         ]
-        facts = [rounds[k][1][i] for i in range(len(self.protocol.prompts)) for k in range(samples)
-                 if rounds[k][1]]
+        facts = [
+            rounds[k][1][i]
+            for i in range(len(self.protocol.prompts))
+            for k in range(samples)
+            if rounds[k][1]
+        ]
         return values, facts
 
     def keep(self, record: Mapping, folder: pathlib.Path) -> dict[str, list[dict]]:
@@ -213,7 +220,8 @@ class Scorer:
         kept = {
             group: [
                 {
-                    "caption": prompts[n // samples], "number": n,
+                    "caption": prompts[n // samples],
+                    "number": n,
                     "file": f"pictures/{picture_name(n, samples)}",
                 }
                 | ({} if score is None else {"score": float(score[n])})

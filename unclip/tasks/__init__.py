@@ -18,7 +18,12 @@ from unclip.tasks.t5 import FrozenT5
 from unclip.tasks.upsampler import UpsamplerTask
 
 __all__ = [
-    "ARPriorTask", "ClipTask", "DecoderTask", "DiffusionPriorTask", "FrozenT5", "Task",
+    "ARPriorTask",
+    "ClipTask",
+    "DecoderTask",
+    "DiffusionPriorTask",
+    "FrozenT5",
+    "Task",
     "UpsamplerTask",
 ]
 

@@ -206,8 +206,18 @@ class DecoderTask:
         return diffusion_loss(self, raw.astype(jnp.float32), x_0, t, eps, batch["valid"])
 
     def sample(
-        self, params, frozen, z_i, tokens, mask, sample_keys, *, drop_image=None, x_T=None,
-        noise=None, **draw,
+        self,
+        params,
+        frozen,
+        z_i,
+        tokens,
+        mask,
+        sample_keys,
+        *,
+        drop_image=None,
+        x_T=None,
+        noise=None,
+        **draw,
     ):
         """Draws pictures float32 [B, S, S, 3] in [-1, 1].
 
@@ -234,7 +244,12 @@ class DecoderTask:
 
         def model_fn(x_t, t, drop):
             return self.model.apply(
-                {"params": params}, x_t, t, z_i=z_i, **both, drop_image=drop | without,
+                {"params": params},
+                x_t,
+                t,
+                z_i=z_i,
+                **both,
+                drop_image=drop | without,
                 drop_text=drop if self.own_null else None,
             )
 
@@ -251,8 +266,13 @@ class DecoderTask:
         if x_T is None:
             x_T = samplers.draw_noise(sample_keys, (self.image_size, self.image_size, 3))
         pictures = samplers.sample(
-            denoise, respaced, x_T, sample_keys,
-            sampler=draw["sampler"], eta=draw["eta"], noise=noise,
+            denoise,
+            respaced,
+            x_T,
+            sample_keys,
+            sampler=draw["sampler"],
+            eta=draw["eta"],
+            noise=noise,
         )
         return jnp.clip(pictures, -1.0, 1.0)
 

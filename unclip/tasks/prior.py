@@ -171,9 +171,7 @@ class DiffusionPriorTask(_Conditioned):
         cosine = jnp.sum(unit(self.decode(frozen, predicted)) * unit(self.decode(frozen, x_0)), -1)
         return loss, {"loss": loss, "cosine": base.mean(cosine, batch["valid"])}
 
-    def sample(
-        self, params, frozen, tokens, mask, sample_keys, *, x_T=None, noise=None, **draw
-    ):
+    def sample(self, params, frozen, tokens, mask, sample_keys, *, x_T=None, noise=None, **draw):
         """Draws z_i for captions: `candidates` each, the better dot product with z_t is kept.
 
         Args:
@@ -300,9 +298,7 @@ class ARPriorTask(_Conditioned):
         hit = jnp.mean(jnp.argmax(logits, -1) == codes, axis=1)
         return loss, {"loss": loss, "accuracy": base.mean(hit, batch["valid"])}
 
-    def sample(
-        self, params, frozen, tokens, mask, sample_keys, *, x_T=None, noise=None, **draw
-    ):
+    def sample(self, params, frozen, tokens, mask, sample_keys, *, x_T=None, noise=None, **draw):
         """Draws z_i float32 [B, D] for captions [B, L]; see `DiffusionPriorTask.sample`."""
         if x_T is not None or noise is not None:
             raise errors.ConfigError("the autoregressive prior draws codes; it takes no noise")
@@ -313,10 +309,13 @@ class ARPriorTask(_Conditioned):
         drawn = []
         for candidate in range(draw["candidates"]):
             codes = prior_ar.sample(
-                self.model, params, keys.fold(sample_keys, candidate),
+                self.model,
+                params,
+                keys.fold(sample_keys, candidate),
                 *(conditional[name] for name in CONDITIONS),
                 uncond=None if self.model.learned_null else tuple(null[c] for c in CONDITIONS),
-                temperature=draw["temperature"], guidance=draw["guidance"],
+                temperature=draw["temperature"],
+                guidance=draw["guidance"],
             )
             coefficients = prior_ar.dequantise(
                 codes, pca.scale, self.model.buckets, self.range_sigmas

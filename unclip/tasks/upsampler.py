@@ -82,9 +82,7 @@ class UpsamplerTask:
         raw = self.model.apply({"params": params}, x_t, t, low, train=train, rngs=rngs)
         return diffusion_loss(self, raw.astype(jnp.float32), x_0, t, eps, batch["valid"])
 
-    def sample(
-        self, params, low, sample_keys, *, last_params=None, x_T=None, noise=None, **draw
-    ):
+    def sample(self, params, low, sample_keys, *, last_params=None, x_T=None, noise=None, **draw):
         """Draws pictures float32 [B, factor * h, factor * w, 3] in [-1, 1].
 
         Args:
@@ -115,8 +113,13 @@ class UpsamplerTask:
         if x_T is None:
             x_T = samplers.draw_noise(sample_keys, (height, width, 3))
         pictures = samplers.sample(
-            denoise, respaced, x_T, sample_keys,
-            sampler=draw["sampler"], eta=draw["eta"], noise=noise,
+            denoise,
+            respaced,
+            x_T,
+            sample_keys,
+            sampler=draw["sampler"],
+            eta=draw["eta"],
+            noise=noise,
         )
         return jnp.clip(pictures, -1.0, 1.0)
 
