@@ -57,7 +57,7 @@ setuptools.setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["unclip", "unclip.*"]),
-    package_data={"unclip": ["templates/*.html"]},
+    package_data={"unclip.files": ["templates/*.html"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["unclip=unclip.cli:main"]},

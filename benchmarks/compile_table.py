@@ -42,7 +42,7 @@ def compile_cell(out: pathlib.Path, stage: str, chip: str, limit: float, quick: 
     if path.exists():
         return f"{path.name}: there already"
     config, slices = STAGES[stage]
-    command = [sys.executable, "-m", "unclip.compile", "--json", f"--config={config}"]
+    command = [sys.executable, "-m", "unclip", "compile", "--json", f"--config={config}"]
     command += [f"--topology={SLICES[chip]}", "--config.arch.fold=True"]
     command += [f"--config.accumulate={slices.get(chip, slices[''])}"]
     command += [f"--option={option}" for option in OPTIONS] + ["--quick"] * quick

@@ -36,10 +36,10 @@ CORES = len(os.sched_getaffinity(0))
 
 def unclip(weights):
     """(features of a folder, distance of two lists of those, version)."""
-    from unclip.evaluators import frechet
-    from unclip.evaluators.features import extract, inception_extractor
-    from unclip.evaluators.moments import Statistics
-    from unclip.input.pictures import open_pictures
+    from unclip.files.moments import Statistics
+    from unclip.measure import frechet
+    from unclip.measure.features import extract, inception_extractor
+    from unclip.measure.pictures import open_pictures
 
     extractor = inception_extractor(weights, "tf1")
 

@@ -35,7 +35,7 @@ PAPER = 650_000_000  # pairs that the paper's CLIP was trained on (arXiv 2204.06
 
 def make_entries(folder: pathlib.Path, shards: int, rows: int) -> None:
     """Sparse tars and index files of rows such as img2dataset's shards give: 9-digit keys."""
-    from unclip.input.index import ShardIndex
+    from unclip.input.shards.index import ShardIndex
 
     rng = np.random.default_rng(0)
     for shard in range(shards):
@@ -76,7 +76,7 @@ def memory() -> dict[str, float]:
 def load(folder: str, lookups: int) -> None:
     """In a process of its own: opens the index, looks samples up, prints what it took."""
     start = time.perf_counter()
-    from unclip.input.shards import index_shards
+    from unclip.input.shards.collection import index_shards
 
     imported, at_import = time.perf_counter() - start, memory()
     start = time.perf_counter()
@@ -113,7 +113,7 @@ def load(folder: str, lookups: int) -> None:
 
 def entries(shards: int, rows: int, lookups: int) -> None:
     """Measures an index of shards x rows entries."""
-    from unclip.input import index_folder
+    from unclip.input.shards import folder as index_folder
 
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
@@ -204,8 +204,8 @@ def write_tar(path: str, samples: int, size: int) -> None:
 
 def indexed(path: str, checksums: bool) -> int:
     """Samples that our walk finds."""
-    from unclip.input import index_folder
-    from unclip.input.storage import Storage
+    from unclip.input.shards import folder as index_folder
+    from unclip.input.storage.storage import Storage
 
     return index_folder.walk_path(path, Storage(), checksums=checksums).count
 

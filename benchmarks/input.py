@@ -132,9 +132,9 @@ def ours(
     tars: list[str], size: int, threads: int, workers: int, margin: float = 2.0
 ) -> Iterator[int]:
     """Our source with random order, as a stage of the cascade trains on it."""
-    from unclip.input.shards import index_shards
+    from unclip.input.decode.transforms import ImageText
+    from unclip.input.shards.collection import index_shards
     from unclip.input.source import make_source
-    from unclip.input.transforms import ImageText
 
     transform = ImageText(size, CONTEXT, margin=margin)
     with make_source(
@@ -150,7 +150,7 @@ def peer(tars: list[str], size: int, workers: int, reduced: bool) -> Iterator[in
     import torch
     import webdataset
 
-    from unclip.input.text import Tokenizer
+    from unclip.input.decode.text import Tokenizer
 
     torch.set_num_threads(1)
     tokenizer = Tokenizer()
@@ -189,8 +189,8 @@ def limit(tars: list[str], size: int, full: bool = False, captions: bool = False
     """Read, libjpeg-turbo, resize: nothing else, or captions read and tokenised as well."""
     import simplejpeg
 
-    from unclip.input.jpeg import scale
-    from unclip.input.text import Tokenizer
+    from unclip.input.decode.jpeg import scale
+    from unclip.input.decode.text import Tokenizer
 
     encode = Tokenizer().encode
     with tarfile.open(tars[0]) as archive:

@@ -19,8 +19,10 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 from configs import clip, decoder, prior, upsampler
-from unclip import stage, tasks
+from unclip import tasks
 from unclip.runtime import flops, sharding
+from unclip.training.plan import clip_part, make_task, model_flops
+from unclip.training.step import make_init, make_optimizer, make_step
 
 CONFIGS = {"clip": clip, "prior": prior, "decoder": decoder, "upsampler": upsampler}
 CLIP_PRESETS = {"karlo": "ViT-L/14", "glide": "ViT-L/14", "paper": "ViT-H/16", "emoji": "emoji"}
@@ -59,23 +61,23 @@ def measure(name: str, preset: str, batch_size: int, steps: int, overrides: dict
         config.arch[field] = value
     mesh = sharding.make_mesh({"fsdp": -1})
     rules = sharding.PRESETS[config.sharding]
-    frozen_clip = stage.clip_part(config)
+    frozen_clip = clip_part(config)
     place = lambda tree: jax.tree.map(jax.device_put, tree, sharding.shardings(tree, mesh, rules))
     if frozen_clip is not None:
         small = tasks.ClipTask(tasks.arguments(frozen_clip.arch))
         where = sharding.shardings(jax.eval_shape(small.init, jax.random.key(1)), mesh, rules)
         frozen_clip.params = jax.jit(small.init, out_shardings=where)(jax.random.key(1))
-    task = stage.make_task(config, frozen_clip)
+    task = make_task(config, frozen_clip)
     if name == "prior":
         shapes = task.shape_statistics()
         task.statistics = place({k: np.ones(s.shape, np.float32) for k, s in shapes.items()})
     abstract = jax.eval_shape(task.init, jax.random.key(0))
-    tx, schedule = stage.make_optimizer(config, abstract)
-    init = stage.make_init(task, tx)
+    tx, schedule = make_optimizer(config, abstract)
+    init = make_init(task, tx)
     shardings = sharding.shardings(jax.eval_shape(init, jax.random.key(0)), mesh, rules)
     state = jax.jit(init, out_shardings=shardings)(jax.random.key(0))
     step = jax.jit(
-        stage.make_step(task, tx, schedule, config),
+        make_step(task, tx, schedule, config),
         out_shardings=(shardings, sharding.replicated(mesh)),
         donate_argnums=0,
     )
@@ -91,7 +93,7 @@ def measure(name: str, preset: str, batch_size: int, steps: int, overrides: dict
     jax.block_until_ready(state)
     seconds = (time.perf_counter() - start) / steps
     stats = jax.devices()[0].memory_stats() or {}
-    needed = stage.model_flops(config, frozen_clip)
+    needed = model_flops(config, frozen_clip)
     used = flops.utilisation(needed, seconds, jax.devices())
     return {
         "stage": name,

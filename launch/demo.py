@@ -56,7 +56,8 @@ def truth(theme: str, sizes) -> tuple[list[dict], dict[str, list[dict]]]:
     """The training pictures of a theme and its held-out ones: name, key and uint8 by size."""
     sys.path.insert(0, str(ROOT))
     from configs import common
-    from unclip.input import image, shards
+    from unclip.input.decode import image
+    from unclip.input.shards import collection as shards
 
     found = []
     for pattern in (common.EMOJI_TRAIN, common.EMOJI_HELD_OUT):
@@ -80,8 +81,8 @@ def squared_error(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def draw(demo: Lanes, bundle: pathlib.Path, theme: str) -> dict:
     """Draws the prompts and measures them; everything the report shows."""
-    from unclip import images
-    from unclip.pipeline import UnCLIP
+    from unclip.cascade.pipeline import UnCLIP
+    from unclip.files import images
 
     model = UnCLIP.load(bundle, batch_size=16)
     demo.measure()
@@ -127,7 +128,7 @@ def metrics(folder: pathlib.Path) -> list[dict]:
 
 def report(demo: Lanes, found: dict, summary: dict, theme: str) -> None:
     """report.html: scores, loss curves, every prompt at every stage beside the truth."""
-    from unclip.report import Report, Row
+    from unclip.files.report import Report, Row
 
     sizes, drawn, train = found["sizes"], found["drawn"], found["train"]
     page = Report(
@@ -249,7 +250,7 @@ def main() -> None:
     print("drawing", file=sys.stderr)
     found = draw(demo, bundle, arguments.theme)
 
-    from unclip.bundle import read
+    from unclip.cascade.bundle import read
 
     parts = read(bundle, verify=False).parts
     count = lambda tree: sum(map(count, tree.values())) if isinstance(tree, dict) else tree.size

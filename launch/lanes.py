@@ -134,7 +134,7 @@ class Lanes:
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "w") as file:
             child = subprocess.Popen(
-                [sys.executable, "-m", "unclip.cli", *stage.command],
+                [sys.executable, "-m", "unclip", *stage.command],
                 cwd=ROOT,
                 stdout=file,
                 stderr=subprocess.STDOUT,

@@ -196,7 +196,7 @@ def run_of(tiny_config, tmp_path_factory):
 
     def make(name):
         if name not in done:
-            from unclip.train import train
+            from unclip.training.start import train
 
             stage = name.partition("_")[0]
             changes = {"clip": make("clip")} if stage in ("prior", "decoder") else {}
@@ -212,7 +212,7 @@ def run_of(tiny_config, tmp_path_factory):
 @pytest.fixture(scope="session")
 def bundle_dir(run_of, tmp_path_factory):
     """A bundle of the five micro runs, as `unclip export` writes it."""
-    from unclip import bundle, runs
+    from unclip.cascade import bundle, runs
 
     parts = {}
     for name in CASCADE:
@@ -231,7 +231,7 @@ _VERB_SERVER = """
 import importlib, json, os, sys, tempfile, warnings
 from unclip import cli
 warnings.simplefilter("ignore")
-verb = importlib.import_module("unclip." + sys.argv[1])
+verb = importlib.import_module("unclip.verbs." + sys.argv[1])
 for line in sys.stdin:
     out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
     child = os.fork()

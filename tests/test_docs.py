@@ -15,7 +15,8 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from unclip import errors, stage
+from unclip import errors
+from unclip.training.plan import clip_part, make_task
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -53,7 +54,7 @@ def flags_of():
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "COLUMNS": "200"}
     children = {
         verb: subprocess.Popen(
-            [sys.executable, "-m", "unclip.cli", verb, "--help"],
+            [sys.executable, "-m", "unclip", verb, "--help"],
             cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,
@@ -223,7 +224,7 @@ def test_parameter_counts(argument, at_root):
     name, preset = CONFIG.fullmatch(argument).groups()
     config = importlib.import_module(f"configs.{name}").get_config(preset)
     config.arch.fold = True  # the same parameters, quicker to trace
-    task = stage.make_task(config, stage.clip_part(config))
+    task = make_task(config, clip_part(config))
     shapes = jax.tree.leaves(jax.eval_shape(task.init, jax.random.key(0)))
     assert sum(math.prod(leaf.shape) for leaf in shapes) == table()[argument]
 

@@ -4,9 +4,9 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str):
-    """`from unclip import UnCLIP` without importing JAX for `unclip --help`."""
+    """`from unclip import UnCLIP` and `images` without importing JAX for `unclip --help`."""
     if name == "UnCLIP":
-        from unclip.pipeline import UnCLIP
+        from unclip.cascade.pipeline import UnCLIP
 
         return UnCLIP
     raise AttributeError(f"module 'unclip' has no attribute {name!r}")

@@ -1,9 +1,9 @@
 """`unclip VERB …`: finds the verb's module and runs it; says in one line what went wrong.
 
 The verbs are the steps from caption shards to pictures (arXiv 2204.06125): train the stages,
-export them as one model, generate, evaluate. Each is an absl app in a module of its own with a
-`main(argv)`; `python -m unclip.train` runs the same app. Nothing heavy is imported here, so
-`unclip --help` is quick and a mistyped flag is told before an accelerator is touched.
+export them as one model, generate, evaluate. Each is an absl app in a module of its own
+under `unclip/verbs`, with a `main(argv)`. Nothing heavy is imported here, so `unclip --help` is
+quick and a mistyped flag is reported before an accelerator is touched.
 
 Exit codes: 0 done, 70 numerics, 74 input or output, 75 stopped and resumable, 78 configuration,
 130 interrupted, 141 the reader of our output went away.
@@ -116,7 +116,7 @@ def run_app(main: Callable[[list[str]], Any]) -> NoReturn:
 
 
 def _module(verb: str) -> str:
-    return f"unclip.{verb.replace('-', '_')}"
+    return f"unclip.verbs.{verb.replace('-', '_')}"
 
 
 def _fail(verb: str, error: errors.UnclipError) -> NoReturn:
@@ -144,10 +144,6 @@ def _parse(main: Callable, verb: str, argv: Sequence[str]) -> list[str]:
     # absl files the flags of a module run by `python -m` under the program's name.
     module = sys.argv[0] if main.__module__ == "__main__" else main.__module__
     own = {flag.name: flag for flag in flags.FLAGS.get_flags_for_module(module)}
-    # A verb may call another's functions; importing them must not bring that verb's flags,
-    # above all not its required ones.
-    for other in {_module(name) for name in VERBS} - {module, _module(verb)}:
-        flags.FLAGS.remove_flag_values([f.name for f in flags.FLAGS.get_flags_for_module(other)])
     before_dashes = argv[: argv.index("--")] if "--" in argv else argv
     if any(arg in _HELP for arg in before_dashes[1:]):
         _print_help(verb, sys.modules[main.__module__].__doc__, own)
@@ -303,7 +299,3 @@ def _print_help(verb: str, doc: str | None, own: Mapping[str, flags.Flag]) -> No
         default = "" if flag.default in (None, [], "") else f" (default: {flag.default})"
         print(f"  --{flag.name}  {kind}")
         print(textwrap.indent(textwrap.fill(" ".join(about.split()) + default, 90), " " * 6))
-
-
-if __name__ == "__main__":
-    main()

@@ -11,8 +11,8 @@ from PIL import Image
 from table import Row
 
 from unclip.errors import DataError
-from unclip.input import prepared, records
 from unclip.input.samples import BadSample, Sample
+from unclip.input.tfds import prepared, records
 
 SAMPLES = 8
 

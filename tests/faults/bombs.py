@@ -198,9 +198,9 @@ def _forget_peak():
 
 def _child(folder, repeats):
     """Reads the good ones, then all; prints counts and by how much the memory's peak rose."""
-    from unclip.input.shards import index_shards
+    from unclip.input.decode.transforms import ImageText
+    from unclip.input.shards.collection import index_shards
     from unclip.input.source import make_eval_source
-    from unclip.input.transforms import ImageText
 
     expected = json.loads((pathlib.Path(folder) / "reasons.json").read_text())
     transform = ImageText(16, 77, captions=("txt",))

@@ -13,12 +13,12 @@ import numpy as np
 from PIL import Image
 from table import Row
 
-from unclip.input import image, jpeg
+from unclip.input.decode import image, jpeg
+from unclip.input.decode.transforms import ImageText
 from unclip.input.order import generator
 from unclip.input.samples import BadSample, Sample
-from unclip.input.shards import index_shards
+from unclip.input.shards.collection import index_shards
 from unclip.input.source import make_eval_source
-from unclip.input.transforms import ImageText
 
 BATCH, SIZE, TOKENS = 32, 16, 24
 KINDS = ("jpg", "progressive", "grey", "png", "palette", "webp", "txt", "json")

@@ -17,9 +17,9 @@ from PIL import Image
 from table import Row
 
 from unclip.errors import UnclipError
-from unclip.input.shards import index_shards
+from unclip.input.decode.transforms import ImageText
+from unclip.input.shards.collection import index_shards
 from unclip.input.source import make_source
-from unclip.input.transforms import ImageText
 
 BATCH, STEPS, SEED = 16, 40, 7
 SHARDS = (30, 11, 25, 1, 20, 17)

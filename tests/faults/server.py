@@ -16,8 +16,8 @@ from objects import FAULTS, ObjectServer
 from table import Row
 
 from unclip.errors import DataError
-from unclip.input import blocks
-from unclip.input.storage import Storage
+from unclip.input.storage import blocks
+from unclip.input.storage.storage import Storage
 
 ATTEMPTS, SECONDS, BLOCK, CAP = 6, 1.0, 1 << 14, 1 << 17
 IN_A_ROW = 3  # faults of one range before it is served: fewer than ATTEMPTS

@@ -19,8 +19,9 @@ import numpy as np
 from table import Row
 
 from unclip.errors import DataError
-from unclip.input import index_folder, shards
-from unclip.input.streaming import make_stream
+from unclip.input.shards import folder as index_folder
+from unclip.input.shards.collection import index_shards
+from unclip.input.streaming.stream import make_stream
 
 KEYS = ("folder/0000", "folder/0001", "n" * 120)
 PARTS = ("jpg", "txt", "json")
@@ -99,7 +100,7 @@ def through_index(paths: list[str], folder: str):
 
 def opened(pattern):
     """((picture, text, JSON) of every sample, what was left out)."""
-    collection = shards.index_shards(pattern)
+    collection = index_shards(pattern)
     found = [collection.read(i) for i in range(len(collection))]
     return [(s.image, s.text, s.meta) for s in found], Counter(collection.problems)
 

@@ -16,16 +16,16 @@ import pytest
 from PIL import Image
 
 from unclip.errors import ConfigError, DataError
-from unclip.input import image as im
 from unclip.input import source, tally
 from unclip.input import workers as worker_processes
+from unclip.input.decode import image as im
+from unclip.input.decode.text import T5Tokenizer
+from unclip.input.decode.transforms import ImageText, Upsampling
 from unclip.input.filters import Filters
 from unclip.input.order import Order, generator
 from unclip.input.samples import BadSample, Sample
-from unclip.input.shards import index_shards
+from unclip.input.shards.collection import index_shards
 from unclip.input.source import make_eval_source, make_source
-from unclip.input.text import T5Tokenizer
-from unclip.input.transforms import ImageText, Upsampling
 
 N = 13
 

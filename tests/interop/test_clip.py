@@ -6,13 +6,14 @@ import jax
 import numpy as np
 import pytest
 
-from unclip import bundle, tensors
+from unclip.cascade import bundle
 from unclip.errors import ConfigError, DataError
+from unclip.files import tensors
+from unclip.files.tensors import Lazy
 from unclip.interop import clip, formats, layout, openai_clip
 from unclip.models.clip import IMAGE_MEAN, IMAGE_STD, PRESETS
 from unclip.models.transformer import stack_blocks, unstack_blocks
 from unclip.runtime.sharding import tree_paths
-from unclip.tensors import Lazy
 
 DIM, PATCH, GRID, CONTEXT, WORDS = 24, 4, 2, 5, 60
 SIDES = {"vision": (128, 192), "text": (64, 256)}  # width, width of the MLP

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from unclip import bundle, errors
+from unclip import errors
+from unclip.cascade import bundle
 from unclip.interop import dinov2, formats
 from unclip.models import dinov2 as model
 

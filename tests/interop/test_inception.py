@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from tensorboardX.proto import graph_pb2, types_pb2
 
-from unclip import bundle, errors, tensors
+from unclip import errors
+from unclip.cascade import bundle
+from unclip.files import tensors
 from unclip.interop import inception
 from unclip.runtime.sharding import tree_paths
 
@@ -53,7 +55,7 @@ def _values(name, shape):
 @pytest.fixture(scope="module")
 def state():
     """A random state dict as the ports name it; a unit's shapes are those of ours."""
-    from unclip.evaluators.inception import Inception
+    from unclip.models.inception import Inception
 
     pictures = jax.ShapeDtypeStruct((1, 299, 299, 3), np.uint8)
     tree = jax.eval_shape(Inception().init, jax.random.key(0), pictures)["params"]

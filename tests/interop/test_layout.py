@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
+from unclip.files.tensors import Lazy
 from unclip.interop import layout
 from unclip.runtime.sharding import nest
-from unclip.tensors import Lazy
 
 
 def _lazy(array):

@@ -8,8 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from unclip import errors, tensors
-from unclip.input.text import T5Tokenizer
+from unclip import errors
+from unclip.files import tensors
+from unclip.input.decode.text import T5Tokenizer
 from unclip.interop import layout
 from unclip.interop import t5 as interop
 from unclip.models import t5

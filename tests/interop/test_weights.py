@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from unclip import errors, tensors
+from unclip import errors
+from unclip.files import tensors
 from unclip.interop import weights
 
 A, B = np.arange(4, dtype=np.float32), np.ones((2, 2), np.float16)

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unclip.errors import ConfigError, DataError
+from unclip.errors import ConfigError
 from unclip.models import prior_ar as ar
 from unclip.models.transformer import stack_blocks
+from unclip.tasks.codes import sample
 
 B, N, K, L, D = 3, 5, 8, 4, 6
 TINY = dict(
@@ -23,14 +24,6 @@ TINY = dict(
     heads=4,
     dot_buckets=4,
 )
-
-
-@pytest.fixture(scope="module")
-def data():
-    """[400, 10] correlated, off-centre embeddings with a clear order of variances."""
-    rng = np.random.default_rng(0)
-    basis = np.linalg.qr(rng.normal(size=(10, 10)))[0]
-    return rng.normal(size=(400, 10)) * 2.0 ** -np.arange(10) @ basis.T + rng.normal(size=10)
 
 
 @pytest.fixture(scope="module")
@@ -57,97 +50,6 @@ def params(inputs):
 def apply(params):
     model = ar.ARPrior(**TINY, learned_null=True)
     return jax.jit(lambda *a: model.apply({"params": params}, *a))
-
-
-def test_streaming_covariance_equals_numpy(data):
-    whole = ar.StreamingCovariance(10)
-    for part in np.split(data, [1, 1, 7, 250]):  # single rows and an empty batch among them
-        whole.update(part)
-    np.testing.assert_allclose(whole.mean, data.mean(0), rtol=1e-12)
-    np.testing.assert_allclose(whole.covariance, np.cov(data.T), rtol=1e-10, atol=1e-14)
-    left, right = ar.StreamingCovariance(10), ar.StreamingCovariance(10)
-    merged = left.update(data[:90]).merge(right.update(data[90:]))
-    assert merged.count == 400
-    np.testing.assert_allclose(merged.covariance, np.cov(data.T), rtol=1e-10, atol=1e-14)
-    shifted = ar.StreamingCovariance(10).update(data[:200] + 1e6).update(data[200:] + 1e6)
-    np.testing.assert_allclose(shifted.covariance, np.cov(data.T), rtol=1e-5, atol=1e-8)
-
-
-def test_streaming_covariance_refuses(data):
-    with pytest.raises(DataError, match=r"\[n, 9\]"):
-        ar.StreamingCovariance(9).update(data)
-    with pytest.raises(DataError, match="NaN"):
-        ar.StreamingCovariance(10).update(np.full((2, 10), np.nan))
-    with pytest.raises(DataError, match="at least 2"):
-        _ = ar.StreamingCovariance(10).update(data[:1]).covariance
-
-
-def test_pca_equals_svd(data):
-    pca = ar.fit_pca(data.mean(0), np.cov(data.T), dims=4)
-    _, s, vt = np.linalg.svd(data - data.mean(0), full_matrices=False)
-    np.testing.assert_allclose(pca.scale, (s / np.sqrt(399))[:4], rtol=1e-9)
-    assert (np.diff(pca.scale) < 0).all()
-    np.testing.assert_allclose(np.abs(pca.components.T @ vt[:4].T), np.eye(4), atol=1e-8)
-    top = np.abs(pca.components).argmax(0)
-    assert (pca.components[top, range(4)] > 0).all()
-    coefficients = np.asarray(ar.encode(pca, data.astype(np.float32)))
-    np.testing.assert_allclose(coefficients, (data - data.mean(0)) @ pca.components, atol=1e-5)
-    # what the codes are scaled by: uncorrelated, standard deviation `scale`
-    np.testing.assert_allclose(np.cov(coefficients.T), np.diag(pca.scale**2), atol=1e-4)
-
-
-def test_reconstruction_error_is_the_dropped_variance(data):
-    values = np.linalg.eigvalsh(np.cov(data.T))[::-1]
-    for dims in (3, 7, 10):
-        pca = ar.fit_pca(data.mean(0), np.cov(data.T), dims=dims)
-        back = ar.decode(pca, ar.encode(pca, data.astype(np.float32)))
-        error = np.square(np.asarray(back, np.float64) - data).sum(1).sum() / 399
-        np.testing.assert_allclose(error, values[dims:].sum(), rtol=1e-4, atol=1e-9)
-
-
-def test_explained_keeps_the_fewest(data):
-    values = np.linalg.eigvalsh(np.cov(data.T))[::-1]
-    share = np.cumsum(values) / values.sum()
-    fit = partial(ar.fit_pca, data.mean(0), np.cov(data.T))
-    for explained in (0.5, 0.99, 0.9999):
-        dims = len(fit(explained=explained).scale)
-        assert share[dims - 1] >= explained and (dims == 1 or share[dims - 2] < explained)
-    assert len(fit(explained=1.0).scale) == 10
-    for bad in ({}, {"dims": 3, "explained": 0.9}, {"dims": 11}, {"dims": 0}, {"explained": 1.5}):
-        with pytest.raises(ConfigError, match="expected"):
-            fit(**bad)
-
-
-def test_quantise_round_trip():
-    rng = np.random.default_rng(4)
-    scale = np.array([3.0, 0.5, 1e-3])
-    x = rng.uniform(-4, 4, size=(2000, 3)) * scale
-    codes = ar.quantise(x, scale, 64, 4.0)
-    assert codes.dtype == jnp.int32 and codes.min() == 0 and codes.max() == 63
-    back = np.asarray(ar.dequantise(codes, scale, 64, 4.0))
-    half = 4.0 * scale / 64
-    assert (np.abs(back - x) <= half * (1 + 1e-5)).all()
-    assert (np.abs(back - x).max(0) > 0.9 * half).all()
-    np.testing.assert_array_equal(ar.quantise(back, scale, 64, 4.0), codes)  # centres stay
-    edges = np.array([[-99.0, 99.0, 0.0]]) * scale
-    np.testing.assert_array_equal(ar.quantise(edges, scale, 64, 4.0), [[0, 63, 32]])
-    rising = np.asarray(ar.quantise(np.sort(x[:, :1], axis=0), scale[:1], 64))
-    assert (np.diff(rising, axis=0) >= 0).all()
-    flat = ar.dequantise(ar.quantise(np.zeros((1, 1)), np.zeros(1), 64), np.zeros(1), 64)
-    assert np.isfinite(flat).all() and np.abs(flat).max() < 1e-6
-
-
-def test_dot_buckets_split_the_training_data_in_half():
-    dots = np.random.default_rng(5).gamma(2.0, size=1000)  # skewed
-    edges = ar.fit_dot_edges(dots, 8)
-    codes = np.asarray(ar.quantise_dot(jnp.asarray(dots), edges))
-    np.testing.assert_array_equal(codes >= 4, dots > np.median(dots))
-    np.testing.assert_array_equal(np.bincount(codes), [125] * 8)
-    assert ar.quantise_dot(jnp.asarray([-9.0, 99.0]), edges).tolist() == [0, 7]
-    drawn = np.asarray(ar.draw_dot(jax.random.split(jax.random.key(0), 400), 8))
-    assert set(drawn) == {4, 5, 6, 7}
-    with pytest.raises(ConfigError, match="even"):
-        ar.fit_dot_edges(dots, 7)
 
 
 def test_logits_see_only_earlier_codes(inputs, apply):
@@ -192,7 +94,7 @@ def test_cached_decoding_equals_teacher_forcing(params, inputs, apply, fold):
 @pytest.fixture(scope="module")
 def sampler(params):
     model = ar.ARPrior(**TINY, learned_null=True)
-    compiled = jax.jit(partial(ar.sample, model, params))
+    compiled = jax.jit(partial(sample, model, params))
     return partial(compiled, temperature=1.0)
 
 
@@ -221,7 +123,7 @@ def test_guided_sampling_follows_the_guided_logits(inputs, params, apply, sample
     by_hand = sampler(keys, *condition, dot=dot, guidance=0.0, uncond=empty)
     np.testing.assert_array_equal(by_hand, sampler(keys, *empty, dot=dot))
     with pytest.raises(ConfigError, match="uncond"):
-        ar.sample(ar.ARPrior(**TINY), params, keys, *condition, guidance=2.0)
+        sample(ar.ARPrior(**TINY), params, keys, *condition, guidance=2.0)
 
 
 def test_rows_depend_on_their_own_key(inputs, sampler):
@@ -257,14 +159,6 @@ def test_sampled_frequencies_follow_the_model(inputs, apply, sampler):
     # successive codes of a row, and neighbouring rows, use different randomness
     same = np.corrcoef((drawn[:, :2, :2] == drawn[0, :2, :2]).reshape(1000, 4).T)
     assert np.abs(same - np.eye(4)).max() < 0.3
-
-
-def test_keep_top_p():
-    logits = jnp.log(jnp.asarray([[0.1, 0.5, 0.15, 0.25], [0.25, 0.25, 0.25, 0.25]]))
-    keep = np.isfinite(np.asarray(ar.keep_top_p(logits, 0.7)))
-    assert keep[0].tolist() == [False, True, False, True] and keep[1].all()
-    assert np.isfinite(ar.keep_top_p(logits, 0.0))[0].tolist() == [False, True, False, False]
-    np.testing.assert_array_equal(ar.keep_top_p(logits, 1.1), logits)
 
 
 def test_fold_remat_bf16(params, inputs, apply):

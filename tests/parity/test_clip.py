@@ -17,12 +17,14 @@ import pytest
 import torch
 import transformers
 
-from unclip import bundle, errors, tasks, tensors
+from unclip import errors, tasks
+from unclip.cascade import bundle
+from unclip.files import tensors
+from unclip.files.tensors import Lazy
 from unclip.interop import clip as hf
 from unclip.interop import formats, layout, openai_clip
 from unclip.models import clip
 from unclip.models.transformer import stack_blocks
-from unclip.tensors import Lazy
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -328,8 +330,8 @@ def test_processor_of_a_written_folder(tmp_path):
     """CLIPProcessor prepares captions and pictures as a bundle's pipeline does."""
     from PIL import Image
 
-    from unclip.input.image import for_clip
-    from unclip.input.text import Tokenizer
+    from unclip.input.decode.image import for_clip
+    from unclip.input.decode.text import Tokenizer
 
     arch = reduced("ViT-B/32") | {"vocab_size": 49408, "text_layers": 1, "vision_layers": 1}
     hf_model(arch).save_pretrained(tmp_path / "theirs")

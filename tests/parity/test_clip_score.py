@@ -15,10 +15,10 @@ import transformers
 from PIL import Image
 
 from tests.parity import peers
-from unclip import bundle
-from unclip.evaluators import clip_score, embedders, features
-from unclip.input.pictures import open_pictures
+from unclip.cascade import bundle
 from unclip.interop import formats
+from unclip.measure import clip_score, embedders, features
+from unclip.measure.pictures import open_pictures
 from unclip.models import clip
 
 SIZES = ((224, 224), (231, 97), (64, 67), (150, 333), (99, 512), (30, 47))

@@ -11,11 +11,12 @@ import transformers
 from PIL import Image
 from torch.nn import functional
 
-from unclip import bundle, tensors
-from unclip.evaluators import embedders, features
-from unclip.input.pictures import open_pictures
+from unclip.cascade import bundle
+from unclip.files import tensors
 from unclip.interop import dinov2 as interop
 from unclip.interop import formats, layout
+from unclip.measure import embedders, features
+from unclip.measure.pictures import open_pictures
 from unclip.models import dinov2
 
 PEER = "transformers"

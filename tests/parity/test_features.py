@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from unclip import bundle, tensors
-from unclip.evaluators import bilinear, features
-from unclip.evaluators.features import extract, inception_extractor
-from unclip.evaluators.inception import Inception
-from unclip.input.picture_set import PictureSet
+from unclip.cascade import bundle
+from unclip.files import tensors
+from unclip.measure import features
+from unclip.measure.features import extract, inception_extractor
+from unclip.measure.picture_set import PictureSet
+from unclip.models import bilinear
+from unclip.models.inception import Inception
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 OUTPUTS = ("pool3", "spatial", "logits_unbiased")
@@ -115,8 +117,8 @@ import jax
 jax.config.update("jax_compilation_cache_dir", sys.argv[5])
 sys.path.insert(0, sys.argv[4])
 from test_features import Noise, OUTPUTS
-from unclip import tensors
-from unclip.evaluators.features import extract, inception_extractor
+from unclip.files import tensors
+from unclip.measure.features import extract, inception_extractor
 from unclip.runtime import distributed
 distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 found = extract(inception_extractor(sys.argv[3]), Noise(), outputs=OUTPUTS, keep=False)

@@ -17,10 +17,10 @@ import torch
 from PIL import Image
 
 from tests.parity import peers
-from unclip.evaluators import frechet
-from unclip.evaluators.moments import Moments, Statistics
-from unclip.input.pictures import open_pictures
-from unclip.measure import measure
+from unclip.files.moments import Moments, Statistics
+from unclip.measure import frechet
+from unclip.measure.pictures import open_pictures
+from unclip.measure.table import measure
 
 BOUND = 1e-5
 REAL, FAKE = 14, 16

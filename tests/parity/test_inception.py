@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from tests.parity import peers
-from unclip import bundle
-from unclip.evaluators.bilinear import resize_tf1
-from unclip.evaluators.inception import Inception
+from unclip.cascade import bundle
 from unclip.interop import inception
+from unclip.models.bilinear import resize_tf1
+from unclip.models.inception import Inception
 
 torch.set_num_threads(1)  # several would wait for one another on a shared machine
 

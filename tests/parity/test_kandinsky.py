@@ -12,12 +12,13 @@ import torch
 import transformers
 from diffusers.schedulers import scheduling_unclip
 
-from unclip import bundle, runs, tensors
+from unclip.cascade import bundle, runs
+from unclip.cascade.pipeline import UnCLIP
+from unclip.files import tensors
 from unclip.interop import clip as hf
 from unclip.interop import formats
 from unclip.models import clip
 from unclip.models.transformer import stack_blocks
-from unclip.pipeline import UnCLIP
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -152,7 +153,9 @@ def test_one_prediction(pipeline, parts, parity):
 
 def test_full_size_by_shape():
     """The published sizes: 1,280-dimensional embeddings, 32 heads of 64, 20 blocks."""
-    from unclip.interop import karlo_config, karlo_networks, layout
+    from unclip.interop import layout
+    from unclip.interop.karlo import config as karlo_config
+    from unclip.interop.karlo import networks as karlo_networks
 
     with torch.device("meta"):
         theirs = diffusers.PriorTransformer(embedding_dim=1280)

@@ -23,12 +23,23 @@ from diffusers.pipelines.deprecated import unclip as theirs
 from PIL import Image
 
 from unclip import tasks
-from unclip.interop import karlo, karlo_config, karlo_formats, karlo_networks, layout
+from unclip.files.tensors import Lazy
+from unclip.interop import layout
+from unclip.interop.karlo import folder as karlo
+from unclip.interop.karlo.classes import VERSION
+from unclip.interop.karlo.config import decoder_arch, prior_arch, upsampler_arch
+from unclip.interop.karlo.networks import (
+    decoder_rules,
+    decoder_shapes,
+    prior_rules,
+    prior_shapes,
+    unet_rules,
+    upsampler_shapes,
+)
 from unclip.models.decoder import Conditioner, Decoder
 from unclip.models.prior import DiffusionPrior
 from unclip.models.upsampler import Upsampler
 from unclip.runtime.sharding import tree_paths
-from unclip.tensors import Lazy
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -40,7 +51,7 @@ LENGTHS = (77, 2, 20)  # tokens of each text, the second being empty
 # With guidance diffusers runs every row without the picture, then every row with it: of these, one
 # without and two with.
 ROWS = [0, 4, 5]
-OLD = pathlib.Path(__file__).parents[2] / ".cache" / "peers" / f"diffusers-{karlo_formats.VERSION}"
+OLD = pathlib.Path(__file__).parents[2] / ".cache" / "peers" / f"diffusers-{VERSION}"
 
 KARLO = {  # what diffusers' conversion script gives Karlo's networks; the prior is all defaults
     "prior": {},
@@ -505,8 +516,8 @@ print(type(pipe).__name__, pipe(Image.new("RGB", (40, 30)), **steps).images.shap
 def test_the_last_diffusers_that_had_the_pipeline_opens_the_whole_folder(exported):
     if not (OLD / "diffusers").is_dir():
         pytest.skip(
-            f"no diffusers {karlo_formats.VERSION}: pip install --no-deps --target {OLD} "
-            f"diffusers=={karlo_formats.VERSION} httpx==0.28.1 httpcore==1.0.9 h11 anyio"
+            f"no diffusers {VERSION}: pip install --no-deps --target {OLD} "
+            f"diffusers=={VERSION} httpx==0.28.1 httpcore==1.0.9 h11 anyio"
         )
     # One thread: the networks are tiny, and the threads of several processes wait for each other.
     ran = subprocess.run(
@@ -515,7 +526,7 @@ def test_the_last_diffusers_that_had_the_pipeline_opens_the_whole_folder(exporte
     )  # fmt: skip
     shape = f"(1, {LARGE}, {LARGE}, 3)"
     assert ran.stdout.splitlines() == [
-        f"{karlo_formats.VERSION} UnCLIPPipeline {shape}", f"UnCLIPImageVariationPipeline {shape}"
+        f"{VERSION} UnCLIPPipeline {shape}", f"UnCLIPImageVariationPipeline {shape}"
     ], ran.stderr  # fmt: skip
 
 
@@ -540,18 +551,18 @@ def test_full_size_keys_and_shapes_are_those_of_diffusers():
         full = {name: CLASSES[name](**KARLO[name]) for name in NETWORKS}
     configs = {name: json.loads(module.to_json_string()) for name, module in full.items()}
     ours = {}
-    arch = karlo_config.prior_arch(configs["prior"], "prior")
-    shapes = karlo_networks.prior_shapes(arch)
-    ours["prior"] = layout.give(karlo_networks.prior_rules(20), hollow(shapes))
-    arch, width = karlo_config.decoder_arch(configs["decoder"], configs["text_proj"], "decoder")
-    shapes = karlo_networks.decoder_shapes(arch, width, width)
-    both = layout.give(karlo_networks.decoder_rules(4, 3), hollow(shapes))
+    arch = prior_arch(configs["prior"], "prior")
+    shapes = prior_shapes(arch)
+    ours["prior"] = layout.give(prior_rules(20), hollow(shapes))
+    arch, width = decoder_arch(configs["decoder"], configs["text_proj"], "decoder")
+    shapes = decoder_shapes(arch, width, width)
+    both = layout.give(decoder_rules(4, 3), hollow(shapes))
     ours |= {name: layout.prefixed(both, f"{name}.") for name in ("decoder", "text_proj")}
-    archs = [karlo_config.upsampler_arch(configs[name], name) for name in karlo.UPSAMPLERS.values()]
+    archs = [upsampler_arch(configs[name], name) for name in karlo.UPSAMPLERS.values()]
     assert archs[0] == archs[1]
-    shapes = karlo_networks.upsampler_shapes(archs[0])
+    shapes = upsampler_shapes(archs[0])
     for name in karlo.UPSAMPLERS.values():
-        ours[name] = layout.give(karlo_networks.unet_rules(4, 3), hollow(shapes))
+        ours[name] = layout.give(unet_rules(4, 3), hollow(shapes))
     for name, module in full.items():
         expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
         assert {key: tensor.shape for key, tensor in ours[name].items()} == expected, name

@@ -14,8 +14,14 @@ import scipy.linalg
 import torch
 
 from tests.parity import peers
-from unclip.evaluators import clip_score, frechet, inception_score, kernel, neighbours
-from unclip.evaluators.moments import Moments, Statistics
+from unclip.files.moments import Moments, Statistics
+from unclip.measure import (
+    clip_score,
+    frechet,
+    inception_score,
+    kernel,
+    neighbours,
+)
 
 BOUND = 1e-5
 WIDTH = 128

@@ -21,12 +21,12 @@ from diffusers.schedulers import scheduling_unclip
 from PIL import Image
 from torch.nn import functional
 
-from unclip import bundle
+from unclip.cascade import bundle
+from unclip.cascade.pipeline import UnCLIP, to_uint8
 from unclip.diffusion import schedule
-from unclip.input.image import for_clip
-from unclip.input.text import VOCABULARY, Tokenizer
+from unclip.input.decode.image import for_clip
+from unclip.input.decode.text import VOCABULARY, Tokenizer
 from unclip.interop import formats
-from unclip.pipeline import UnCLIP, to_uint8
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

@@ -16,7 +16,8 @@ import pytest
 from PIL import Image
 
 from tests.parity import peers
-from unclip.input import records, shards
+from unclip.input.shards.collection import index_shards
+from unclip.input.tfds import records
 
 pytest.importorskip("tensorflow_datasets")
 
@@ -104,7 +105,7 @@ def test_tensorflow_reads_what_is_written(tmp_path, parity):
                 info = tarfile.TarInfo(f"k/{i}.{extension}")
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
-    collection = shards.index_shards(str(tmp_path / "a.tar"))
+    collection = index_shards(str(tmp_path / "a.tar"))
     records.write_array_record(
         collection, tmp_path / "set", name="made", split="train", shard_samples=4
     )

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests.parity import peers
-from unclip.evaluators import bilinear
-from unclip.evaluators.inception_extractor import resize_clean
+from unclip.measure.inception_extractor import resize_clean
+from unclip.models import bilinear
 
 SIZES = ((299, 299), (32, 32), (64, 48), (300, 512), (1, 7), (37, 701), (898, 640))
 

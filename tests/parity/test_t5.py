@@ -6,12 +6,12 @@ import sentencepiece
 import torch
 import transformers
 
-from unclip.input.text import T5Tokenizer
+from unclip.files.tensors import Lazy
+from unclip.input.decode.text import T5Tokenizer
 from unclip.interop import formats
 from unclip.interop import t5 as interop
 from unclip.models import t5
 from unclip.tasks import arguments
-from unclip.tensors import Lazy
 
 CAPTIONS = [
     "a photo of a cat",

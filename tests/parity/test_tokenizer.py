@@ -5,7 +5,7 @@ import json
 
 import transformers
 
-from unclip.input.text import VOCABULARY, Tokenizer
+from unclip.input.decode.text import VOCABULARY, Tokenizer
 
 CAPTIONS = [
     "a photo of a cat",

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from unclip import errors
-from unclip.interop.torch_file import open_torch, scalars
+from unclip.interop.torch.file import open_torch, scalars
 
 LAYOUTS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "stream"])
 DTYPES = [

@@ -7,7 +7,7 @@ import pytest
 
 from unclip import UnCLIP, protocols
 from unclip.errors import ConfigError
-from unclip.input.image import for_clip
+from unclip.input.decode.image import for_clip
 from unclip.protocols.typographic import paste_label
 
 SETTINGS = {"decoder": {"steps": 2}, "stages": 1, "prior": {"steps": 3}, "embed": "prior"}

@@ -11,7 +11,7 @@ from PIL import Image
 
 from unclip import protocols
 from unclip.errors import ConfigError, DataError
-from unclip.input.pictures import TfdsPictures
+from unclip.measure.pictures import TfdsPictures
 from unclip.protocols import base, coco
 
 

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from unclip.errors import ConfigError, DataError
-from unclip.runtime import checkpoint, lock, optim, sharding
+from unclip.files import lock
+from unclip.runtime import checkpoint, optim, sharding
 
 
 def make_state(mesh, seed=0, width=16):
@@ -249,7 +250,7 @@ def test_a_donated_buffer_does_not_reach_the_disk(tmp_path):
 
 def test_lock_of_a_dead_process_is_taken_over(tmp_path):
     code = (
-        "import sys, os; from unclip.runtime.lock import DirectoryLock; "
+        "import sys, os; from unclip.files.lock import DirectoryLock; "
         "DirectoryLock(sys.argv[1]); os._exit(9)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=60, check=False)

@@ -12,9 +12,12 @@ import sys
 import numpy as np
 import pytest
 
-from unclip import bundle, errors, images, measure, pipeline, protocols
+from unclip import errors, protocols
+from unclip.cascade import bundle, pipeline
+from unclip.files import images, lock
+from unclip.measure.table import Result
 from unclip.protocols.base import Protocol
-from unclip.runtime import distributed, lock
+from unclip.runtime import distributed
 from unclip.sweep import drawing, findings, follow, plan, report, scoring, store
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -341,7 +344,7 @@ def paint(monkeypatch, plain):
             {"metric": "clip_cosine", "key": "clip_cosine/x", "value": -value},
         ]
         scores = [float(p.mean()) for p in pictures]
-        return measure.Result(values, ["few"], {}), {"clip_cosine": scores}
+        return Result(values, ["few"], {}), {"clip_cosine": scores}
 
     monkeypatch.setattr(scoring.Scorer, "_measure", measured)
     monkeypatch.setattr(scoring.Scorer, "_metric_weights", lambda self: {})

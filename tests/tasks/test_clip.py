@@ -137,7 +137,7 @@ def test_a_long_caption_ends_where_clip_does(made, clip_params):
 
 
 def test_the_empty_caption_is_the_tokenizers():
-    from unclip.input.text import Tokenizer
+    from unclip.input.decode.text import Tokenizer
 
     model = clip_model.CLIP(**tasks.arguments(clip_model.PRESETS["emoji"]))
     tokens, mask = clip_task.FrozenClip(model).empty(2, 32)

@@ -22,7 +22,7 @@ from unclip.input import order as orders
 from unclip.input.filters import Filters
 from unclip.input.order import generator
 from unclip.input.samples import BadSample, Sample
-from unclip.input.shards import Collection
+from unclip.input.shards.collection import Collection
 from unclip.input.tally import Bad, Tally
 from unclip.input.workers import Watched, start_worker
 

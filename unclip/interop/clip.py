@@ -14,8 +14,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from unclip import bundle, errors, files, tasks, tensors
-from unclip.input import text
+from unclip import errors, files, tasks
+from unclip.cascade import bundle
+from unclip.files import tensors
+from unclip.input.decode import text
 from unclip.interop import layout, weights
 from unclip.interop.layout import COPY, Rule, dense, norm
 from unclip.models import clip as model

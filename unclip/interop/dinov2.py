@@ -15,8 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from unclip import errors, files, tensors
-from unclip.bundle import Part
+from unclip import errors, files
+from unclip.cascade.bundle import Part
+from unclip.files import tensors
 from unclip.interop import layout, weights
 from unclip.interop.layout import LINEAR, Rule, conv, dense, fused_dense, leading, norm
 from unclip.models import dinov2 as model

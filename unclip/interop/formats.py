@@ -8,12 +8,13 @@ import importlib
 import pathlib
 from collections.abc import Mapping
 
-from unclip import bundle, errors
+from unclip import errors
+from unclip.cascade import bundle
 
 # Each is "module:function" of unclip.interop; a module is imported when it is used.
 FROM = {
-    "karlo": "karlo:read",
-    "kandinsky2_2-prior": "kandinsky:read",
+    "karlo": "karlo.folder:read",
+    "kandinsky2_2-prior": "karlo.kandinsky:read",
     "openai-clip": "openai_clip:read_openai",
     "open-clip": "openai_clip:read_open_clip",
     "hf-clip": "clip:read_hf",
@@ -21,7 +22,7 @@ FROM = {
     "dinov2": "dinov2:read",
     "t5": "t5:read",
 }
-TO = {"diffusers": "karlo:write", "hf-clip": "clip:write_hf"}
+TO = {"diffusers": "karlo.folder:write", "hf-clip": "clip:write_hf"}
 
 
 def read(kind: str, paths: list[pathlib.Path], preset: str | None = None) -> dict[str, bundle.Part]:

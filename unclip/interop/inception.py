@@ -18,12 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip import errors
-from unclip.bundle import Part
-from unclip.evaluators.inception import BLOCKS, SIZE, Inception
+from unclip.cascade.bundle import Part
+from unclip.files.tensors import Lazy
 from unclip.interop import layout, weights
 from unclip.interop.layout import CONV, COPY, Rule
+from unclip.models.inception import BLOCKS, SIZE, Inception
 from unclip.runtime.sharding import tree_paths
-from unclip.tensors import Lazy
 
 MAX_GRAPH_BYTES = 256 << 20
 # Our leaf of a batch norm -> the graph's and torch's.

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from unclip import errors
+from unclip.files.tensors import Lazy
 from unclip.runtime.sharding import nest, tree_paths
-from unclip.tensors import Lazy
 
 Shape = tuple[int, ...]
 

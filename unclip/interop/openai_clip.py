@@ -11,7 +11,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from unclip import bundle, errors, files, tensors
+from unclip import errors, files
+from unclip.cascade import bundle
+from unclip.files import tensors
 from unclip.interop import layout, weights
 from unclip.interop.clip import checked, clip_part, number, only, square
 from unclip.interop.layout import COPY, LINEAR, Rule, dense, norm

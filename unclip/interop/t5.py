@@ -16,11 +16,12 @@ import numpy as np
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Engine
 
-from unclip import bundle, errors, files
-from unclip.input import text
+from unclip import errors, files
+from unclip.cascade import bundle
+from unclip.files.tensors import Lazy
+from unclip.input.decode import text
 from unclip.interop import layout, weights
 from unclip.models import t5
-from unclip.tensors import Lazy
 
 BYTE_VOCABULARY = 384  # ByT5's embedding: 256 bytes, 3 special ids, 125 sentinels
 EXTRA_IDS = 100

@@ -6,8 +6,9 @@ the 5 GB of a cascade (arXiv 2204.06125; Karlo) pass through little memory.
 
 import pathlib
 
-from unclip import errors, files, tensors
-from unclip.interop import torch_file
+from unclip import errors, files
+from unclip.files import tensors
+from unclip.interop.torch.file import open_torch
 
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".th")
 # What a folder of diffusers' or transformers' making may hold; the first that is there is read.
@@ -48,7 +49,7 @@ def open_weights(path: pathlib.Path) -> dict[str, tensors.Lazy]:
     if path.suffix == ".safetensors":
         return tensors.read(path)[0]
     if path.suffix in TORCH_SUFFIXES:
-        return torch_file.open_torch(path)
+        return open_torch(path)
     expected = ", ".join((".safetensors", *TORCH_SUFFIXES))
     raise errors.ConfigError(f"{path}: expected a folder or a file ending in {expected}")
 

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from unclip import errors
-from unclip.input.picture_set import PictureSet
+from unclip.measure.picture_set import PictureSet
 
 EMOJI = pathlib.Path(__file__).resolve().parents[2] / "data" / "emoji"
 

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from unclip import errors
-from unclip.input.picture_set import PictureSet, Prepared
-from unclip.input.pictures import ShardPictures, TfdsPictures, open_pictures
+from unclip.measure.picture_set import PictureSet, Prepared
+from unclip.measure.pictures import ShardPictures, TfdsPictures, open_pictures
 from unclip.protocols import base
 
 COUNT = 30_000

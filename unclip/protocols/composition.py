@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from unclip import errors
-from unclip.input.picture_set import PictureSet
+from unclip.measure.picture_set import PictureSet
 from unclip.protocols import base
 from unclip.protocols.detector import Detector, Found
 from unclip.protocols.scenes import PAIR_SIZES, RELATIONS, SIZES, WITHHELD_COLOURS, Composer

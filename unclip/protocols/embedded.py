@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 
 from unclip import errors
-from unclip.input.image import for_clip
+from unclip.cascade.pipeline import Pictures, to_uint8
+from unclip.input.decode.image import for_clip
 from unclip.models.clip import CLIP
-from unclip.pipeline import Pictures, to_uint8
 from unclip.protocols import base
 
 

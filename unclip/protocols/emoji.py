@@ -6,9 +6,9 @@ protocol's id.
 """
 
 from unclip import errors
-from unclip.input.picture_set import PictureSet, Prepared
-from unclip.input.pictures import ShardPictures
 from unclip.input.samples import BadSample
+from unclip.measure.picture_set import PictureSet, Prepared
+from unclip.measure.pictures import ShardPictures
 from unclip.protocols import base
 
 CAPTIONS = ("txt", "name")

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from unclip import errors, images
-from unclip.files import replacing
+from unclip import errors
+from unclip.files import images, replacing
 from unclip.protocols import base
 
 MAX_BYTES = 16 << 20  # of a prompt file

@@ -18,11 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from unclip import errors, images
-from unclip.input.picture_set import PictureSet, Prepared
-from unclip.input.pictures import open_pictures
-from unclip.models import prior_ar
+from unclip import errors
+from unclip.files import images
+from unclip.files.moments import Moments
+from unclip.measure.picture_set import PictureSet, Prepared
+from unclip.measure.pictures import open_pictures
 from unclip.protocols import base, embedded
+from unclip.tasks import codes
 
 DIMS = (20, 30, 40, 80, 120, 160, 200, 320)  # figure 7
 FULL = 0  # in `columns`: z_i itself
@@ -163,15 +165,15 @@ class Reconstruction(base.Protocol):
             labels += [*(f"{d}" if d else "full" for d in self.columns), "original"]
         return images.grid(cells, columns=columns + 1, labels=labels)
 
-    def _embeddings(self, model: Any) -> tuple[prior_ar.PCA, np.ndarray]:
+    def _embeddings(self, model: Any) -> tuple[codes.PCA, np.ndarray]:
         """(PCA with all components, z_i float32 [count, D]) under a model's CLIP."""
         if self._known[0]() is not model:
             z_i = embedded.embed(model, [self._source.read(i) for i in range(len(self._reference))])
-            seen = prior_ar.StreamingCovariance(z_i.shape[1])
+            seen = Moments(z_i.shape[1])
             for start in range(0, self._fit_count, 256):
                 numbers = range(start, min(start + 256, self._fit_count))
-                seen.update(embedded.embed(model, [self._fit.read(i) for i in numbers]))
-            pca = prior_ar.fit_pca(seen.mean, seen.covariance, dims=z_i.shape[1])
+                seen.add(embedded.embed(model, [self._fit.read(i) for i in numbers]))
+            pca = codes.fit_pca(seen.mean(), seen.covariance(), dims=z_i.shape[1])
             self._known = (weakref.ref(model), (pca, z_i))
         return self._known[1]
 
@@ -182,5 +184,5 @@ class Reconstruction(base.Protocol):
         components = self.columns[column]
         if components == FULL:
             return z_i[number]
-        first = prior_ar.PCA(pca.mean, pca.components[:, :components], pca.scale[:components])
-        return np.asarray(prior_ar.decode(first, prior_ar.encode(first, z_i[number])))
+        first = codes.PCA(pca.mean, pca.components[:, :components], pca.scale[:components])
+        return np.asarray(codes.decode(first, codes.encode(first, z_i[number])))

@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from unclip import errors
-from unclip.input.picture_set import ArrayPictures, PictureSet, Prepared
+from unclip.measure.picture_set import ArrayPictures, PictureSet, Prepared
 from unclip.protocols import base, embedded
 from unclip.protocols.scenes import load_cutouts
 

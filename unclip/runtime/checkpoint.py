@@ -26,8 +26,8 @@ from absl import logging
 from orbax.checkpoint import v1 as ocp
 
 from unclip.errors import ConfigError, DataError
+from unclip.files.lock import DirectoryLock
 from unclip.runtime import distributed
-from unclip.runtime.lock import DirectoryLock
 from unclip.runtime.sharding import nest, tree_paths
 
 STATE = "state"

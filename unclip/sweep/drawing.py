@@ -23,11 +23,13 @@ import jax
 import numpy as np
 
 import unclip
-from unclip import errors, images, protocols, runs
-from unclip.pipeline import UnCLIP
-from unclip.runtime import distributed, lock, progress, sharding
+from unclip import errors, protocols
+from unclip.cascade import runs
+from unclip.cascade.pipeline import UnCLIP
+from unclip.files import images, lock
+from unclip.runtime import collectives, distributed, progress, sharding
 from unclip.sweep import plan, store
-from unclip.sweep.scoring import BARRIER_S, Scorer, agreed, picture_name, say
+from unclip.sweep.scoring import BARRIER_S, Scorer, picture_name, say
 from unclip.sweep.weights import digest, load_part
 
 SEED_STRIDE = 1 << 20  # pictures a seed of the sweep has room for
@@ -91,7 +93,7 @@ class Runner:
         """
         images.writable_folder(self.workdir / "cells")
         same = int(digest([cell.id for cell in cells])[:7], 16)
-        if agreed(same) != same:
+        if collectives.from_main(same) != same:
             raise errors.Stopped("the processes saw different checkpoints; run the command again")
         done = 0
         for number, cell in enumerate(cells):
@@ -126,7 +128,7 @@ class Runner:
             except errors.DataError as error:
                 say(f"left to another job: {error.message}")
         try:
-            yield bool(agreed(mine))
+            yield bool(collectives.from_main(mine))
         finally:
             if held is not None:
                 held.release()

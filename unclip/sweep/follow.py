@@ -9,10 +9,11 @@ import pathlib
 import time
 from collections.abc import Callable, Mapping
 
-from unclip import errors, runs
-from unclip.runtime import checkpoint, distributed
+from unclip import errors
+from unclip.cascade import runs
+from unclip.runtime import checkpoint, collectives, distributed
 from unclip.sweep import plan
-from unclip.sweep.drawing import Runner, agreed, say
+from unclip.sweep.drawing import Runner, say
 
 POLL_S = 5.0
 
@@ -65,7 +66,7 @@ def follow(
         # One process looks, so that all see the same.
         there = checkpoint.steps(pathlib.Path(run) / "checkpoints")
         new = [step for step in there if step not in seen]
-        step = agreed(new[0] if new else plan.NEWEST)
+        step = collectives.from_main(new[0] if new else plan.NEWEST)
         if step != plan.NEWEST:
             seen.add(step)
             if runner is None:
@@ -76,9 +77,9 @@ def follow(
                 scored.append(step)
             finish()
             since = time.monotonic()
-            if agreed(int(step >= int(runs.run_config(run).get("total_steps", 0)))):
+            if collectives.from_main(int(step >= int(runs.run_config(run).get("total_steps", 0)))):
                 return scored
-        elif agreed(int(time.monotonic() - since > timeout_s)):
+        elif collectives.from_main(int(time.monotonic() - since > timeout_s)):
             latest = f"the latest is step {max(seen)}" if seen else "there is none yet"
             say(f"no new checkpoint of {run} for {timeout_s:g} s ({latest}): done here")
             return scored

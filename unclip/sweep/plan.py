@@ -16,9 +16,10 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from unclip import bundle, errors, runs
+from unclip import errors
+from unclip.cascade import bundle, runs
+from unclip.cascade.pipeline import EMBEDS
 from unclip.diffusion.samplers import SAMPLERS
-from unclip.pipeline import EMBEDS
 from unclip.sweep.store import FORMAT
 from unclip.sweep.weights import BRANCHES, NEWEST, checkpoint_hash, digest
 

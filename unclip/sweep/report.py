@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from unclip import errors, files, images
-from unclip.report import Report, Row
+from unclip import errors, files
+from unclip.files import images
+from unclip.files.report import Report, Row
 from unclip.runtime import distributed
 from unclip.sweep import store
 from unclip.sweep.findings import (

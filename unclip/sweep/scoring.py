@@ -14,14 +14,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from jax.experimental import multihost_utils
 
-from unclip import errors, images, measure
-from unclip.evaluators.moments import StatisticsFile, read_statistics, write_statistics
-from unclip.input import pictures as picture_sets
-from unclip.pipeline import UnCLIP
+from unclip import errors
+from unclip.cascade.pipeline import UnCLIP
+from unclip.files import images
+from unclip.files.moments import StatisticsFile, read_statistics, write_statistics
+from unclip.measure import pictures as picture_sets
+from unclip.measure import table as measure
 from unclip.protocols.base import Protocol
-from unclip.runtime import distributed
+from unclip.runtime import collectives, distributed
 from unclip.sweep import plan
 from unclip.sweep.weights import digest, file_hash
 
@@ -36,13 +37,6 @@ def say(message: str) -> None:
     """One line for the user, from process 0."""
     if distributed.is_main():
         print(f"unclip evaluate: {message}", file=sys.stderr, flush=True)
-
-
-def agreed(value: int) -> int:
-    """Process 0's value, on every process."""
-    if distributed.process_count() == 1:
-        return value
-    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 class Scorer:
@@ -163,7 +157,7 @@ class Scorer:
             return None
         facts = {name: self.measured[name] for name in ("protocol", "metrics", "weights")}
         path = self.workdir / f"reference-{digest(facts)}.npz"
-        if not agreed(int(path.exists())):
+        if not collectives.from_main(int(path.exists())):
             say(f"measuring the {len(real)} real pictures of {self.protocol.id}")
             found = measure.measure(real, None, wanted, **self.weights, **self._options)
             if distributed.is_main():

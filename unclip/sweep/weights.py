@@ -10,7 +10,8 @@ import os
 import pathlib
 from typing import Any
 
-from unclip import bundle, errors, runs
+from unclip import errors
+from unclip.cascade import bundle, runs
 from unclip.runtime import checkpoint
 
 NEWEST = -1  # a step: the newest there is

@@ -14,10 +14,11 @@ import optax
 
 from unclip import errors
 from unclip.diffusion import gaussian, guidance, losses, samplers, schedule
+from unclip.files.moments import Moments
 from unclip.models import clip as clip_model
 from unclip.models import prior as prior_model
 from unclip.models import prior_ar
-from unclip.tasks import base, keys
+from unclip.tasks import base, codes, keys
 from unclip.tasks.clip import FrozenClip, unit
 
 EMBEDDINGS = ("whiten", "scale")
@@ -131,11 +132,11 @@ class DiffusionPriorTask(_Conditioned):
 
     def fit(self, embeddings: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
         """Statistics from a stream of (z_i, z_t) batches [b, D]: mean and std of z_i, float32."""
-        moments = prior_ar.StreamingCovariance(self.clip.model.embed_dim)
+        moments = Moments(self.clip.model.embed_dim)
         for z_i, _ in embeddings:
-            moments.update(z_i)
-        std = np.sqrt(np.maximum(np.diag(moments.covariance), 1e-12))
-        return {"mean": np.float32(moments.mean), "std": np.float32(std)}
+            moments.add(z_i)
+        std = np.sqrt(np.maximum(np.diag(moments.covariance()), 1e-12))
+        return {"mean": np.float32(moments.mean()), "std": np.float32(std)}
 
     def shape_statistics(self):
         """The shapes `fit` would give, for planning without data."""
@@ -255,13 +256,13 @@ class ARPriorTask(_Conditioned):
 
     def fit(self, embeddings: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
         """PCA of z_i and quantile edges of z_i . z_t (unit vectors), from (z_i, z_t) batches."""
-        moments, dots = prior_ar.StreamingCovariance(self.clip.model.embed_dim), []
+        moments, dots = Moments(self.clip.model.embed_dim), []
         for z_i, z_t in embeddings:
-            moments.update(z_i)
+            moments.add(z_i)
             norms = np.linalg.norm(z_i, axis=-1) * np.linalg.norm(z_t, axis=-1)
             dots.append(np.sum(z_i * z_t, axis=-1) / np.maximum(norms, 1e-8))
-        pca = prior_ar.fit_pca(moments.mean, moments.covariance, dims=self.model.codes)
-        edges = prior_ar.fit_dot_edges(np.concatenate(dots), self.model.dot_buckets)
+        pca = codes.fit_pca(moments.mean(), moments.covariance(), dims=self.model.codes)
+        edges = codes.fit_dot_edges(np.concatenate(dots), self.model.dot_buckets)
         return {
             "mean": np.float32(pca.mean),
             "components": np.float32(pca.components),
@@ -277,25 +278,25 @@ class ARPriorTask(_Conditioned):
 
     def _pca(self, frozen):
         s = frozen["statistics"]
-        return prior_ar.PCA(s["mean"], s["components"], s["scale"])
+        return codes.PCA(s["mean"], s["components"], s["scale"])
 
     def loss(self, params, frozen, batch, key, *, train):
         """Mean cross-entropy a code, in nats."""
         sample_keys = keys.sample_keys(key, batch["sample"])
         pca, z_i = self._pca(frozen), self.image(frozen, batch)
-        codes = prior_ar.quantise(
-            prior_ar.encode(pca, z_i), pca.scale, self.model.buckets, self.range_sigmas
+        read = codes.quantise(
+            codes.encode(pca, z_i), pca.scale, self.model.buckets, self.range_sigmas
         )
         drop = keys.bernoulli(sample_keys, self.text_drop if train else 0.0, DROP)
         conditions = self.conditions(frozen, batch["tokens"], batch["text_mask"], drop)
         z_t = self.clip.text(frozen["clip"], batch["tokens"])[0]
-        dot = prior_ar.quantise_dot(
+        dot = codes.quantise_dot(
             jnp.sum(unit(z_i) * unit(z_t), -1), frozen["statistics"]["dot_edges"]
         )
-        logits = self.model.apply({"params": params}, codes, **conditions, dot=dot)
-        cross = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), codes)
+        logits = self.model.apply({"params": params}, read, **conditions, dot=dot)
+        cross = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), read)
         loss = base.mean(cross.mean(axis=1), batch["valid"])
-        hit = jnp.mean(jnp.argmax(logits, -1) == codes, axis=1)
+        hit = jnp.mean(jnp.argmax(logits, -1) == read, axis=1)
         return loss, {"loss": loss, "accuracy": base.mean(hit, batch["valid"])}
 
     def sample(self, params, frozen, tokens, mask, sample_keys, *, x_T=None, noise=None, **draw):
@@ -308,7 +309,7 @@ class ARPriorTask(_Conditioned):
         null = self.conditions(frozen, tokens, mask, jnp.ones(batch, bool))
         drawn = []
         for candidate in range(draw["candidates"]):
-            codes = prior_ar.sample(
+            one = codes.sample(
                 self.model,
                 params,
                 keys.fold(sample_keys, candidate),
@@ -317,10 +318,8 @@ class ARPriorTask(_Conditioned):
                 temperature=draw["temperature"],
                 guidance=draw["guidance"],
             )
-            coefficients = prior_ar.dequantise(
-                codes, pca.scale, self.model.buckets, self.range_sigmas
-            )
-            drawn.append(prior_ar.decode(pca, coefficients))
+            coefficients = codes.dequantise(one, pca.scale, self.model.buckets, self.range_sigmas)
+            drawn.append(codes.decode(pca, coefficients))
         z = jnp.stack(drawn)
         best = jnp.argmax(jnp.sum(unit(z) * unit(conditional["z_t"])[None], -1), axis=0)
         return jnp.take_along_axis(z, best[None, :, None], axis=0)[0]

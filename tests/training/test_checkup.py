@@ -1,0 +1,167 @@
+"""The doctor: published parameter counts, and every problem in plain words, with nothing run."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+EXAMINE = """
+import json, sys
+import jax
+jax.config.update("jax_num_cpu_devices", 4)
+from configs import clip, decoder, prior, upsampler
+from unclip import errors
+from unclip.training import checkup as doctor, plan as stage
+
+stage.model_flops = lambda *parts: None  # lowering a billion parameters takes a while
+modules = {"clip": clip, "decoder": decoder, "prior": prior, "upsampler": upsampler}
+out = {}
+for name, stage_name, arg, changes, workdir in json.loads(sys.stdin.read()):
+    config = modules[stage_name].get_config(arg)
+    config.update_from_flattened_dict(
+        {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()})
+    out[name] = doctor.examine(config, workdir)
+    out[name]["text"] = doctor.text(out[name], leaves=True)
+print(json.dumps(out))
+"""
+
+
+def environment():
+    return os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def found(shards, run_of, tmp_path_factory):
+    """What the doctor finds in several configs, from one process: {name: report}."""
+    folder = str(tmp_path_factory.mktemp("work"))
+    data = {"input.shards": [shards["train"]], "input.held_out": [shards["held_out"]]}
+    fold = {"arch.fold": True}  # quicker to trace, the same parameters
+    wanted = [
+        ("decoder", "decoder", "karlo", data | fold, folder),
+        ("prior", "prior", "karlo", data | fold, folder),
+        ("upsampler", "upsampler", "karlo", data | fold, folder),
+        (
+            "clip",
+            "clip",
+            "emoji",
+            data | {"batch_size": 10, "mesh.data": 2, "mesh.fsdp": 2},
+            folder,
+        ),
+        (
+            "gone",
+            "decoder",
+            "emoji,runlocal",
+            {"input.shards": [folder + "/none.tar"], "clip": folder + "/no-run"},
+            folder,
+        ),
+        ("other", "clip", "emoji", data, run_of("clip")),
+        ("mesh", "clip", "emoji", data | {"mesh.data": 3, "sharding": "fsdb"}, folder),
+        (
+            "layout",
+            "clip",
+            "emoji",
+            data | {"mesh.data": 1, "mesh.fsdp": 4, "batch_size": 64, "total_steps": 3000},
+            folder,
+        ),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", EXAMINE],
+        input=json.dumps(wanted),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_published_parameter_counts(found):
+    decoder = found["decoder"]["parameters"]
+    assert decoder["decoder/unet"] == 885_439_686
+    assert decoder["decoder/text_proj"] == 7_878_400
+    assert decoder["decoder"] == 885_439_686 + 7_878_400 == found["decoder"]["trained_parameters"]
+    # Karlo's checkpoint also counts the whitening mean and deviation, 2 x 768.
+    assert found["prior"]["parameters"]["prior"] == 1_022_028_544
+    assert found["upsampler"]["parameters"]["upsampler"] == 691_579_523
+    assert decoder["clip"] == decoder["clip/vision"] + decoder["clip/text"] + 1
+
+
+def test_memory_of_sharded_state(found):
+    """Parameters, average and two moments, split four ways as far as they divide."""
+    memory = found["upsampler"]["memory_per_device"]
+    whole = 4 * 691_579_523
+    assert whole / 4 <= memory["params"] < 1.01 * whole / 4
+    assert memory["ema"] == memory["gradients"] == memory["params"]
+    assert 2 * memory["params"] <= memory["opt"] < 2.01 * memory["params"]
+    assert memory["total"] == sum(v for k, v in memory.items() if k != "total")
+    assert found["decoder"]["memory_per_device"]["frozen"] > 0
+
+
+def test_disk_counts_every_parameter_once(found):
+    """Replicated or not, a checkpoint holds one copy; `keep` of them and the one being written."""
+    report = found["layout"]
+    state = 4 * 4 * report["trained_parameters"]
+    assert 3 * state <= report["disk"]["needed_bytes"] < 3 * state + 1000
+
+
+def test_problems_in_plain_words(found):
+    said = {name: "\n".join(report["problems"]) for name, report in found.items()}
+    assert "needs a trained CLIP: --config.clip=RUN or BUNDLE" in said["decoder"]
+    assert "batch_size 10 is not a multiple of data x fsdp x accumulate = 4" in said["clip"]
+    assert "no-run: no such folder" in said["gone"]
+    assert "none.tar' is not there" in said["gone"]
+    assert found["gone"]["parameters"]["clip"] > 0  # the rest is still reported
+    assert "holds a run of another model" in said["other"]
+    assert "mesh data=3" in said["mesh"] and "did you mean 'fsdp'" in said["mesh"]
+    assert found["layout"]["problems"] == []
+
+
+def test_data_found(found):
+    data = found["layout"]["data"]
+    assert data["train"]["samples"] == 24 and data["held_out"]["samples"] == 8
+    assert data["epochs"] == pytest.approx(3000 / (24 / 64))
+
+
+def test_the_report_for_people(found):
+    text = found["decoder"]["text"]
+    assert "885,439,686" in text and "problem     the decoder needs a trained CLIP" in text
+    assert "params/unet/" in text
+    assert "no problems found" in found["layout"]["text"]
+
+
+def test_exit_codes(shards, tmp_path):
+    """0 with problems listed, 78 with --strict."""
+    command = [
+        sys.executable,
+        "-m",
+        "unclip",
+        "doctor",
+        "--config",
+        "configs/clip.py:emoji,runlocal",
+        "--workdir",
+        str(tmp_path),
+        "--json",
+        "--strict",
+        "--config.batch_size=9",
+        "--config.mesh.data=1",
+        f"--config.input.shards=('{shards['train']}',)",
+        "--config.input.held_out=()",
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["problems"] == []
+    again = [*command, "--config.accumulate=2"]
+    done = subprocess.run(
+        again, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 78, done.stderr
+    assert "batch_size 9" in json.loads(done.stdout)["problems"][0]

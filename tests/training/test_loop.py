@@ -1,0 +1,561 @@
+"""The training loop: resuming bit for bit, stopping, skipped steps, refusals, what a run leaves."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from unclip import errors, tasks
+from unclip.cascade import runs
+from unclip.files import images
+from unclip.runtime import checkpoint, distributed
+from unclip.training import plan as stage
+from unclip.training.loop import Loop
+from unclip.training.start import initial_params, train, write_config
+
+ROOT = pathlib.Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("cheap_runs")
+
+
+def state_of(workdir, step=None):
+    branches = ("params", "ema", "opt", "step")
+    return checkpoint.load_subtree(pathlib.Path(workdir) / "checkpoints", branches, step)
+
+
+def lines(workdir):
+    return [json.loads(text) for text in (pathlib.Path(workdir) / "metrics.jsonl").open()]
+
+
+def series(workdir, name):
+    return {line["step"]: line[name] for line in lines(workdir) if name in line}
+
+
+def stop_at(monkeypatch, step):
+    monkeypatch.setattr(distributed, "should_stop", lambda at=None: at == step)
+
+
+@pytest.fixture(scope="module")
+def decoder_config(tiny_config, run_of, shards):
+    """A decoder with everything on: held-out loss, grids, a warm-up that shows in the metrics."""
+    changes = {
+        "clip": run_of("clip"),
+        "total_steps": 4,
+        "save_steps": 3,
+        "eval_steps": 2,
+        "sample_examples": 4,
+        "input.held_out": (shards["held_out"],),
+        "optim.warmup_steps": 4,
+        "tensorboard": True,
+    }
+    return lambda **more: tiny_config("decoder", changes | more)
+
+
+@pytest.fixture(scope="module")
+def whole(decoder_config, tmp_path_factory):
+    """The decoder's run of four steps without interruption."""
+    workdir = str(tmp_path_factory.mktemp("whole"))
+    train(decoder_config(), workdir)
+    return workdir
+
+
+def assert_same_state(one, two):
+    a, b = state_of(one), state_of(two)
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+    assert int(a["step"]) == int(b["step"])
+
+
+@pytest.mark.parametrize("name", ["clip", "decoder"])
+def test_a_resumed_run_ends_with_the_same_bits(
+    name, whole, decoder_config, tiny_config, tmp_path, monkeypatch
+):
+    straight = whole
+    config = decoder_config(sample_examples=0, metric_examples=0, tensorboard=False)
+    if name == "clip":
+        straight = str(tmp_path / "straight")
+        config = tiny_config("clip", {"total_steps": 4})
+        train(config, straight)
+    workdir = str(tmp_path / "stopped")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        with pytest.raises(errors.Stopped, match="saved step 3 of 4"):
+            train(config, workdir)
+    assert int(state_of(workdir)["step"]) == 3
+    train(config, workdir)
+    assert_same_state(straight, workdir)
+    trained = [line["step"] for line in lines(workdir) if "loss" in line]
+    assert trained == [1, 2, 3, 4]
+    assert series(workdir, "loss") == series(straight, "loss")
+    assert series(workdir, "held_out/loss") == series(straight, "held_out/loss")
+    # Once more: the run is over, and nothing is trained, written or lost.
+    before = lines(workdir)
+    train(config, workdir)
+    assert lines(workdir) == before
+    assert_same_state(straight, workdir)
+
+
+@pytest.fixture(scope="module")
+def measured_clip(tiny_config, shards):
+    """A CLIP of four steps: its loss is measured after 2, retrieval after 1, 2, 3, all after 4."""
+    changes = {
+        "total_steps": 4,
+        "save_steps": 100,
+        "eval_steps": 2,
+        "metric_steps": 1,
+        "metric_examples": 6,
+        "input.held_out": (shards["held_out"],),
+    }
+    return lambda **more: tiny_config("clip", changes | more)
+
+
+@pytest.fixture(scope="module")
+def measured(measured_clip, tmp_path_factory):
+    """Its run without interruption."""
+    workdir = str(tmp_path_factory.mktemp("measured"))
+    train(measured_clip(), workdir)
+    return workdir
+
+
+def test_each_evaluator_follows_its_own_steps(measured):
+    assert sorted(series(measured, "held_out/loss")) == [2, 4]
+    ranks = series(measured, "retrieval/text_to_image_median_rank")
+    assert sorted(ranks) == [1, 2, 3, 4]
+    assert all(1 <= rank <= 6 for rank in ranks.values())
+    assert set(series(measured, "retrieval/captions").values()) == {6}
+
+
+def stop_in(monkeypatch, step, polls):
+    """A request to stop that comes at a step, after so many polls; it stays true, as it does."""
+    left = [polls]
+
+    def should_stop(at=None):
+        left[0] -= at == step
+        return left[0] < 0
+
+    monkeypatch.setattr(distributed, "should_stop", should_stop)
+
+
+class Counted:
+    """An evaluator of two batches, with a poll after each."""
+
+    schedule = "metric"
+
+    def __init__(self, prefix):
+        self.prefix = prefix
+
+    def run(self, state, step):
+        for _ in range(2):
+            if distributed.should_stop(step):
+                return
+        yield f"{self.prefix}/figure", 1.0
+
+
+class Notes:
+    """A writer that remembers."""
+
+    def __init__(self, restored=()):
+        self.restored_names, self.written = set(restored), []
+
+    def scalars(self, step, values):
+        self.written += values
+
+
+@pytest.mark.parametrize(
+    ("polls", "found"),
+    [
+        (0, []),
+        (1, []),
+        (2, []),
+        (3, ["a/figure"]),
+        (4, ["a/figure"]),
+        (5, ["a/figure"]),
+        (6, ["a/figure", "b/figure"]),
+    ],
+)
+def test_a_stop_ends_evaluation_at_the_next_poll(tiny_config, tmp_path, monkeypatch, polls, found):
+    """Polls: one before each evaluator, one after each of its batches."""
+    evaluators, writer = [Counted("a"), Counted("b")], Notes()
+    config = tiny_config("clip", {"total_steps": 9, "metric_steps": 3})
+    loop = Loop(config, tmp_path, None, writer, evaluators, None, None, None)
+    stop_in(monkeypatch, 3, polls)
+    assert loop.evaluate({}, 3) == (len(found) == 2)
+    assert writer.written == found
+
+
+def test_what_metrics_jsonl_holds_is_not_measured_again(tiny_config, tmp_path):
+    writer = Notes({"step", "loss", "a/other", "ab/figure"})
+    config = tiny_config("clip", {"total_steps": 9, "metric_steps": 3})
+    evaluators = [Counted("a"), Counted("b")]
+    loop = Loop(config, tmp_path, None, writer, evaluators, None, None, None)
+    loop.recall(3)
+    assert loop.evaluate({}, 3) and writer.written == ["b/figure"]
+    assert loop.evaluate({}, 6) and writer.written == ["b/figure", "a/figure", "b/figure"]
+    assert loop.evaluate({}, 8) and len(writer.written) == 3
+    assert loop.evaluate({}, 9) and len(writer.written) == 5
+    assert loop.evaluate({}, 0) and len(writer.written) == 5
+
+
+def test_an_evaluation_cut_short_is_done_after_the_resume(
+    measured, measured_clip, tmp_path, monkeypatch
+):
+    workdir, step = str(tmp_path / "stopped"), 2
+    with monkeypatch.context() as patch:
+        stop_in(patch, step, 3)  # the held-out loss is done, retrieval is not
+        with pytest.raises(errors.Stopped, match=f"saved step {step} of 4"):
+            train(measured_clip(), workdir)
+    names = {name for line in lines(workdir) if line["step"] == step for name in line}
+    for prefix in ("held_out", "retrieval"):
+        there = [name for name in names if name.startswith(f"{prefix}/")]
+        assert bool(there) == (prefix == "held_out"), "half an evaluation, or one lost for nothing"
+    train(measured_clip(), workdir)
+    assert_same_state(measured, workdir)
+    values = lambda run: sorted(
+        (line["step"], name, value)
+        for line in lines(run)
+        for name, value in line.items()
+        if "/" in name or name == "loss"
+    )
+    assert values(workdir) == values(measured)
+    # The run is over: nothing is measured twice, however often it is started.
+    before = lines(workdir)
+    train(measured_clip(), workdir)
+    assert lines(workdir) == before
+
+
+def test_a_shorter_run_measures_nothing_of_the_longer(measured, measured_clip):
+    """The state is of step 4: under another number its figures would be wrong."""
+    before = lines(measured)
+    train(measured_clip(total_steps=3), measured)
+    assert lines(measured) == before
+    write_config(measured_clip(), pathlib.Path(measured))
+
+
+def test_what_a_run_leaves(whole, decoder_config):
+    config = decoder_config()
+    assert runs.run_config(whole)["arch"] == stage.plain(config)["arch"]
+    assert checkpoint.steps(pathlib.Path(whole) / "checkpoints") == [3, 4]
+    assert sorted(series(whole, "held_out/loss")) == [2, 4]
+    assert all(np.isfinite(v) for v in series(whole, "loss").values())
+    rates = series(whole, "learning_rate")
+    peak = config.optim.learning_rate
+    assert [rates[step] for step in (1, 2, 3, 4)] == pytest.approx(
+        [peak / 4, peak / 2, peak * 3 / 4, peak]
+    )
+    assert list((pathlib.Path(whole) / "tensorboard").iterdir())
+
+
+def test_sample_grids_are_pictures(whole):
+    """Four samples, drawn beside true, 8 pixels a side."""
+    folder = pathlib.Path(whole) / "samples"
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "0000004-samples_held_out.png",
+        "0000004-samples_train.png",
+    ]
+    for path in folder.iterdir():
+        with Image.open(path) as picture:
+            assert picture.size[0] >= 8 * 8 and picture.size[1] >= 8
+        assert images.read_recipe(path)["step"] == 4
+
+
+def test_a_decoder_is_judged_by_its_own_clip(whole):
+    """Once, at the end, on the eight held-out samples."""
+    names = {name for line in lines(whole) for name in line if name.startswith("drawn/")}
+    assert names == {
+        "drawn/mse",
+        "drawn/clip_cosine",
+        "drawn/clip_cosine_true",
+        "drawn/clip_cosine_pictures",
+        "drawn/fd_clip_N8",
+    }
+    for name in names:
+        assert list(series(whole, name)) == [4] and np.isfinite(series(whole, name)[4])
+    # The same eight samples are drawn for the grid, four of them at least.
+    assert series(whole, "drawn/mse")[4] == pytest.approx(
+        series(whole, "samples_held_out/mse")[4], rel=0.5
+    )
+
+
+def test_stored_embeddings_give_the_same_loss(whole, decoder_config, tmp_path):
+    workdir = str(tmp_path / "stored")
+    config = decoder_config(
+        stored_embeddings=True, sample_examples=0, eval_examples=0, metric_examples=0
+    )
+    train(config, workdir)
+    assert len(list(pathlib.Path(workdir).glob("embeddings/*/*.z_i.npy"))) == 2
+    want, got = series(whole, "loss"), series(workdir, "loss")
+    assert got.keys() == want.keys()
+    np.testing.assert_allclose(list(got.values()), list(want.values()), rtol=1e-4)
+
+
+def test_stored_embeddings_need_a_fixed_crop(decoder_config, tmp_path):
+    config = decoder_config(**{"stored_embeddings": True, "input.crop": "random"})
+    with pytest.raises(errors.ConfigError, match=r"input\.crop='center'"):
+        train(config, str(tmp_path / "run"))
+
+
+def test_a_run_of_bad_steps_ends_with_an_error(tiny_config, tmp_path, monkeypatch):
+    """From the third batch on the loss is NaN: two steps are kept, the rest skipped and counted."""
+    original = tasks.ClipTask.loss
+
+    def poisoned(self, params, frozen, batch, key, *, train):
+        loss, metrics = original(self, params, frozen, batch, key, train=train)
+        loss = jnp.where(batch["sample"][0, 1] >= 16, jnp.nan, loss)
+        return loss, metrics | {"loss": loss}
+
+    monkeypatch.setattr(tasks.ClipTask, "loss", poisoned)
+    config = tiny_config("clip", {"total_steps": 20, "save_steps": 2, "max_skipped_steps": 3})
+    with pytest.raises(errors.NumericsError) as caught:
+        train(config, str(tmp_path))
+    assert caught.value.exit_code == 70
+    assert "3 steps in a row up to step 5" in str(caught.value)
+    latest = checkpoint.steps(tmp_path / "checkpoints")[-1]
+    assert f"checkpoints/{latest}" in str(caught.value)
+    assert series(tmp_path, "skipped") == {1: 0, 2: 0, 3: 1, 4: 1, 5: 1}
+    assert series(tmp_path, "loss")[3] is None
+    early, late = state_of(tmp_path, 2), state_of(tmp_path, latest)
+    for branch in ("params", "ema", "opt"):
+        jax.tree.map(np.testing.assert_array_equal, early[branch], late[branch])
+
+
+def test_no_checkpoint_yet_is_said(tiny_config, tmp_path):
+    class Saver:
+        wait = latest = lambda self: None
+
+    class Writer:
+        scalars = lambda self, step, values: None
+
+    config = tiny_config("clip", {"max_skipped_steps": 1})
+    loop = Loop(config, tmp_path, Saver(), Writer(), [], None, None, None)
+    loop.pending = (1, {"loss": float("nan"), "skipped": 1})
+    with pytest.raises(errors.NumericsError, match="there is no checkpoint yet"):
+        loop.log_pending()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"arch.vision_width": 48}, r"\(vision_width was 16, now 48\)"),
+        (
+            {"arch.activation": "quick_gelu", "arch.context": 8},
+            r"\(activation was gelu, now quick_gelu, context was 16, now 8\)",
+        ),
+    ],
+)
+def test_a_workdir_of_another_model_is_refused(run_of, tiny_config, change, said):
+    workdir = pathlib.Path(run_of("clip"))
+    before = (workdir / "config.json").read_bytes()
+    with pytest.raises(errors.ConfigError, match=said) as caught:
+        train(tiny_config("clip", change), str(workdir))
+    assert "choose another --workdir" in str(caught.value)
+    assert (workdir / "config.json").read_bytes() == before
+
+
+def test_a_run_may_change_what_leaves_its_parameters_alone(run_of, tiny_config):
+    workdir = pathlib.Path(run_of("clip"))
+    before = (workdir / "config.json").read_bytes()
+    change = {"arch.remat": "nothing_saveable", "arch.dtype": "bfloat16"}
+    write_config(tiny_config("clip", change), workdir)
+    assert json.loads((workdir / "config.json").read_text())["arch"]["dtype"] == "bfloat16"
+    (workdir / "config.json").write_bytes(before)
+
+
+def test_a_workdir_of_another_stage_is_refused(run_of, tiny_config):
+    with pytest.raises(errors.ConfigError, match=r"\(stage was clip, now upsampler\)"):
+        write_config(tiny_config("upsampler"), pathlib.Path(run_of("clip")))
+
+
+def test_a_workdir_that_never_saved_may_change_its_mind(tiny_config, tmp_path):
+    write_config(tiny_config("clip", {"arch.vision_width": 48}), tmp_path)
+    write_config(tiny_config("clip"), tmp_path)
+    assert runs.run_config(tmp_path)["arch"]["vision_width"] == 16
+
+
+def test_init_from_starts_with_those_parameters(run_of, tiny_config, tmp_path):
+    config = tiny_config(
+        "clip", {"init_from": run_of("clip"), "total_steps": 1, "optim.learning_rate": 0.0}
+    )
+    train(config, str(tmp_path))
+    start, got = state_of(run_of("clip"))["ema"], state_of(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, start, got["params"])
+    assert int(got["step"]) == 1
+
+
+def test_init_from_another_model_lists_the_leaves(run_of, tiny_config):
+    config = tiny_config("clip", {"init_from": run_of("clip"), "arch.embed_dim": 24})
+    clip = stage.make_task(config, None)
+    abstract = jax.eval_shape(clip.init, jax.random.key(0))
+    with pytest.raises(errors.ConfigError, match=r"text/proj/kernel \(16, 16\), the model has"):
+        initial_params(config, abstract)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "said"),
+    [
+        (
+            {"batch_size": 12, "mesh.data": 8},
+            errors.ConfigError,
+            "batch_size 12 is not a multiple of 8",
+        ),
+        ({"accumulate": 2, "mesh.data": 8}, errors.ConfigError, "not a multiple of 16"),
+        ({"sharding": "fsdb"}, errors.ConfigError, "'fsdb': did you mean 'fsdp'"),
+        ({"mesh.data": 3}, errors.ConfigError, "mesh data=3"),
+        ({"task.loss": "sofmax"}, errors.ConfigError, "did you mean 'softmax'"),
+        ({"init_from": "/nowhere/run"}, errors.DataError, "/nowhere/run: no such folder"),
+        ({"input.captions": ("jsn:name",)}, errors.ConfigError, "unknown caption source"),
+        ({"optim.schedule": "cosin"}, errors.ConfigError, "did you mean 'cosine'"),
+    ],
+)
+def test_bad_settings_are_one_line(tiny_config, tmp_path, change, error, said):
+    with pytest.raises(error, match=said) as caught:
+        train(tiny_config("clip", change), str(tmp_path / "run"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_decoder_without_clip_says_how_to_give_one(tiny_config, tmp_path):
+    with pytest.raises(errors.ConfigError, match=r"needs a trained CLIP: --config.clip=RUN"):
+        train(tiny_config("decoder"), str(tmp_path / "run"))
+    with pytest.raises(errors.DataError, match="no such folder"):
+        train(tiny_config("decoder", {"clip": str(tmp_path / "x")}), str(tmp_path / "run"))
+
+
+def test_a_run_of_another_stage_is_no_clip(run_of, tiny_config):
+    config = tiny_config("decoder", {"clip": run_of("upsampler_0")})
+    with pytest.raises(errors.ConfigError, match="'upsampler', not 'clip'"):
+        stage.clip_part(config)
+
+
+def test_a_damaged_run_is_one_line(tmp_path, run_of):
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(errors.DataError, match="no training run there"):
+        runs.open_part(tmp_path, "clip")
+    config = pathlib.Path(run_of("clip")) / "config.json"
+    (tmp_path / "config.json").write_bytes(config.read_bytes())
+    with pytest.raises(errors.DataError, match="no complete checkpoint"):
+        runs.open_part(tmp_path, "clip")
+    (tmp_path / runs.STATISTICS).write_bytes(b"damaged")
+    with pytest.raises(errors.DataError, match=r"statistics\.safetensors"):
+        runs.read_statistics(tmp_path / runs.STATISTICS)
+
+
+def test_a_workdir_below_a_file_is_one_line(tiny_config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(errors.DataError, match=r"Not a directory|File exists") as caught:
+        train(tiny_config("clip"), str(tmp_path / "file" / "run"))
+    assert "\n" not in str(caught.value)
+
+
+# ============================================================ as a process
+
+CONFIG = """
+import json, pathlib
+from configs import clip
+
+def get_config(arg=None):
+    config = clip.get_config("emoji,runlocal")
+    changes = json.loads(pathlib.Path(__file__).with_suffix(".json").read_text())
+    config.update_from_flattened_dict({k: tuple(v) if isinstance(v, list) else v
+                                       for k, v in changes.items()})
+    return config
+"""
+
+
+def start(folder, workdir, changes, prefix=""):
+    (folder / "tiny.py").write_text(CONFIG)
+    (folder / "tiny.json").write_text(json.dumps(changes))
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax-tests"),
+    }
+    program = prefix + (
+        "import sys; from absl import app; import unclip.verbs.train as t; from unclip import cli;"
+        "cli.run_app(t.main)"
+    )
+    arguments = ["--config", str(folder / "tiny.py"), "--workdir", str(workdir)]
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *arguments],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+@pytest.fixture(scope="module")
+def flat(tiny_config):
+    """flat(changes): a micro CLIP's settings as {dotted field: value}."""
+
+    def make(changes):
+        config = tiny_config("clip")
+        names = [f"arch.{n}" for n in config.arch] + [
+            "input.shards",
+            "input.held_out",
+            "input.threads",
+            "sample_examples",
+            "eval_steps",
+        ]
+        out = {}
+        for name in names:
+            value = config
+            for part in name.split("."):
+                value = value[part]
+            out[name] = value
+        return {k: v for k, v in out.items() if v is not None} | changes
+
+    return make
+
+
+def test_sigterm_saves_and_exits_with_75(flat, tmp_path):
+    workdir = tmp_path / "run"
+    process = start(
+        tmp_path, workdir, flat({"total_steps": 100_000, "save_steps": 100_000, "batch_size": 2})
+    )
+    try:
+        deadline = time.monotonic() + 120
+        log = workdir / "metrics.jsonl"
+        while not (log.exists() and '"loss"' in log.read_text()):
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 75, said
+    assert "of 100000; the same command resumes" in said and "Traceback" not in said
+    step = checkpoint.steps(workdir / "checkpoints")[-1]
+    assert int(state_of(workdir)["step"]) == step >= 1
+    assert max(line["step"] for line in lines(workdir)) == step
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(flat, run_of, tmp_path):
+    """No file may grow beyond a limit: the checkpoint fails, the earlier ones stay whole."""
+    import shutil
+
+    workdir = tmp_path / "run"
+    shutil.copytree(run_of("clip"), workdir)
+    before = state_of(workdir)
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000));"
+    process = start(
+        tmp_path,
+        workdir,
+        flat({"total_steps": 4, "batch_size": 2, "save_steps": 3, "tensorboard": False}),
+        limit,
+    )
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 74, said
+    assert "Traceback" not in said
+    last = said.strip().splitlines()[-1]
+    assert "cannot write checkpoint" in last and "latest complete step: 2" in last
+    assert checkpoint.steps(workdir / "checkpoints") == [2]
+    jax.tree.map(np.testing.assert_array_equal, before, state_of(workdir))

@@ -1,0 +1,192 @@
+"""Steps of every stage: the same on any mesh, exact accumulation, skipped steps; clear refusals."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from unclip import errors, tasks
+from unclip.cascade import bundle
+from unclip.runtime import sharding
+from unclip.training.data import collections
+from unclip.training.plan import make_task, model_flops
+from unclip.training.step import make_init, make_optimizer, make_step
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+STAGES = tasks.STAGES
+ROWS = 8
+
+
+def random_batch(task, first):
+    rng = np.random.default_rng(first)
+    out = {}
+    for name, leaf in task.batch_spec(ROWS).items():
+        out[name] = np.zeros(leaf.shape, leaf.dtype)
+        if leaf.dtype == np.uint8:
+            out[name] = rng.integers(0, 256, leaf.shape, np.uint8)
+    if "tokens" in out:
+        length = out["tokens"].shape[1]
+        for row in range(ROWS):
+            words = 1 + row % (length - 2)
+            out["tokens"][row, : words + 2] = [49406, *rng.integers(1, 49406, words), 49407]
+            out["text_mask"][row, : words + 2] = True
+    out["sample"][:, 1] = first + np.arange(ROWS)
+    out["valid"][:] = True
+    return out
+
+
+@pytest.fixture(scope="module")
+def prepared(tiny_config):
+    """prepared(stage, changes) -> (config, task, tx, schedule, state on the host, batches)."""
+    made = {}
+    clip_config = tiny_config("clip").arch.to_dict()
+
+    def make(name, changes=()):
+        config = tiny_config(name, {"optim.learning_rate": 1e-3} | dict(changes))
+        clip, statistics = None, None
+        if name in tasks.NEEDS_CLIP:
+            if "clip" not in made:
+                model = tasks.make("clip", clip_config, {})
+                made["clip"] = jax.device_get(jax.jit(model.init)(jax.random.key(7)))
+            clip = bundle.Part("clip", clip_config, made["clip"])
+        if name == "prior":
+            statistics = {"mean": np.zeros(16, np.float32), "std": np.ones(16, np.float32)}
+        task = make_task(config, clip, statistics)
+        abstract = jax.eval_shape(task.init, jax.random.key(0))
+        tx, schedule = make_optimizer(config, abstract)
+        if ("state", name) not in made:
+            init = jax.jit(make_init(task, tx))
+            made["state", name] = jax.device_get(init(jax.random.key(0)))
+        batches = [random_batch(task, ROWS * step) for step in range(3)]
+        return config, task, tx, schedule, made["state", name], batches
+
+    return make
+
+
+def run(parts, spec, devices, rules="data", min_size=64):
+    """(losses, last metrics, parameters) of the prepared steps on a mesh."""
+    config, task, tx, schedule, state, batches = parts
+    mesh = sharding.make_mesh(spec, devices)
+    where = sharding.shardings(state, mesh, sharding.PRESETS[rules], min_size=min_size)
+    state = jax.tree.map(jax.device_put, state, where)
+    frozen = task.frozen()
+    if frozen is not None:
+        frozen = jax.tree.map(
+            jax.device_put,
+            frozen,
+            sharding.shardings(frozen, mesh, sharding.PRESETS[rules], min_size=min_size),
+        )
+    step = jax.jit(
+        make_step(task, tx, schedule, config),
+        out_shardings=(where, sharding.replicated(mesh)),
+    )
+    losses = []
+    for batch in batches:
+        state, metrics = step(state, frozen, sharding.put_batch(batch, mesh))
+        losses.append(float(metrics["loss"]))
+    return np.array(losses), jax.device_get(metrics), jax.device_get(state)
+
+
+@pytest.fixture(scope="module")
+def alone(prepared):
+    """alone(stage): the steps on one device."""
+    done = {}
+
+    def make(name):
+        if name not in done:
+            done[name] = run(prepared(name), {"data": 1}, jax.devices()[:1])
+        return done[name]
+
+    return make
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_eight_devices_are_one(name, prepared, alone):
+    want, got = alone(name), run(prepared(name), {"data": 8}, jax.devices())
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
+    assert len(set(want[0].tolist())) == 3
+    assert got[1]["skipped"] == 0 and got[2]["step"] == 3
+
+
+def test_sharded_parameters_change_nothing(prepared, alone):
+    """Parameters and moments split over fsdp, and kernels over tensor as well."""
+    got = run(prepared("clip"), {"fsdp": 4, "tensor": 2}, jax.devices(), "tensor")
+    np.testing.assert_allclose(got[0], alone("clip")[0], rtol=1e-5)
+
+
+def test_accumulation_of_the_decoder(prepared, alone):
+    """Two microbatches of four give the step of eight, on one device and on four."""
+    parts = prepared("decoder", {"accumulate": 2})
+    got = run(parts, {"data": 4}, jax.devices()[:4])
+    np.testing.assert_allclose(got[0], alone("decoder")[0], rtol=1e-5)
+    np.testing.assert_allclose(got[1]["mse"], alone("decoder")[1]["mse"], rtol=1e-5)
+
+
+def test_accumulation_of_clip_is_exact(prepared, alone):
+    """Every other row of the batch stays a negative, also at SAM's perturbed point (rho 0.1)."""
+    changes = {"optim.sam_rho": 0.1}
+    want = run(prepared("clip", changes), {"data": 1}, jax.devices()[:1])
+    got = run(prepared("clip", changes | {"accumulate": 4}), {"data": 2}, jax.devices()[:2])
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
+    for name in ("grad_norm", "image_to_text", "temperature"):
+        np.testing.assert_allclose(got[1][name], want[1][name], rtol=1e-4)
+    assert abs(want[1]["grad_norm"] / alone("clip")[1]["grad_norm"] - 1) > 1e-3
+
+
+def test_a_step_that_is_not_finite_leaves_everything(prepared):
+    config, task, tx, schedule, state, batches = prepared("clip")
+    original = task.loss
+
+    def poisoned(params, frozen, batch, key, *, train):
+        loss, metrics = original(params, frozen, batch, key, train=train)
+        bad = jnp.where(batch["sample"][0, 1] == ROWS, jnp.nan, 0.0)
+        return loss + bad * sum(jnp.sum(leaf) for leaf in jax.tree.leaves(params)), metrics
+
+    task.loss = poisoned
+    step = jax.jit(make_step(task, tx, schedule, config))
+    one, first = step(state, None, batches[0])
+    two, second = step(one, None, batches[1])
+    three, third = step(two, None, batches[2])
+    assert [int(m["skipped"]) for m in (first, second, third)] == [0, 1, 0]
+    for branch in ("params", "ema", "opt"):
+        for a, b in zip(jax.tree.leaves(one[branch]), jax.tree.leaves(two[branch])):
+            np.testing.assert_array_equal(a, b)
+    moved = zip(jax.tree.leaves(two["params"]), jax.tree.leaves(three["params"]))
+    assert any(not np.array_equal(a, b) for a, b in moved)
+    assert [int(s["step"]) for s in (one, two, three)] == [1, 2, 3]
+
+
+def test_missing_shards_are_named(tiny_config, tmp_path):
+    gone = str(tmp_path / "train-0009.tar")
+    config = tiny_config("clip", {"input.shards": (gone,)})
+    with pytest.raises(errors.DataError, match=r"train-0009\.tar' is not there"):
+        collections(config)
+    with pytest.raises(errors.ConfigError, match="no training shards"):
+        collections(tiny_config("clip", {"input.shards": ()}))
+
+
+def test_a_file_that_is_no_tar(tiny_config, tmp_path):
+    path = tmp_path / "bad.tar"
+    path.write_bytes(b"not a tar" * 200)
+    with pytest.raises(errors.DataError, match=r"bad\.tar") as caught:
+        collections(tiny_config("clip", {"input.shards": (str(path),)}))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tar_without_captions(tiny_config, shard_writer, tmp_path):
+    path = shard_writer(tmp_path / "bare.tar", 3, captions=False)
+    with pytest.raises(errors.DataError) as caught:
+        collections(tiny_config("clip", {"input.shards": (path,)}))
+    assert "caption" in str(caught.value) or "text" in str(caught.value)
+
+
+def test_flops_do_not_depend_on_folding(tiny_config):
+    """Counted on the unfolded model, and twice with sharpness-aware minimisation."""
+    config = tiny_config("clip", {"arch.vision_layers": 2})
+    plain = model_flops(config, None)
+    folded = tiny_config(
+        "clip", {"arch.vision_layers": 2, "arch.fold": True, "arch.remat": "nothing_saveable"}
+    )
+    assert model_flops(folded, None) == plain > 1e5
+    config.optim.sam_rho = 0.1
+    assert model_flops(config, None) == 2 * plain

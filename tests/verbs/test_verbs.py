@@ -1,0 +1,167 @@
+"""`unclip export` and `unclip generate` as processes, and parts that do not fit together."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from unclip import errors
+from unclip.cascade import bundle, runs
+from unclip.files import images
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def verb(name, *arguments, timeout=200):
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax-tests"),
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "unclip", name.replace("_", "-"), *map(str, arguments)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def test_export_writes_the_averages(run_of, bundle_dir, tmp_path):
+    done = verb(
+        "export",
+        "--clip",
+        run_of("clip"),
+        "--prior",
+        run_of("prior"),
+        "--decoder",
+        run_of("decoder"),
+        "--upsampler",
+        run_of("upsampler_0"),
+        "--upsampler",
+        run_of("upsampler_1"),
+        "--out",
+        tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    written = bundle.describe(tmp_path)
+    assert written["hash"] == bundle.describe(bundle_dir)["hash"] and written["hash"] in done.stdout
+    assert set(written["parts"]) == set(bundle.describe(bundle_dir)["parts"])
+    assert set(bundle.read_part(tmp_path, "prior").extra) == {"mean", "std"}
+    assert written["meta"]["sources"]["clip"] == run_of("clip")
+
+
+def test_export_of_a_run_of_another_stage_is_one_line(run_of, tmp_path):
+    with pytest.raises(errors.ConfigError, match="run of stage 'clip', not 'decoder'"):
+        runs.open_part(run_of("clip"), "decoder")
+
+
+def test_average_or_parameters(run_of):
+    ema, raw = (runs.open_part(run_of("clip"), "clip", ema=flag) for flag in (True, False))
+    a, b = ema.params["vision"]["proj"]["kernel"], raw.params["vision"]["proj"]["kernel"]
+    assert a.shape == b.shape and not np.array_equal(a, b)
+
+
+def test_a_bundle_is_as_good_as_a_run(run_of, bundle_dir):
+    one = runs.open_part(run_of("upsampler_1"), "upsampler_1")
+    two = runs.open_part(bundle_dir, "upsampler_1")
+    jax.tree.map(np.testing.assert_array_equal, one.params, two.params)
+    assert two.settings["image_size"] == 32
+
+
+def test_parts_that_do_not_fit(bundle_dir):
+    parts = bundle.read(bundle_dir).parts
+    runs.check_fit(parts)
+    swapped = parts | {"upsampler_0": parts["upsampler_1"]}
+    with pytest.raises(errors.ConfigError, match=r"upsampler_0 takes 16x16 pictures, .* makes 8x8"):
+        runs.check_fit(swapped)
+    gap = {"decoder": parts["decoder"], "upsampler_0": parts["upsampler_1"]}
+    with pytest.raises(errors.ConfigError, match="takes 16x16 pictures"):
+        runs.check_fit(gap)
+    parts["clip"].arch["embed_dim"] = 24
+    with pytest.raises(errors.ConfigError, match="prior has 16-dimensional z_i, CLIP gives 24"):
+        runs.check_fit(parts)
+
+
+def test_generate_writes_pictures_that_say_how(bundle_dir, tmp_path):
+    prompt = " ".join(["red"] * 20)
+    done = verb(
+        "generate",
+        "--model",
+        bundle_dir,
+        "--prompt",
+        "a red dot",
+        "--prompt",
+        prompt,
+        "--n",
+        2,
+        "--seed",
+        7,
+        "--stages",
+        1,
+        "--guidance",
+        2.5,
+        "--batch_size",
+        2,
+        "--out",
+        tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    paths = [pathlib.Path(line) for line in done.stdout.split("\n") if line.endswith(".png")]
+    recipes = [images.read_recipe(path) for path in paths]
+    made = [(path, r) for path, r in zip(paths, recipes) if r and "seed" in r]
+    assert [(r["prompt"], r["seed"]) for _, r in made] == [
+        ("a red dot", 7),
+        ("a red dot", 8),
+        (prompt, 7),
+        (prompt, 8),
+    ]
+    for path, recipe in made:
+        assert recipe["guidance"]["decoder"] == 2.5
+        assert recipe["model_hash"] == bundle.describe(bundle_dir)["hash"]
+        with Image.open(path) as picture:
+            assert picture.size == (8, 8)
+            assert "Seed: " in picture.text["parameters"]
+    assert "cut" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("--prompt", "a red dot", "--prompt", " "), 78, "--prompt 2 of 2 is empty"),
+        ((), 78, "needs at least one --prompt"),
+        (("--mode", "variatons"), 78, "did you mean 'variations'"),
+    ],
+)
+def test_generate_refuses_before_it_draws(bundle_dir, tmp_path, arguments, code, said):
+    done = verb("generate", "--model", bundle_dir, "--out", tmp_path, *arguments)
+    assert done.returncode == code
+    assert said in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_generate_without_a_bundle(tmp_path):
+    done = verb("generate", "--model", tmp_path / "none", "--prompt", "a red dot")
+    assert done.returncode == 74 and "is no bundle" in done.stderr
+
+
+def test_generate_below_a_file(bundle_dir, tmp_path):
+    (tmp_path / "file").write_text("kept")
+    done = verb(
+        "generate",
+        "--model",
+        bundle_dir,
+        "--prompt",
+        "a red dot",
+        "--out",
+        tmp_path / "file" / "out",
+    )
+    assert done.returncode == 74 and "Traceback" not in done.stderr
+    assert (tmp_path / "file").read_text() == "kept"

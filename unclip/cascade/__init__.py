@@ -1,0 +1,1 @@
+"""The cascade as a value: its bundle on disk, its runs, its draws."""

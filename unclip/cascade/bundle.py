@@ -1,0 +1,315 @@
+"""A trained cascade on disk: what users pass around.
+
+A bundle is a folder with `model.json` and one `<part>.safetensors` for each network of unCLIP
+(arXiv 2204.06125, section 2): `clip`, the `prior` P(z_i | y), the `decoder` P(x | z_i, y) and its
+two diffusion upsamplers (section 2.1). Beside these it can hold a `t5` text encoder, a second
+network for the last step of the first upsampler (Karlo's `upsampler_0_last`), the `inception`
+network of FID and the `dinov2` network of FD-DINOv2. Any part may be absent. A part file carries
+its own architecture and settings in its header, so its sha256 covers everything that decides a
+picture; `model.json` repeats them for people to read and records the sha256. Tensors are read by
+safetensors alone: nothing here unpickles, and no path is taken from the files. Parts are written
+tensor by tensor, and can be read so.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from unclip import errors, files
+from unclip.files import tensors
+
+FORMAT = 1
+KINDS = (
+    "clip",
+    "t5",
+    "prior",
+    "decoder",
+    "upsampler_0",
+    "upsampler_0_last",
+    "upsampler_1",
+    "inception",
+    "dinov2",
+)
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+MAX_JSON_BYTES = 16 << 20
+
+
+@dataclasses.dataclass
+class Part:
+    """One network of the cascade, ready to be rebuilt.
+
+    Attributes:
+      kind: one of `KINDS`.
+      arch: keyword arguments of the module, JSON-able, plus "class", its name. Lists come back as
+        tuples, so that modules stay hashable.
+      params: nested dict of arrays or `tensors.Lazy`, names without "/".
+      extra: named arrays that are no parameters (e.g. the CLIP mean and standard deviation of z_i);
+        kept in their own dtype.
+      settings: JSON-able facts that sampling needs: diffusion schedule, parametrisation,
+        image_size, context length. Lists come back as tuples.
+    """
+
+    kind: str
+    arch: dict[str, Any]
+    params: dict[str, Any]
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class Bundle:
+    """What `read` returns: the parts asked for, free-form `meta`, and the model hash (10 hex)."""
+
+    parts: dict[str, Part]
+    meta: dict[str, Any]
+    hash: str
+
+
+def write(
+    directory: str | os.PathLike,
+    parts: Mapping[str, Part],
+    meta: Mapping[str, Any] | None = None,
+    *,
+    dtype: str | None = None,
+) -> str:
+    """Writes a bundle, part files first and `model.json` last, each atomically.
+
+    Args:
+      directory: the bundle's folder, made when missing.
+      parts: part by name; a name equals its part's `kind`.
+      meta: JSON-able facts about the whole (name, licence, data, commit).
+      dtype: cast floating parameters to "float32" or "bfloat16"; None keeps each as it is. `extra`
+        is never cast: statistics stay in float32.
+
+    Returns:
+      The model hash, 10 hex digits.
+
+    Raises:
+      ConfigError: an unknown part or dtype, or content that is not JSON or not arrays.
+      DataError: the folder cannot be written.
+    """
+    directory = pathlib.Path(directory)
+    if dtype is not None and dtype not in DTYPES:
+        raise errors.unknown("bundle dtype", dtype, DTYPES)
+    meta = _checked_json("meta", dict(meta or {}))
+    records = {}
+    for name in sorted(parts):
+        part = parts[name]
+        if name not in KINDS:
+            raise errors.unknown("bundle part", name, KINDS)
+        if part.kind != name:
+            raise errors.ConfigError(f"part {name!r} holds a {part.kind!r}: they must agree")
+        content = dict(_flatten(f"{name}: params", part.params, "params/"))
+        if dtype is not None:
+            content = {path: _cast(array, DTYPES[dtype]) for path, array in content.items()}
+        content |= _flatten(f"{name}: extra", part.extra, "extra/")
+        described = {
+            "arch": _checked_json(f"{name}: arch", part.arch),
+            "settings": _checked_json(f"{name}: settings", part.settings),
+        }
+        header = {"unclip": _dumps({"kind": name, "format": FORMAT, **described})}
+        path = directory / f"{name}.safetensors"
+        tensors.write(path, content, header)
+        records[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path), **described}
+    model_hash = _model_hash(records)
+    document = {"format": FORMAT, "hash": model_hash, "meta": meta, "parts": records}
+    text = json.dumps(document, indent=2, sort_keys=True, allow_nan=False)
+    with files.replacing(directory / "model.json") as temporary:
+        temporary.write_text(text + "\n", encoding="ascii")
+    return model_hash
+
+
+def describe(directory: str | os.PathLike) -> dict[str, Any]:
+    """The checked content of `model.json`, tensors untouched: {"format", "hash", "meta", "parts"}.
+
+    Raises:
+      ConfigError: the bundle was written by a newer format.
+      DataError: no bundle there, or `model.json` is not one.
+    """
+    path = pathlib.Path(directory) / "model.json"
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise errors.DataError(f"{path} is larger than {MAX_JSON_BYTES} bytes: no bundle")
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise errors.DataError(f"{directory} is no bundle: it has no model.json") from error
+    except OSError as error:
+        raise errors.DataError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise errors.DataError(f"{path} is damaged: {error}") from error
+    version = document.get("format") if isinstance(document, dict) else None
+    if not isinstance(version, int):
+        raise errors.DataError(f"{path} is no bundle: it has no format number")
+    if version > FORMAT:
+        raise errors.ConfigError(
+            f"{path} has bundle format {version}, this unclip reads up to {FORMAT}: upgrade unclip"
+        )
+    records = document.get("parts")
+    if not isinstance(records, dict) or not all(map(_is_record, records.items())):
+        raise errors.DataError(f"{path} is damaged: its list of parts is not valid")
+    if document.get("hash") != _model_hash(records):
+        raise errors.DataError(f"{path} is damaged: its hash does not cover the listed parts")
+    if not isinstance(document.setdefault("meta", {}), dict):
+        raise errors.DataError(f"{path} is damaged: its meta is not an object")
+    return document
+
+
+def read(
+    directory: str | os.PathLike,
+    names: Iterable[str] | None = None,
+    *,
+    verify: bool = True,
+    lazy: bool = False,
+) -> Bundle:
+    """Reads a bundle, or only the parts named.
+
+    Args:
+      directory: the bundle's folder.
+      names: parts to read; None reads every one present. Other files are not opened.
+      verify: compare each file's sha256 with the recorded one. Sizes are compared in any case.
+      lazy: leave the tensors on disk, as `tensors.Lazy`.
+
+    Returns:
+      The parts with numpy arrays (bfloat16 as `ml_dtypes.bfloat16`), the meta and the model hash.
+
+    Raises:
+      ConfigError: a part that is absent (the message lists those present), or a newer format.
+      DataError: a file that is missing, cut short, changed or no safetensors.
+    """
+    document = describe(directory)
+    present = [kind for kind in KINDS if kind in document["parts"]]
+    parts = {}
+    for name in present if names is None else names:
+        if name not in KINDS:
+            raise errors.unknown("bundle part", name, KINDS)
+        if name not in present:
+            listed = ", ".join(present) or "nothing"
+            raise errors.ConfigError(f"{directory} has no part {name!r}: it holds {listed}")
+        part = _read_part(pathlib.Path(directory), name, document["parts"][name], verify)
+        if not lazy:
+            part.params, part.extra = _loaded(part.params), _loaded(part.extra)
+        parts[name] = part
+    return Bundle(parts, document["meta"], document["hash"])
+
+
+def read_part(directory: str | os.PathLike, name: str, *, verify: bool = True) -> Part:
+    """Reads one part; arguments and errors as in `read`."""
+    return read(directory, [name], verify=verify).parts[name]
+
+
+def _read_part(directory: pathlib.Path, name: str, record: dict, verify: bool) -> Part:
+    path = directory / f"{name}.safetensors"
+    try:
+        size = path.stat().st_size
+        if size != record["bytes"]:
+            raise errors.DataError(
+                f"{path} has {size} bytes where model.json records {record['bytes']}: "
+                "the copy is incomplete or another file"
+            )
+        if verify and _sha256(path) != record["sha256"]:
+            raise errors.DataError(f"{path} differs from the sha256 in model.json: fetch it again")
+        flat, metadata = tensors.read(path)
+        header = json.loads(metadata.get("unclip", "null"))
+    except OSError as error:
+        raise errors.DataError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise errors.DataError(f"{path} is damaged: {error}") from error
+    if not isinstance(header, dict) or header.get("kind") != name:
+        raise errors.DataError(f"{path} does not describe itself as a {name!r} part of a bundle")
+    for field in ("arch", "settings"):
+        if header.get(field) != record[field]:
+            raise errors.DataError(
+                f"{path} and model.json disagree on {field!r}: the bundle was edited by hand; "
+                "write it again"
+            )
+    trees = {"params": {}, "extra": {}}
+    for key, array in flat.items():
+        *parents, leaf = key.split("/")
+        if not parents or parents[0] not in trees:
+            raise errors.DataError(f"{path} holds an unexpected tensor {key!r}")
+        node = trees
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise errors.DataError(f"{path} holds tensor {key!r} below another tensor")
+        if leaf in node:
+            raise errors.DataError(f"{path} holds tensor {key!r} above another tensor")
+        node[leaf] = array
+    return Part(
+        kind=name,
+        arch=_tuples(header["arch"]),
+        params=trees["params"],
+        extra=trees["extra"],
+        settings=_tuples(header["settings"]),
+    )
+
+
+def _loaded(tree: dict) -> dict:
+    return {k: _loaded(v) if isinstance(v, dict) else v.read() for k, v in tree.items()}
+
+
+def _flatten(what: str, tree: Mapping, prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if not isinstance(key, str) or "/" in key or not key:
+            raise errors.ConfigError(f"{what}: a tensor's name is text without /, got {key!r}")
+        path = prefix + key
+        if isinstance(value, Mapping):
+            yield from _flatten(what, value, path + "/")
+            continue
+        if not hasattr(value, "shape"):
+            value = np.asarray(value)
+        if np.dtype(value.dtype).hasobject or np.dtype(value.dtype).kind in "USmM":
+            raise errors.ConfigError(f"{what}: {path} is {type(value).__name__}, expected an array")
+        yield path, value
+
+
+def _cast(array: Any, dtype: np.dtype) -> Any:
+    if array.dtype.kind != "f" and array.dtype != ml_dtypes.bfloat16:
+        return array
+    return tensors.Lazy(array.shape, dtype, lambda: np.asarray(array).astype(dtype))
+
+
+def _checked_json(what: str, value: Any) -> Any:
+    try:
+        return json.loads(_dumps(value))
+    except (TypeError, ValueError) as error:
+        raise errors.ConfigError(f"{what} cannot be written as JSON: {error}") from error
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, allow_nan=False)
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _is_record(item: tuple[str, Any]) -> bool:
+    name, record = item
+    return (
+        name in KINDS
+        and isinstance(record, dict)
+        and isinstance(record.get("bytes"), int)
+        and isinstance(record.get("sha256"), str)
+        and isinstance(record.get("arch"), dict)
+        and isinstance(record.get("settings"), dict)
+    )
+
+
+def _model_hash(records: Mapping[str, Mapping]) -> str:
+    lines = "".join(f"{name} {records[name]['sha256']}\n" for name in sorted(records))
+    return hashlib.sha256(lines.encode("ascii", "replace")).hexdigest()[:10]
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,534 @@
+"""The cascade as a value: caption -> prior -> decoder -> upsamplers -> pictures (figure 2).
+
+`UnCLIP.load(dir)` opens a bundle; every way to make a picture is a method. Each stage is compiled
+once per picture count, step count and sampler; prompts, seeds, guidance and eta are traced, so
+changing them compiles nothing.
+
+The methods that draw take `noise`, which replaces the random draws and so lets a picture be
+compared with another program's: {stage: float32 [1 + steps, n, ...]}, stages "prior" ([..., D]),
+"decoder" and "upsampler_0" ... ([..., H, W, 3]). Entry 0 is x_T, entry 1 + k the standard normal
+noise of step k, the first visited being 0; the last entry, at the step to x_0, is not used. A stage
+that is not named draws its own.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unclip import errors, tasks
+from unclip.cascade import bundle
+from unclip.input.decode.image import for_clip
+from unclip.input.decode.text import T5Tokenizer, Tokenizer
+from unclip.runtime import sharding
+from unclip.tasks.clip import FrozenClip, unit
+
+STAGE_TAGS = {"prior": 0, "decoder": 1, "upsampler_0": 2, "upsampler_1": 3}
+LAST = "_last"  # upsampler_0_last: a second network, for the last step of upsampler_0
+EMBEDS = ("prior", "text", "none")  # where the decoder's z_i comes from
+FREE = ("dtype", "dropout", "remat", "attention_impl")  # in which the two networks may differ
+
+
+Noise = Mapping[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """What a method drew.
+
+    Attributes:
+      images: uint8 [n, H, W, 3].
+      recipes: one dict a picture, enough to draw it again.
+      stages: {"decoder": uint8 [n, h, w, 3], "upsampler_0": ..., ...}, every stage's picture.
+    """
+
+    images: np.ndarray
+    recipes: list[dict]
+    stages: dict[str, np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+class UnCLIP:
+    """A loaded cascade.
+
+    Args:
+      parts: {name: `bundle.Part`}, names as in `bundle`; any may be absent, methods say which
+        they need.
+      model_hash: identifies the weights in recipes.
+      batch_size: pictures drawn at once; the last batch is padded, so that results do not depend
+        on how many were asked for.
+      mesh: devices to draw on, of this process alone (`runtime.sharding.make_mesh` with
+        `jax.local_devices()`); rows of a batch go over its data and fsdp axes, and parameters are
+        sharded where fsdp is more than 1. None: JAX's default device.
+
+    Raises:
+      ConfigError: parts that do not fit one another, or a batch the mesh cannot split.
+    """
+
+    def __init__(
+        self,
+        parts: dict[str, bundle.Part],
+        *,
+        model_hash: str = "",
+        batch_size: int = 8,
+        mesh: jax.sharding.Mesh | None = None,
+    ):
+        self.parts, self.model_hash, self.batch_size = parts, model_hash, batch_size
+        self.mesh = mesh
+        ways = mesh.shape["data"] * mesh.shape["fsdp"] if mesh is not None else 1
+        if batch_size % ways:
+            raise errors.ConfigError(f"batch_size {batch_size} is not a multiple of {ways} devices")
+        self._tasks, used = {}, {"clip"} & parts.keys()
+        for name in ("clip", *STAGE_TAGS):
+            if name not in parts:
+                continue
+            part, stage = parts[name], name.partition("_")[0]
+            needed = tasks.needs(stage, part.arch, part.settings)
+            archs = {other: self._need(other, f"the {stage}").arch for other in needed}
+            task = self._tasks[name] = tasks.make(stage, part.arch, part.settings, **archs)
+            used |= {name, *needed}
+            if "t5" in needed:
+                task.tokenizer = T5Tokenizer(parts["t5"].extra.get("tokenizer"))
+            if name + LAST in parts:
+                last = tasks.make(stage, parts[name + LAST].arch, part.settings).model
+                free = {field: getattr(task.model, field) for field in FREE}
+                if last.clone(**free) != task.model:
+                    raise errors.ConfigError(
+                        f"{name + LAST} has another architecture than {name}: they must be equal"
+                    )
+                used.add(name + LAST)
+        self._params = {name: self._place(parts[name].params) for name in used}
+        self._frozen = {name: self._params[name] for name in ("clip", "t5") if name in used}
+        if "prior" in parts:
+            self._frozen["statistics"] = self._place(parts["prior"].extra)
+        self._compiled, self._warned = {}, set()
+
+    @classmethod
+    def load(cls, directory: str, **kwargs) -> "UnCLIP":
+        """Opens a bundle folder (`unclip export`, `unclip convert`).
+
+        Raises:
+          DataError: unreadable or damaged files; ConfigError: not a bundle.
+        """
+        opened = bundle.read(directory)
+        return cls(opened.parts, model_hash=opened.hash, **kwargs)
+
+    def _place(self, tree):
+        """Parameters on the device or the mesh."""
+        if self.mesh is None:
+            return jax.tree.map(jnp.asarray, tree)
+        rules = sharding.PRESETS["fsdp" if self.mesh.shape["fsdp"] > 1 else "data"]
+        where = sharding.shardings(tree, self.mesh, rules)
+        return jax.tree.map(jax.device_put, tree, where)
+
+    def _put(self, name: str, value):
+        """Rows of a batch over the mesh; parameters, placed before, and scalars as they are."""
+        if self.mesh is None or name in ("params", "last_params", "frozen") or jnp.ndim(value) == 0:
+            return value
+        spec = sharding.batch_sharding(self.mesh).spec
+        if name == "noise":  # one a step, then rows
+            spec = jax.sharding.PartitionSpec(None, *spec)
+        return jax.device_put(value, jax.sharding.NamedSharding(self.mesh, spec))
+
+    def _need(self, name: str, what: str) -> bundle.Part:
+        if name not in self.parts:
+            have = ", ".join(sorted(self.parts)) or "nothing"
+            raise errors.ConfigError(f"{what} needs the part {name!r}; this model has {have}")
+        return self.parts[name]
+
+    @property
+    def upsamplers(self) -> list[str]:
+        """Names of the upsampler parts, in the order they run."""
+        return sorted(name for name in self._tasks if name.startswith("upsampler"))
+
+    def stage_size(self, name: str) -> int:
+        """Side in pixels of the pictures a stage makes: "decoder", "upsampler_0", ..."""
+        return self._tasks[name].image_size
+
+    def tokenize(
+        self, prompts: Sequence[str], context: int | None = None, tokenizer=None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens int32 [n, L], mask bool [n, L]); warns where a prompt is cut.
+
+        Args:
+          context: L; None takes CLIP's.
+          tokenizer: of `input.decode.text`; None takes CLIP's.
+
+        Raises:
+          ConfigError: an empty prompt.
+        """
+        for number, prompt in enumerate(prompts):
+            if not prompt.strip():
+                raise errors.ConfigError(f"prompt {number + 1} of {len(prompts)} is empty")
+        context = context or self._tasks["clip"].model.context
+        tokenizer = tokenizer or Tokenizer()
+        for prompt in prompts:
+            cut = tokenizer.cut_warning(prompt, context)
+            if cut and (prompt, context) not in self._warned:
+                self._warned.add((prompt, context))
+                warnings.warn(cut, stacklevel=3)
+        tokens, mask, _ = tokenizer.encode(list(prompts), context)
+        return tokens, mask
+
+    def _call(self, name: str, function, *, static: tuple = (), **traced):
+        """Runs a stage's jitted function, one compilation a (stage, static, shape)."""
+        key = (name, static)
+        if key not in self._compiled:
+            self._compiled[key] = jax.jit(partial(function, **dict(static)))
+        traced = {k: jax.tree.map(partial(self._put, k), v) for k, v in traced.items()}
+        return self._compiled[key](**traced)
+
+    def _batches(self, rows: int):
+        """Index arrays [batch_size] covering 0..rows-1, the last one padded by repeating."""
+        for start in range(0, rows, self.batch_size):
+            yield np.minimum(np.arange(start, start + self.batch_size), rows - 1), rows - start
+
+    def embed_text(self, prompts: Sequence[str]) -> np.ndarray:
+        """z_t float32 [n, D] of captions, not normalised."""
+        self._need("clip", "embed_text")
+        tokens, _ = self.tokenize(prompts)
+        frozen = FrozenClip(self._tasks["clip"].model)
+        run = lambda rows: self._call(
+            "z_t",
+            lambda params, tokens: frozen.text(params, tokens)[0],
+            params=self._params["clip"],
+            tokens=tokens[rows],
+        )
+        return self._rows(len(tokens), run)
+
+    def embed_image(self, images: np.ndarray) -> np.ndarray:
+        """z_i float32 [n, D] of pictures uint8 [n, H, W, 3], not normalised."""
+        self._need("clip", "embed_image")
+        frozen = FrozenClip(self._tasks["clip"].model)
+        run = lambda rows: self._call(
+            "z_i", frozen.image, params=self._params["clip"], images=images[rows]
+        )
+        return self._rows(len(images), run)
+
+    def _rows(self, count: int, run) -> np.ndarray:
+        parts = [np.asarray(run(rows))[:left] for rows, left in self._batches(count)]
+        return np.concatenate(parts)
+
+    def draw_prior(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        noise: Noise | None = None,
+        **settings,
+    ) -> np.ndarray:
+        """z_i float32 [n, D] drawn for captions, one a (prompt, seed) pair.
+
+        Settings: steps, guidance, sampler, eta, candidates (see `tasks.prior`); `noise` as this
+        module says, with candidates = 1.
+        """
+        self._need("prior", "drawing from a caption")
+        task = self._tasks["prior"]
+        tokens, mask = self.tokenize(prompts, task.context)
+        static, traced = _split("prior", task.draw, settings)
+        keys = _keys(seeds, "prior")
+        seam = self._seam(noise, "prior", static, (len(tokens), task.clip.model.embed_dim))
+        run = lambda rows: self._call(
+            "prior",
+            task.sample,
+            static=static,
+            params=self._params["prior"],
+            frozen=self._frozen,
+            tokens=tokens[rows],
+            mask=mask[rows],
+            sample_keys=keys[rows],
+            **traced,
+            **seam(rows),
+        )
+        return self._rows(len(tokens), run)
+
+    def decode(
+        self,
+        z_i: np.ndarray | None,
+        prompts: Sequence[str] | None,
+        seeds: Sequence[int],
+        *,
+        drop_image: bool = False,
+        decoder: dict | None = None,
+        upsamplers: Sequence[dict] = (),
+        stages: int | None = None,
+        noise: Noise | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Pictures of embeddings through the decoder and the upsamplers.
+
+        Args:
+          z_i: float32 [n, D], or None for a decoder without it; prompts: captions or None for
+            none; seeds: one a picture.
+          drop_image: whether the decoder draws as it was trained to without z_i.
+          decoder: settings of the decoder's draw; upsamplers: one dict an upsampler.
+          stages: how many of decoder and upsamplers run; None = all.
+          noise: see this module.
+
+        Returns:
+          {"decoder": float32 [n, h, w, 3] in [-1, 1], "upsampler_0": ..., ...}.
+        """
+        self._need("decoder", "drawing a picture")
+        task = self._tasks["decoder"]
+        if prompts is None:
+            tokens, mask = (np.asarray(a) for a in task.empty(len(seeds)))
+        else:
+            tokens, mask = self.tokenize(prompts, task.context, task.tokenizer)
+        static, traced = _split("decoder", task.draw, decoder or {})
+        keys = _keys(seeds, "decoder")
+        seam = self._seam(noise, "decoder", static, (len(seeds), *2 * (task.image_size,), 3))
+        run = lambda rows: self._call(
+            "decoder",
+            task.sample,
+            static=static,
+            params=self._params["decoder"],
+            frozen={other: self._frozen[other] for other in task.needs},
+            z_i=None if z_i is None else z_i[rows],
+            tokens=tokens[rows],
+            mask=mask[rows],
+            sample_keys=keys[rows],
+            drop_image=np.full(len(rows), drop_image),
+            **traced,
+            **seam(rows),
+        )
+        out = {"decoder": self._rows(len(seeds), run)}
+        if len(upsamplers) > len(self.upsamplers):
+            raise errors.ConfigError(
+                f"settings for {len(upsamplers)} upsamplers; this model has {len(self.upsamplers)}"
+            )
+        if stages is not None and stages < 1:
+            raise errors.ConfigError(f"stages={stages}: expected at least 1, the decoder alone")
+        chosen = [*upsamplers, *[{}] * len(self.upsamplers)]
+        low = out["decoder"]
+        names = self.upsamplers[: None if stages is None else stages - 1]
+        for name, settings in zip(names, chosen):
+            low = out[name] = self._upsample(name, low, seeds, settings, noise)
+        return out
+
+    def _upsample(
+        self, name: str, low: np.ndarray, seeds: Sequence[int], settings: dict, noise: Noise | None
+    ) -> np.ndarray:
+        """float32 [n, H, W, 3] in [-1, 1] of smaller pictures, by one upsampler."""
+        task = self._tasks[name]
+        static, traced = _split(name, task.draw, settings)
+        keys = _keys(seeds, name)
+        height, width = (side * task.factor for side in low.shape[1:3])
+        seam = self._seam(noise, name, static, (len(low), height, width, 3))
+        run = lambda rows: self._call(
+            name,
+            task.sample,
+            static=static,
+            params=self._params[name],
+            last_params=self._params.get(name + LAST),
+            low=low[rows],
+            sample_keys=keys[rows],
+            **traced,
+            **seam(rows),
+        )
+        return self._rows(len(low), run)
+
+    def _seam(self, noise: Noise | None, name: str, static: tuple, shape: tuple[int, ...]):
+        """rows -> {"x_T", "noise"} of a stage's `sample`, or {} where the stage draws its own.
+
+        Args:
+          shape: of the stage's x_T, all n rows of it.
+        """
+        for given in noise or {}:
+            if given not in STAGE_TAGS:
+                raise errors.unknown("stage of noise", given, STAGE_TAGS)
+        if noise is None or name not in noise:
+            return lambda rows: {}
+        settings = dict(static)
+        if settings.get("candidates", 1) != 1:
+            raise errors.ConfigError(
+                f"noise for the prior with candidates={settings['candidates']}: expected "
+                "candidates=1, as each candidate draws its own"
+            )
+        if "steps" not in settings:
+            raise errors.ConfigError("noise for an autoregressive prior: it draws codes, no noise")
+        noise, expected = np.asarray(noise[name], np.float32), (1 + settings["steps"], *shape)
+        if noise.shape != expected:
+            raise errors.ConfigError(
+                f"noise of {name} has shape {noise.shape}; expected {expected}: x_T, then one a "
+                "step"
+            )
+        return lambda rows: {"x_T": noise[0, rows], "noise": noise[1:, rows]}
+
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        n: int = 1,
+        seed: int | Sequence[int] = 0,
+        *,
+        prior: dict | None = None,
+        decoder: dict | None = None,
+        upsamplers: Sequence[dict] = (),
+        stages: int | None = None,
+        embed: str | None = None,
+        caption: bool = True,
+        noise: Noise | None = None,
+    ) -> Pictures:
+        """Draws `n` pictures of every caption.
+
+        Picture k of a caption uses seed `seed` + k, and is the same picture when drawn alone.
+
+        Args:
+          prompt: one caption or several.
+          n: pictures a caption; seed: of the first one, 0 <= seed < 2**32; or one for every
+            caption, so that an evaluation's pictures do not share their noise.
+          prior, decoder, upsamplers: settings that replace the model's own, by stage: steps,
+            guidance, sampler, eta, and the prior's candidates.
+          stages: how many of decoder and upsamplers run; None = all.
+          embed: where the decoder's z_i comes from (section 5.1 of the paper): "prior" draws it,
+            "text" gives z_t in its place, "none" drops it. None: "text" for a decoder that was
+            trained so, "prior" for any other; a decoder without z_i ignores it.
+          caption: whether the decoder reads the caption too.
+          noise: in place of what the seeds would draw, one row a picture; see this module.
+
+        Returns:
+          `Pictures`, caption-major.
+
+        Raises:
+          ConfigError: empty prompt, a part that is missing, a setting that does not exist.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if n < 1 or not prompts:
+            raise errors.ConfigError(f"given {len(prompts)} prompts and n={n}: at least 1 of each")
+        wanted = [p for p in prompts for _ in range(n)]
+        first = [seed] * len(prompts) if np.ndim(seed) == 0 else list(map(int, seed))
+        if len(first) != len(prompts):
+            raise errors.ConfigError(f"{len(first)} seeds for {len(prompts)} prompts")
+        seeds = [s for one in first for s in _seeds(one, n)]
+        self._need("decoder", "drawing a picture")
+        task, z_i = self._tasks["decoder"], None
+        embed = embed or ("text" if task.embedding == "text" else "prior")
+        if embed not in EMBEDS:
+            raise errors.unknown("embed", embed, EMBEDS)
+        if embed == "prior" and task.embedding == "text":
+            raise errors.ConfigError(
+                "embed 'prior': this decoder was trained on z_t in place of z_i; "
+                "expected 'text' or 'none'"
+            )
+        chosen = {"decoder": decoder or {}}
+        if not task.model.use_z_i:  # a text-only decoder (GLIDE, Imagen) reads the caption alone
+            embed = None
+        elif embed == "prior":
+            z_i = self.draw_prior(wanted, seeds, noise=noise, **(prior or {}))
+            chosen["prior"] = prior or {}
+        else:
+            z_i = self.embed_text(wanted)
+        drawn = self.decode(
+            z_i,
+            wanted if caption else None,
+            seeds,
+            drop_image=embed == "none",
+            decoder=decoder,
+            upsamplers=upsamplers,
+            stages=stages,
+            noise=noise,
+        )
+        settings = self._settings(chosen | dict(zip(self.upsamplers, upsamplers)), stages, noise)
+        if embed not in (None, "prior"):
+            settings["embed"] = embed
+        if not caption:
+            settings["caption"] = False
+        recipes = [
+            {"mode": "text", "prompt": p, "seed": s, **settings} for p, s in zip(wanted, seeds)
+        ]
+        return _pictures(drawn, recipes)
+
+    def variations(
+        self,
+        image: np.ndarray,
+        n: int = 4,
+        seed: int = 0,
+        *,
+        decoder: dict | None = None,
+        upsamplers: Sequence[dict] = (),
+        stages: int | None = None,
+        noise: Noise | None = None,
+    ) -> Pictures:
+        """Draws `n` pictures that share the embedding z_i of a picture (paper, section 3.1).
+
+        Args:
+          image: uint8 [H, W, 3]; a picture that is not square is cropped to its centre.
+          Other arguments as in `generate`; the caption is empty, with guidance too.
+        """
+        self._need("clip", "variations of a picture")
+        if self._need("decoder", "variations").settings.get("embedding") == "text":
+            raise errors.ConfigError(
+                "variations need a decoder of z_i; this one was trained on z_t (embedding='text')"
+            )
+        z_i = self.embed_image(for_clip(image, self._tasks["clip"].model.image_size)[None])
+        seeds = _seeds(seed, n)
+        drawn = self.decode(
+            np.repeat(z_i, n, axis=0),
+            None,
+            seeds,
+            decoder=decoder,
+            upsamplers=upsamplers,
+            stages=stages,
+            noise=noise,
+        )
+        chosen = {"decoder": decoder or {}} | dict(zip(self.upsamplers, upsamplers))
+        settings = self._settings(chosen, stages, noise)
+        recipes = [{"mode": "variations", "prompt": "", "seed": s, **settings} for s in seeds]
+        return _pictures(drawn, recipes)
+
+    def score(self, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+        """Cosine of z_i and z_t, float32 [n], by this model's own CLIP."""
+        z_i, z_t = jnp.asarray(self.embed_image(images)), jnp.asarray(self.embed_text(prompts))
+        return np.asarray(jnp.sum(unit(z_i) * unit(z_t), axis=-1))
+
+    def _settings(self, chosen: dict[str, dict], stages: int | None, noise: Noise | None) -> dict:
+        """Every setting in force, for a recipe: {setting: {stage: value}}."""
+        count = min(stages or 1 + len(self.upsamplers), 1 + len(self.upsamplers))
+        names = [n for n in ("prior", "decoder") if n in chosen] + self.upsamplers[: count - 1]
+        out = {"model_hash": self.model_hash, "stages": count}
+        if noise is not None:  # then the seeds alone do not draw the picture again
+            out["noise"] = "given: " + ", ".join(noise)
+        for name in names:
+            for setting, value in (self._tasks[name].draw | chosen.get(name, {})).items():
+                out.setdefault(setting, {})[name] = value
+        return out
+
+
+def _pictures(drawn: dict[str, np.ndarray], recipes: list[dict]) -> Pictures:
+    stages = {name: to_uint8(pictures) for name, pictures in drawn.items()}
+    return Pictures(list(stages.values())[-1], recipes, stages)
+
+
+def to_uint8(pictures: np.ndarray) -> np.ndarray:
+    """[-1, 1] float to uint8, rounded once, as the metrics expect."""
+    return np.uint8(np.round((np.clip(pictures, -1, 1) + 1) * 127.5))
+
+
+def _split(stage: str, defaults: dict, settings: dict) -> tuple[tuple, dict]:
+    """A stage's settings as (static items, traced floats)."""
+    for name in settings:
+        if name not in defaults:
+            raise errors.unknown(f"{stage} setting", name, defaults)
+    draw = defaults | settings
+    if draw.get("eta") and draw["sampler"] != "ddim":
+        raise errors.ConfigError(
+            f"{stage}: eta {draw['eta']} with sampler {draw['sampler']!r}; only 'ddim' has an eta"
+        )
+    traced = {k: jnp.float32(v) for k, v in draw.items() if k in ("guidance", "eta", "temperature")}
+    return tuple(sorted((k, v) for k, v in draw.items() if k not in traced)), traced
+
+
+def _seeds(seed: int, n: int) -> list[int]:
+    if not 0 <= seed <= 2**32 - n:
+        raise errors.ConfigError(f"seed {seed}: expected 0 <= seed and seed + n <= {2**32}")
+    return list(range(seed, seed + n))
+
+
+def _keys(seeds: Sequence[int], stage: str) -> jax.Array:
+    """Typed keys [n], one a picture, different for every stage."""
+    one = lambda s: jax.random.fold_in(jax.random.key(s), STAGE_TAGS[stage])
+    return jax.vmap(one)(jnp.asarray(seeds, jnp.uint32))

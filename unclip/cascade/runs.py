@@ -1,0 +1,204 @@
+"""A training run on disk: its config, and its latest checkpoint as a part of the cascade.
+
+Later stages take their frozen CLIP from the run of an earlier one, and `unclip export` gathers
+runs into a bundle; both accept a run's workdir and a bundle's folder alike.
+"""
+
+import hashlib
+import json
+import pathlib
+
+import numpy as np
+import safetensors
+from safetensors.numpy import save_file
+
+from unclip import errors, files
+from unclip.cascade import bundle
+from unclip.models import t5
+from unclip.runtime import checkpoint, sharding
+
+STATISTICS = "statistics.safetensors"
+
+
+def is_run(path: str | pathlib.Path) -> bool:
+    """Whether a folder is the workdir of a training run."""
+    return (pathlib.Path(path) / "config.json").is_file()
+
+
+def run_config(workdir: str | pathlib.Path) -> dict:
+    """The config a run was started with, as plain JSON values.
+
+    Raises:
+      DataError: there is none, or it cannot be read.
+    """
+    path = pathlib.Path(workdir) / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise errors.DataError(f"{workdir}: no training run there ({path}: {e})") from e
+    if not isinstance(config, dict) or not {"stage", "arch", "task"} <= config.keys():
+        raise errors.DataError(f"{workdir}: no training run there ({path} is another file)")
+    return config
+
+
+def tree_hash(params) -> str:
+    """sha256 (hex) of a parameter tree's names, shapes, dtypes and values; arrays on the host."""
+    digest = hashlib.sha256()
+    for path, leaf in sorted(sharding.tree_paths(params).items()):
+        leaf = np.ascontiguousarray(leaf)
+        digest.update(f"{path} {leaf.shape} {leaf.dtype}\n".encode())
+        digest.update(leaf.reshape(-1).view(np.uint8))
+    return digest.hexdigest()
+
+
+def read_statistics(
+    path: str | pathlib.Path, clip_hash: str | None = None
+) -> dict[str, np.ndarray]:
+    """What a prior measured of z_i before it was trained.
+
+    Args:
+      clip_hash: `tree_hash` of the CLIP it must have been measured with; None takes any.
+
+    Raises:
+      DataError: the file is damaged or cannot be read; ConfigError: it belongs to another CLIP.
+    """
+    try:
+        with safetensors.safe_open(path, "np") as file:
+            measured = (file.metadata() or {}).get("clip")
+            statistics = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, safetensors.SafetensorError) as e:
+        raise errors.DataError(f"cannot read {path}: {e}; delete it to measure again") from e
+    if clip_hash is not None and measured != clip_hash:
+        raise errors.ConfigError(
+            f"{path} was measured with another CLIP ({str(measured)[:12]}, now {clip_hash[:12]}): "
+            "choose another --workdir, or go back to that CLIP"
+        )
+    return statistics
+
+
+def write_statistics(
+    path: str | pathlib.Path, statistics: dict[str, np.ndarray], clip_hash: str
+) -> None:
+    """Writes what `read_statistics` reads, atomically.
+
+    Raises:
+      DataError: the disk is full or cannot be written.
+    """
+    with files.replacing(path) as temporary:
+        try:
+            save_file(statistics, temporary, {"clip": clip_hash})
+        except safetensors.SafetensorError as e:  # its own type, for a full disk too
+            raise errors.DataError(f"cannot write {path}: {e}") from e
+
+
+def part_from_run(workdir: str | pathlib.Path, stage: str, *, ema: bool = True) -> bundle.Part:
+    """The latest checkpoint of a run as a bundle part.
+
+    Args:
+      workdir: folder of `unclip train`.
+      stage: what the caller expects to find there.
+      ema: the moving average instead of the raw parameters.
+
+    Raises:
+      DataError: no run or no checkpoint; ConfigError: a run of another stage.
+    """
+    config = run_config(workdir)
+    if config["stage"] != stage:
+        raise errors.ConfigError(f"{workdir} is a run of stage {config['stage']!r}, not {stage!r}")
+    branch = "ema" if ema else "params"
+    folder = pathlib.Path(workdir) / "checkpoints"
+    params = checkpoint.load_subtree(folder, (branch,))[branch]
+    statistics = pathlib.Path(workdir) / STATISTICS
+    return bundle.Part(
+        kind=stage,
+        arch=config["arch"],
+        params=params,
+        extra=read_statistics(statistics) if statistics.exists() else {},
+        settings=config["task"],
+    )
+
+
+def open_part(path: str | pathlib.Path, name: str, *, ema: bool = True) -> bundle.Part:
+    """The part `name` of a RUN or a BUNDLE.
+
+    Args:
+      path: folder; name: one of `bundle.KINDS`. No run trains a T5: of a decoder's run, "t5" is
+        the part that it was trained with.
+    """
+    _folder(path)
+    if is_run(path) and name == "t5":
+        trained_with = run_config(path).get("t5")
+        if trained_with in (None, "", "random"):
+            raise errors.ConfigError(
+                f"{path} was not trained with a T5 that was kept; give the BUNDLE of one "
+                "(unclip convert --from t5)"
+            )
+        return open_part(trained_with, "t5")
+    if is_run(path):
+        return part_from_run(path, name.partition("_")[0], ema=ema)
+    return bundle.read_part(path, name)
+
+
+def _folder(path: str | pathlib.Path) -> None:
+    if not pathlib.Path(path).is_dir():
+        raise errors.DataError(f"{path}: no such folder; expected a training run or a bundle")
+
+
+def describe_part(path: str | pathlib.Path, name: str) -> tuple[dict, dict]:
+    """(arch, settings) of the part `name` of a RUN or a BUNDLE, without its tensors.
+
+    Raises:
+      DataError: nothing to read there; ConfigError: it holds no such part.
+    """
+    _folder(path)
+    if is_run(path):
+        config = run_config(path)
+        if config["stage"] != name.partition("_")[0]:
+            raise errors.ConfigError(f"{path} is a run of stage {config['stage']!r}, not {name!r}")
+        return config["arch"], config["task"]
+    parts = bundle.describe(path)["parts"]
+    if name not in parts:
+        raise errors.ConfigError(
+            f"{path} has no part {name!r}: it holds {', '.join(sorted(parts)) or 'nothing'}"
+        )
+    return parts[name]["arch"], parts[name]["settings"]
+
+
+def statistics_of(path: str | pathlib.Path) -> dict[str, np.ndarray]:
+    """What the prior of a RUN or a BUNDLE knows of z_i; {} where it was kept without."""
+    _folder(path)
+    if is_run(path):
+        file = pathlib.Path(path) / STATISTICS
+        return read_statistics(file) if file.exists() else {}
+    extra = bundle.read(path, ["prior"], lazy=True).parts["prior"].extra
+    return {name: np.asarray(value) for name, value in extra.items()}
+
+
+def check_fit(parts: dict[str, bundle.Part]) -> None:
+    """Refuses parts that cannot follow one another: sizes of embeddings and pictures.
+
+    Raises:
+      ConfigError: names the two sizes.
+    """
+    side = parts["decoder"].settings["image_size"] if "decoder" in parts else None
+    # "upsampler_0_last" is the same stage's second network, not a stage.
+    for name in sorted(n for n in parts if n in ("upsampler_0", "upsampler_1")):
+        settings = parts[name].settings
+        low = settings["image_size"] // settings["factor"]
+        if side is not None and low != side:
+            raise errors.ConfigError(
+                f"{name} takes {low}x{low} pictures, but the stage before it makes {side}x{side}"
+            )
+        side = settings["image_size"]
+    if {"t5", "decoder"} <= parts.keys() and parts["decoder"].settings.get("text_encoder") == "t5":
+        read = parts["decoder"].params["text_proj"]["text_tokens"]["kernel"].shape[0]
+        given = parts["t5"].arch.get("width", t5.T5Encoder.width)
+        if read != given:
+            raise errors.ConfigError(f"the decoder reads {read} features a token, T5 gives {given}")
+    if "clip" not in parts:
+        return
+    width = parts["clip"].arch["embed_dim"]
+    for name in ("prior", "decoder"):
+        own = parts[name].arch.get("embed_dim", width) if name in parts else width
+        if own != width:
+            raise errors.ConfigError(f"{name} has {own}-dimensional z_i, CLIP gives {width}")

@@ -1,0 +1,1 @@
+"""From a sample's bytes to arrays: pictures, captions, transforms."""

@@ -1,0 +1,361 @@
+"""Pictures on the host: safe decoding, crops, and the degradations that train the upsamplers.
+
+The paper's preprocessing (arXiv 2204.06125, appendix C): pictures are resized and cropped to a
+square; the first upsampler's conditioning is blurred with a 3 x 3 Gaussian of sigma 0.6, the
+second's degraded by BSR (Zhang et al. 2021, arXiv 2103.14006): JPEG, sensor noise, resizing by
+different kernels and blur, in random order. Everything here is NumPy and Pillow, uint8 RGB; plain
+JPEGs are decoded by `unclip.input.decode.jpeg`, to the same bits.
+"""
+
+import io
+import math
+import struct
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import ExifTags, Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+
+from unclip.errors import ConfigError
+from unclip.input.decode import jpeg as jpegs
+from unclip.input.samples import BadSample
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+# Imported for their side effect, once and here: Pillow would otherwise load its plugins, all of
+# them, lazily and from several decoding threads at a time.
+_PLUGINS = (JpegImagePlugin, PngImagePlugin, WebPImagePlugin)
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_STRIP = 32  # sides in this proportion: only the part that is wanted is resized
+Box = tuple[int, int, int, int]  # left, upper, right, lower in pixels
+
+
+class BadPicture(BadSample):
+    """A picture that is not decoded; `reason` is one of `REASONS`."""
+
+
+REASONS = (
+    "too-many-bytes",
+    "too-many-pixels",
+    "too-many-scans",
+    "too-small",
+    "format",
+    "truncated",
+    "corrupt",
+)
+
+
+def decode(
+    data: bytes,
+    *,
+    max_bytes: int = 64 << 20,
+    max_pixels: int = 1 << 26,
+    min_side: int = 1,
+    target: int | None = None,
+    margin: float = 2.0,
+) -> np.ndarray:
+    """Decodes JPEG, PNG or WebP to upright RGB; sizes are checked before any pixel is decoded.
+
+    Greyscale, palette, CMYK and 16-bit pictures become 8-bit RGB, alpha is laid on white, the EXIF
+    orientation is applied and an animation gives its first frame. What is read does not depend on
+    whether simplejpeg is installed, only how fast.
+
+    Args:
+      data: the encoded picture.
+      max_bytes, max_pixels: limits on the encoded size and on width x height.
+      min_side: the least width and height.
+      target: the side it will be resized to; lets a JPEG decode at 1/2, 1/4 or 1/8 of its size, as
+        long as both sides stay at least `margin` x target. None: full size.
+      margin: at 2, photographs differ from a full decode by 44 to 50 dB once resized, less than by
+        another resampling filter; at 1 by 34 to 43 dB, as by a bilinear instead of a bicubic one,
+        for up to 2.3 times the speed (docs/input.md).
+
+    Returns:
+      uint8 [H, W, 3] RGB, perhaps read-only. At its peak, decoding holds 3 bytes a pixel of a plain
+      JPEG, 10 of an RGB PNG, 18 of a WebP and up to 28 of one with alpha.
+
+    Raises:
+      BadPicture: with the reason.
+    """
+    if len(data) > max_bytes:
+        raise BadPicture("too-many-bytes", f"{len(data)} bytes, at most {max_bytes}")
+    least = math.ceil(margin * target) if target else None
+    header = jpegs.read_header(data)
+    if jpegs.too_many_scans(data, header):
+        raise BadPicture("too-many-scans", f"a JPEG of more than {jpegs.SCANS} scans")
+    if header is not None:
+        _check_size(header[:2], max_pixels, min_side)
+        array = jpegs.decode_plain(data, header, least)
+        if array is not None:
+            return array
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+            _check_size(picture.size, max_pixels, min_side)
+            if least:
+                picture.draft(None, (least, least))
+            picture.load()
+            upright = _UPRIGHT.get(_orientation(picture))
+            picture = _rgb(picture)
+            # Not np.array: it would copy the copy that Pillow hands out.
+            return np.asarray(picture.transpose(upright) if upright is not None else picture)
+    except BadPicture:
+        raise
+    except Image.DecompressionBombError as error:
+        raise BadPicture("too-many-pixels", str(error)) from error
+    except Image.UnidentifiedImageError as error:
+        raise BadPicture("format", f"expected {', '.join(FORMATS)}") from error
+    except Exception as error:  # Pillow promises no closed set of exceptions for damaged files
+        reason = "truncated" if "truncat" in str(error).lower() else "corrupt"
+        raise BadPicture(reason, f"{type(error).__name__}: {error}") from error
+
+
+def _check_size(size: tuple[int, int], max_pixels: int, min_side: int) -> None:
+    if size[0] * size[1] > max_pixels:
+        raise BadPicture("too-many-pixels", f"{size[0]}x{size[1]}, at most {max_pixels} pixels")
+    if min(size) < min_side:
+        raise BadPicture("too-small", f"{size[0]}x{size[1]}, at least {min_side} a side")
+
+
+def _orientation(picture: Image.Image) -> int:
+    try:
+        return picture.getexif().get(ExifTags.Base.Orientation, 1)
+    except (SyntaxError, ValueError, TypeError, LookupError, OSError, struct.error):
+        return 1  # broken EXIF says nothing about the pixels
+
+
+def _rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I") or picture.mode == "F":
+        # 16-bit grey: Pillow's own conversion would clip it at 255.
+        grey = np.clip(np.asarray(picture), 0, 65535).astype(np.uint32)
+        if isinstance(picture.info.get("transparency"), int):
+            grey[grey == picture.info["transparency"]] = 65535
+        return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        return Image.alpha_composite(white, picture).convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+def crop_box(
+    width: int,
+    height: int,
+    *,
+    crop: str = "center",
+    fraction: float = 1.0,
+    rng: np.random.Generator | None = None,
+) -> Box:
+    """A square box of side `fraction` x the shorter side, in the middle or anywhere (by `rng`)."""
+    if crop not in ("center", "random"):
+        raise ConfigError(f"unknown crop {crop!r}: valid: center, random")
+    if not 0 < fraction <= 1:
+        raise ConfigError(f"crop fraction {fraction}: expected 0 < fraction <= 1")
+    side = max(1, round(min(width, height) * fraction))
+    if crop == "center":
+        left, upper = (width - side) // 2, (height - side) // 2
+    else:
+        left, upper = (int(n) for n in rng.integers((width - side + 1, height - side + 1)))
+    return left, upper, left + side, upper + side
+
+
+def resize_and_crop(
+    image: np.ndarray,
+    size: int,
+    *,
+    crop: str = "center",
+    fraction: float = 1.0,
+    rng: np.random.Generator | None = None,
+    resample: Image.Resampling = Image.Resampling.BICUBIC,
+) -> tuple[np.ndarray, Box]:
+    """Resizes a square box of the picture to size x size, with antialiasing.
+
+    Args:
+      image: uint8 [H, W, 3].
+      size: the side of the result.
+      crop: "center" or "random" (by `rng`).
+      fraction: the box's side as a part of the shorter side.
+      resample: Pillow's filter; its support grows with the scale when it shrinks.
+
+    Returns:
+      uint8 [size, size, 3] and the box (left, upper, right, lower) in pixels of `image`.
+    """
+    height, width = image.shape[:2]
+    box = crop_box(width, height, crop=crop, fraction=fraction, rng=rng)
+    return resize_box(image, size, box, resample), box
+
+
+def resize_box(
+    image: np.ndarray, size: int, box: Box, resample: Image.Resampling = Image.Resampling.BICUBIC
+) -> np.ndarray:
+    """uint8 [size, size, 3] of a box (left, upper, right, lower) of a picture, antialiased."""
+    picture = Image.fromarray(image).resize((size, size), resample, box=box, reducing_gap=3.0)
+    return np.array(picture)
+
+
+def for_clip(image: np.ndarray, size: int, *, half: str = "down") -> np.ndarray:
+    """The centre of a picture as CLIP's own preprocessing takes it, uint8 [size, size, 3].
+
+    Pillow's bicubic resize of the shorter side to `size`, then a centre crop, as OpenAI trained
+    its CLIPs and as Karlo embeds the picture to vary.
+
+    Args:
+      image: uint8 [H, W, 3].
+      half: where the crop starts if its middle falls on half a pixel. "down", as transformers
+        does; "even", the nearest even pixel, as torchvision and so OpenAI's own code does.
+
+    Raises:
+      ConfigError: an unknown `half`.
+    """
+    if half not in ("down", "even"):
+        raise ConfigError(f"unknown half {half!r}: valid: down, even")
+    shorter = min(image.shape[:2])
+    height, width = (side * size // shorter for side in image.shape[:2])
+    start = (lambda rest: rest // 2) if half == "down" else (lambda rest: round(rest / 2))
+    top, left = start(height - size), start(width - size)
+    if max(width, height) <= _STRIP * size:
+        resized = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
+        return np.array(resized.crop((left, top, left + size, top + size)))
+    # Resized whole, a strip could fill the memory: what the crop sees is taken first.
+    margin = 2 * max(shorter // size, 1) + 4
+    edges, slices = [], []
+    for at, new, old in ((top, height, image.shape[0]), (left, width, image.shape[1])):
+        low, high = at * old / new, (at + size) * old / new
+        first = max(int(low) - margin, 0)
+        edges.append((low - first, high - first))
+        slices.append(slice(first, int(high) + margin))
+    (upper, lower), (left, right) = edges
+    part = Image.fromarray(np.ascontiguousarray(image[tuple(slices)]))
+    box = left, upper, right, lower
+    return np.array(part.resize((size, size), Image.Resampling.BICUBIC, box=box))
+
+
+def downsample(image: np.ndarray, factor: int) -> np.ndarray:
+    """Area downsampling: uint8 [H, W, 3] -> [H/factor, W/factor, 3], rounded factor x factor means.
+
+    Exact, where Pillow's box filter rounds after each of its two passes.
+    """
+    height, width = image.shape[:2]
+    if height % factor or width % factor:
+        raise ConfigError(f"a {width}x{height} picture does not shrink by {factor} evenly")
+    tiles = image.reshape(height // factor, factor, width // factor, factor, 3)
+    return _to_uint8(tiles.sum((1, 3), dtype=np.uint32) / factor**2)
+
+
+def gaussian_kernel(kernel: int, sigma: float) -> np.ndarray:
+    """The 1-D factor, float64 [kernel], of a normalised kernel x kernel Gaussian (kernel odd)."""
+    if kernel < 1 or kernel % 2 == 0 or sigma <= 0:
+        raise ConfigError(f"blur kernel {kernel}, sigma {sigma}: expected an odd kernel, sigma > 0")
+    offsets = np.arange(kernel) - kernel // 2
+    weights = np.exp(-0.5 * (offsets / sigma) ** 2)
+    return weights / weights.sum()
+
+
+def _convolve(image: np.ndarray, rows: Sequence[float], columns: Sequence[float]) -> np.ndarray:
+    """Separable convolution of [H, W, C] by symmetric kernels, borders mirrored."""
+    for axis, weights in ((0, rows), (1, columns)):
+        pad = [(0, 0)] * 3
+        pad[axis] = (len(weights) // 2,) * 2
+        padded = np.pad(image, pad, mode="reflect")
+        length = image.shape[axis]
+        image = sum(w * padded.take(range(k, k + length), axis) for k, w in enumerate(weights))
+    return image
+
+
+def gaussian_blur(image: np.ndarray, kernel: int = 3, sigma: float = 0.6) -> np.ndarray:
+    """Gaussian blur by an exact kernel x kernel window; the defaults are the first upsampler's.
+
+    Args:
+      image: uint8 [H, W, C]; borders are mirrored without repeating the edge.
+
+    Returns:
+      uint8 [H, W, C], rounded to the nearest.
+    """
+    weights = gaussian_kernel(kernel, sigma)
+    return _to_uint8(_convolve(image.astype(np.float64), weights, weights))
+
+
+def _to_uint8(image: np.ndarray) -> np.ndarray:
+    return np.clip(np.rint(image), 0, 255).astype(np.uint8)
+
+
+def _random_blur(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    kernel = 2 * int(rng.integers(1, 4)) + 1
+    rows, columns = (gaussian_kernel(kernel, sigma) for sigma in rng.uniform(0.2, 1.6, 2))
+    return _to_uint8(_convolve(image.astype(np.float64), rows, columns))
+
+
+def _random_resize(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    filters = (
+        Image.Resampling.NEAREST,
+        Image.Resampling.BILINEAR,
+        Image.Resampling.BICUBIC,
+        Image.Resampling.BOX,
+    )
+    height, width = image.shape[:2]
+    scale = rng.uniform(0.5, 1.5)
+    there, back = (filters[k] for k in rng.integers(len(filters), size=2))
+    between = max(1, round(width * scale)), max(1, round(height * scale))
+    picture = Image.fromarray(image).resize(between, there).resize((width, height), back)
+    return np.array(picture)
+
+
+def _sensor_noise(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Shot and read noise of a sensor: variance a x + b^2 per value, in linear light."""
+    value = image / 255.0
+    linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
+    shot, read = rng.uniform(0, 2e-3), rng.uniform(0, 5e-3)
+    noise = rng.standard_normal(image.shape) * np.sqrt(shot * linear + read**2)
+    linear = np.clip(linear + noise, 0, 1)
+    return _to_uint8(
+        255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    )
+
+
+def jpeg(image: np.ndarray, quality: int) -> np.ndarray:
+    """Through JPEG and back: uint8 [H, W, 3], quality 1 to 95."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=quality)
+    with Image.open(buffer, formats=("JPEG",)) as picture:
+        return np.array(picture.convert("RGB"))
+
+
+def _random_jpeg(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return jpeg(image, int(rng.integers(30, 96)))
+
+
+DEGRADATIONS = {
+    "blur": _random_blur,
+    "resize": _random_resize,
+    "noise": _sensor_noise,
+    "jpeg": _random_jpeg,
+}
+
+
+def bsr(
+    image: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    probability: float = 0.75,
+    steps: Sequence[str] = tuple(DEGRADATIONS),
+) -> np.ndarray:
+    """BSR degradation at constant size, the second upsampler's: random steps in random order.
+
+    Args:
+      image: uint8 [H, W, 3], the already downsampled conditioning.
+      rng: decides everything, so the same generator state gives the same picture.
+      probability: of each step.
+      steps: names from `DEGRADATIONS`.
+
+    Returns:
+      uint8 [H, W, 3].
+    """
+    for k in rng.permutation(len(steps)):
+        if rng.random() < probability:
+            image = DEGRADATIONS[steps[k]](image, rng)
+    return image

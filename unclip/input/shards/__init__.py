@@ -1,0 +1,1 @@
+"""Tars of captioned pictures: walked, indexed, opened as collections."""

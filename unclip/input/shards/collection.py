@@ -1,0 +1,423 @@
+"""Shards of picture and caption pairs as one collection, any sample of which is a positional read.
+
+The paper (arXiv 2204.06125, section 2) trains every stage on pairs (x, y) of an image and its
+caption. A `Collection` is a list of shard indexes, mapped from files that `unclip index` wrote or
+made by walking the shards' headers when they are opened: either way the same samples by the same
+numbers. It opens in a time that grows with the shards, not with the samples.
+"""
+
+import bisect
+import difflib
+import functools
+import hashlib
+import itertools
+import os
+import resource
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from unclip.errors import ConfigError, DataError
+from unclip.input.samples import PICTURES, BadSample, Sample
+from unclip.input.shards import folder as index_folder
+from unclip.input.shards.folder import Entry
+from unclip.input.shards.index import ShardIndex, Span
+from unclip.input.shards.walk import NOT_TARS
+from unclip.input.storage.address import shown
+from unclip.input.storage.storage import Storage
+from unclip.input.tfds import records
+
+# Index files mapped at once. Each keeps a file descriptor; where many may be open, so may these.
+_MAPPED = min(max(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4, 64), 16_384)
+_EXAMPLES = 5
+
+
+def index_shards(
+    patterns: str | Sequence[str],
+    *,
+    text: bool = True,
+    caption: str = "caption",
+    storage: Storage | None = None,
+) -> "Collection":
+    """Opens shards: by their index where there is one, or by walking their headers.
+
+    Args:
+      patterns: paths, globs, brace ranges and addresses, see `Storage.expand`; a folder that
+        `unclip index` wrote stands for all its shards. Shards beside which lies such a folder,
+        named `index`, are opened by it. Or "tfds:NAME:SPLIT", prepared data sets; what is returned
+        is a `records.RecordCollection` then.
+      text: a sample needs a caption: KEY.txt, or `caption` in KEY.json. False: a picture is enough.
+      caption: the JSON field that stands in for a missing KEY.txt.
+      storage: how shards are read; None: the defaults.
+
+    Returns:
+      The `Collection` of all complete samples, in the order of the shards and, within one, of the
+      members; with `text` False those without a caption come last in their shard.
+
+    Raises:
+      ConfigError: an address that is not read, or an index made for another caption field.
+      DataError: nothing matches; a shard is missing, unreadable, or has changed since it was
+        indexed; an index is damaged; a remote shard has none; one that had to be walked is no tar
+        or has no captions at all; or there is no complete sample.
+    """
+    patterns = [patterns] if isinstance(patterns, str | os.PathLike) else list(patterns)
+    prepared = [os.fspath(pattern).startswith("tfds:") for pattern in patterns]
+    if any(prepared):
+        if not all(prepared):
+            raise ConfigError(
+                f"{patterns}: tars and prepared data sets (tfds:) cannot be mixed; "
+                "`unclip index --to_array_record` makes one of the other"
+            )
+        return records.RecordCollection(patterns, text=text, caption=caption)
+    if not patterns:
+        raise ConfigError("no shards given: expected paths, globs or ranges such as a-{00..07}.tar")
+    opener = _Opener(storage or Storage(), text, caption)
+    groups = [opener.find(os.fspath(pattern)) for pattern in patterns]
+    found = list(itertools.chain.from_iterable(groups))
+    with ThreadPoolExecutor(8, thread_name_prefix="index-shards") as pool:
+        shards = list(pool.map(opener.open, found))
+    opener.storage.close()  # samples are read later, by other threads or processes
+    collection = Collection(
+        shards,
+        text=text,
+        caption=caption,
+        storage=opener.storage,
+        patterns=[len(group) for group in groups],
+    )
+    if not len(collection):
+        problems = collection.problems
+        known = ", ".join(f"{reason} {n}" for reason, n in problems.items()) or "no known member"
+        first = f", first {shown(shards[0].path)!r}" if shards else ""
+        raise DataError(
+            f"no complete sample in {len(shards)} shards{first}: {known}; a sample is "
+            f"KEY.{'|'.join(PICTURES)}{' and KEY.txt' if text else ''}"
+        )
+    return collection
+
+
+class _Opener:
+    """Finds the shards of patterns, each once, and what is known of them."""
+
+    def __init__(self, storage: Storage, text: bool, caption: str):
+        self.storage, self._text, self._caption = storage, text, caption
+        self._seen: set[str] = set()
+        self._beside: dict[str, dict[str, Entry]] = {}
+
+    def find(self, pattern: str) -> list[str | Entry]:
+        """The shards of one pattern that no earlier one had."""
+        if index_folder.is_index(pattern):
+            caption, shards = index_folder.read_index(pattern)
+            if caption != self._caption:
+                raise ConfigError(
+                    f"index {pattern!r} takes captions from the JSON field "
+                    f"{caption!r}, not {self._caption!r}: index the shards again"
+                )
+        else:
+            shards = self.storage.expand(pattern)
+        new = []
+        for shard in shards:
+            place = self._place(shard.path if isinstance(shard, Entry) else shard)
+            if place not in self._seen:
+                self._seen.add(place)
+                new.append(shard)
+        for folder in {
+            os.path.dirname(path)
+            for path in new
+            if isinstance(path, str) and self.storage.local(path)
+        }:
+            if folder not in self._beside:
+                self._beside[folder] = self._read_beside(folder)
+        return new
+
+    def _place(self, path: str) -> str:
+        return os.path.abspath(path) if self.storage.local(path) else path
+
+    def _read_beside(self, folder: str) -> dict[str, Entry]:
+        folder = os.path.join(folder, "index")
+        if not index_folder.is_index(folder):
+            return {}
+        caption, entries = index_folder.read_index(folder)
+        return {self._place(e.path): e for e in entries} if caption == self._caption else {}
+
+    def open(self, shard: str | Entry) -> Entry:
+        """One shard's entry, of an index that is about this very file, or else by walking it."""
+        if isinstance(shard, Entry):
+            if self.storage.local(shard.path) and self.storage.stat(shard.path)[0] != shard.size:
+                raise DataError(
+                    f"shard {shard.path!r} has changed since it was indexed: index the shards again"
+                )
+            return shard
+        if not self.storage.local(shard):
+            raise DataError(
+                f"shard {shown(shard)!r} is remote and has no index: run `unclip index "
+                "SHARDS --out DIR` once and give DIR, or read it as a stream"
+            )
+        known = self._beside[os.path.dirname(shard)].get(self._place(shard))
+        if known is not None and known.size == self.storage.stat(shard)[0]:
+            return known._replace(path=shard)
+        index = index_folder.walk_path(shard, self.storage, caption=self._caption)
+        self._refuse(shard, index)
+        return index_folder.entry(shard, index)
+
+    def _refuse(self, path: str, index: ShardIndex) -> None:
+        """What nobody has looked at yet is judged more strictly than what was indexed."""
+        for reason in NOT_TARS:
+            if index.problems[reason]:
+                zipped = "compressed; gunzip it first, samples are read at their offsets"
+                hint = zipped if reason == "compressed" else "not a tar file"
+                raise DataError(f"shard {path!r} is {hint}")
+        damaged = any(reason.startswith("shard-") for reason in index.problems)
+        if self._text and index.count and not index.captioned and not damaged:
+            raise DataError(
+                f"shard {path!r} has {index.count} pictures and no captions: expected KEY.txt or a "
+                f"field {self._caption!r} in KEY.json beside each picture"
+            )
+
+
+class Collection:
+    """Complete samples, read by number; safe to share between threads and to pickle.
+
+    Attributes:
+      shards: paths; shard_names: their file names; sizes: their bytes when they were indexed.
+      counts: int64 [S], samples of each shard; they are neighbours, in the order of the shards.
+      groups: int64 [K + 1], where the samples of each of the K patterns begin, and the end.
+      caption: the JSON field that stands in for a missing KEY.txt.
+      problems: Counter of what was left out, by reason: "no-text" and what `walk.walk_shard` names.
+      storage: reads the shards.
+    """
+
+    def __init__(
+        self,
+        entries: Sequence[Entry],
+        *,
+        text: bool = True,
+        caption: str = "caption",
+        storage: Storage | None = None,
+        patterns: Sequence[int] | None = None,
+        limit: int | None = None,
+        chosen: np.ndarray | None = None,
+        problems: Mapping[str, int] | None = None,
+    ):
+        """
+        Args:
+          entries: one a shard.
+          patterns: how many of the shards each pattern gave.
+          limit: the first so many samples alone.
+          chosen: int64, rising: these samples alone.
+          problems: further ones.
+        """
+        self._entries, self.caption, self._text = tuple(entries), caption, text
+        self._patterns = tuple(patterns if patterns is not None else [len(self._entries)])
+        self.storage = storage or Storage()
+        self.shards = tuple(entry.path for entry in self._entries)
+        self.shard_names = tuple(entry.name for entry in self._entries)
+        self.sizes = tuple(entry.size for entry in self._entries)
+        self._limit, self._chosen, self._further = limit, chosen, dict(problems or {})
+        self.problems = Counter(self._further)
+        for entry in self._entries:
+            self.problems.update(entry.problems)
+            self.problems["no-text"] += text * (entry.count - entry.captioned)
+        self.problems = +self.problems
+        usable = [entry.captioned if text else entry.count for entry in self._entries]
+        starts = np.concatenate([[0], np.cumsum(usable, dtype=np.int64)])
+        if limit is not None:
+            starts = np.minimum(starts, limit)
+        self._starts = starts.tolist()  # of the shards among all samples, chosen or not
+        if chosen is not None:
+            starts = np.searchsorted(chosen, starts).astype(np.int64)
+        self.counts = np.diff(starts)
+        self.groups = starts[np.concatenate([[0], np.cumsum(self._patterns, dtype=np.int64)])]
+        self._length = int(starts[-1])
+        self._start()
+
+    def _start(self):
+        self._lock, self._mapped, self._verified = threading.Lock(), OrderedDict(), set()
+
+    def __getstate__(self):
+        own = ("_lock", "_mapped", "_verified")  # each process maps for itself
+        return {k: v for k, v in self.__dict__.items() if k not in own}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._start()
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __repr__(self) -> str:
+        left_out = f", left out {dict(self.problems)}" if self.problems else ""
+        return f"Collection({len(self)} samples in {len(self.shards)} shards{left_out})"
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """sha256 over which samples there are: equal after moving the shards, and with or without
+        an index."""
+        digest = hashlib.sha256(f"{self.caption}\0".encode())
+        for entry, count in zip(self._entries, np.diff(self._starts).tolist()):
+            digest.update(bytes.fromhex(entry.digest) + count.to_bytes(8, "little"))
+        if self._chosen is not None:
+            digest.update(np.ascontiguousarray(self._chosen, "<i8").data)
+        return digest.hexdigest()
+
+    @functools.cached_property
+    def examples(self) -> dict[str, list[str]]:
+        """reason -> the first few that were left out, "SHARD: KEY"."""
+        found = {reason: [] for reason in self.problems if reason not in self._further}
+        for shard, entry in enumerate(self._entries):
+            reasons = {*entry.problems, *(["no-text"] if entry.captioned < entry.count else [])}
+            wanted = [r for r in reasons if len(found.get(r, range(_EXAMPLES))) < _EXAMPLES]
+            if wanted:
+                there = self.index(shard).examples
+                for reason in wanted:
+                    named = [f"{entry.name}: {what}" for what in there.get(reason, [])]
+                    found[reason] = (found[reason] + named)[:_EXAMPLES]
+        return found
+
+    def index(self, shard: int) -> ShardIndex:
+        """The index of a shard. Raises DataError where its file is damaged or of something else."""
+        entry = self._entries[shard]
+        if isinstance(entry.index, ShardIndex):
+            return entry.index
+        with self._lock:
+            index = self._mapped.get(shard)
+            if index is not None:
+                self._mapped.move_to_end(shard)
+                return index
+        index = ShardIndex.open(entry.index, verify=shard not in self._verified)
+        if (index.digest, index.count, index.captioned, index.size) != (
+            entry.digest,
+            entry.count,
+            entry.captioned,
+            entry.size,
+        ):
+            raise DataError(
+                f"index {entry.index!r} is not the one that index.json beside it was "
+                "written for: index the shards again"
+            )
+        with self._lock:
+            self._verified.add(shard)
+            self._mapped[shard] = index
+            if len(self._mapped) > _MAPPED:
+                self._mapped.popitem(last=False)
+        return index
+
+    def locate(self, i: int) -> tuple[int, int]:
+        """(shard, row of its index) of sample i. Raises IndexError."""
+        if not 0 <= i < self._length:
+            raise IndexError(f"sample {i} of {self._length}")
+        if self._chosen is not None:
+            i = int(self._chosen[i])
+        shard = bisect.bisect_right(self._starts, i) - 1
+        return shard, i - self._starts[shard]
+
+    def shard_digest(self, shard: int) -> str:
+        """What the rows of a shard are known by, wherever it lies: 64 hex digits."""
+        return self._entries[shard].digest
+
+    def key(self, i: int) -> str:
+        """The key of sample i, 0 <= i < len(self)."""
+        shard, row = self.locate(i)
+        return self.index(shard).key(row)
+
+    def spans(self, i: int) -> tuple[Span | None, Span | None, Span | None]:
+        """(offset, bytes) in its shard of sample i's picture, txt and json; None where absent."""
+        shard, row = self.locate(i)
+        return self.index(shard).spans(row)
+
+    def read(self, i: int) -> Sample:
+        """Reads sample i, 0 <= i < len(self).
+
+        Raises:
+          BadSample: its bytes are not those that were indexed ("checksum"), its caption is not
+            UTF-8 ("encoding") or its JSON is broken ("json").
+          DataError: its shard is gone or has changed since it was indexed.
+        """
+        shard, row = self.locate(i)
+        return self.index(shard).sample(row, self._reader(shard))
+
+    def meta(self, i: int) -> dict[str, Any]:
+        """The JSON object of sample i, {} where it has none. Raises BadSample("json")."""
+        shard, row = self.locate(i)
+        return self.index(shard).meta(row, self._reader(shard))
+
+    def _reader(self, shard: int):
+        entry = self._entries[shard]
+        return functools.partial(
+            self.storage.read, entry.path, expected=(entry.size, entry.identity)
+        )
+
+    def subset(
+        self,
+        *,
+        keys: Iterable[str] | None = None,
+        where: Mapping[str, Any] | None = None,
+        count: int | None = None,
+    ) -> "Collection":
+        """The samples that pass every filter given, in the same order.
+
+        Args:
+          keys: keep these keys.
+          where: JSON field -> value or list of values, e.g. {"group": ["food", "faces"]}; a sample
+            whose JSON is broken passes none, and is counted.
+          count: keep the first so many of what is left.
+
+        Raises:
+          DataError: an unknown key, or nothing left.
+        """
+        chosen, problems = None, Counter(self._further)
+        if keys is not None:
+            wanted, chosen, found = set(keys), [], set()
+            for i in range(len(self)):
+                key = self.key(i)
+                if key in wanted:
+                    chosen.append(i)
+                    found.add(key)
+            for missing in sorted(wanted - found):
+                every = [self.key(i) for i in range(min(len(self), 10_000))]
+                near = difflib.get_close_matches(missing, every, n=3)
+                raise DataError(f"no sample has the key {missing!r}; nearest: {near}")
+        for field, values in (where or {}).items():
+            values = list(values) if isinstance(values, list | tuple | set) else [values]
+            there, passed = Counter(), []
+            for i in range(len(self)) if chosen is None else chosen:
+                try:
+                    value = self.meta(i).get(field)
+                except BadSample as error:
+                    problems[error.reason] += 1
+                    continue
+                if value in values:
+                    passed.append(i)
+                elif len(there) < 1000:
+                    there[repr(value)] += 1
+            chosen = passed
+            if not chosen:
+                raise DataError(
+                    f"no sample has {field} in {values}; there are: {', '.join(sorted(there)[:20])}"
+                )
+        length = len(self) if chosen is None else len(chosen)
+        length = length if count is None else len(range(length)[:count])
+        if not length:
+            raise DataError(f"a subset of {count} samples is empty; expected a count of at least 1")
+        limit, numbers = self._limit, self._chosen
+        if chosen is not None and chosen[length - 1] != length - 1:
+            picked = np.array(chosen[:length], np.int64)
+            numbers = picked if numbers is None else numbers[picked]
+            limit = None
+        elif numbers is None:
+            limit = length  # a prefix needs no list
+        else:
+            numbers = numbers[:length]
+        return Collection(
+            self._entries,
+            text=self._text,
+            caption=self.caption,
+            storage=self.storage,
+            patterns=self._patterns,
+            limit=limit,
+            chosen=numbers,
+            problems=problems,
+        )

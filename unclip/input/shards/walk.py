@@ -1,0 +1,262 @@
+"""Walking a shard once: its members become whole samples of one key each, or are counted out.
+
+Pairs of picture and caption (arXiv 2204.06125, section 2) lie in tars under webdataset's key rule:
+the name up to the first dot of its last component is the key (folders belong to it), the rest is
+the extension. Keys are closed at the end of their shard, so one shard's picture can never meet
+another shard's caption, and a sample that is incomplete, ambiguous or cut off is left out and
+counted. Nothing is ever extracted, unpickled or followed.
+"""
+
+import zlib
+from collections import Counter
+
+import numpy as np
+
+from unclip.errors import DataError
+from unclip.input.samples import (
+    MAX_PICTURE_BYTES,
+    MAX_TEXT_BYTES,
+    PICTURES,
+    BadSample,
+    json_object,
+)
+from unclip.input.shards import tar
+from unclip.input.shards.index import ShardIndex, checksum
+
+MAX_LISTED = 10_000  # faults of a shard that are listed; all are counted
+MAX_MEMBERS = 1 << 22  # of one shard: a tar of empty members must not fill the memory
+NOT_TARS = ("not-a-tar", "compressed")  # faults by which a whole file is no shard
+_PICKLES = ("pkl", "pickle", "pyd", "pth", "pt")  # what other readers would unpickle
+_PIECE, _FULL_BLOCK = 1 << 20, 2 << 20  # bytes
+_EXAMPLES = 5
+_MAX_SHARD = tar.BLOCK << 32
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
+
+
+def walk_shard(
+    name: str,
+    read: tar.Read,
+    size: int,
+    identity: str = "",
+    *,
+    caption: str = "caption",
+    checksums: bool = False,
+    block: int = 8192,
+) -> ShardIndex:
+    """Indexes one shard.
+
+    Args:
+      name: the shard's file name.
+      read: (offset, bytes) -> exactly those bytes of the shard; is asked forwards.
+      size, identity: what `Storage.stat` says.
+      caption: the JSON field that stands in for a missing KEY.txt.
+      checksums: read every byte and keep a checksum of each sample; or else headers and JSON alone.
+      block: bytes asked for at once, at least: little from a local file, much from a remote one.
+
+    Returns:
+      Its `ShardIndex`. In `problems`: "no-picture", "duplicate", "truncated", "too-many-bytes",
+      "other-key" (its JSON names another key of the shard: parts of different samples) count
+      samples; "refused-link", "refused-name", "refused-type", "refused-pickle" members;
+      "shard-truncated", "shard-corrupt", "too-many-members", "not-a-tar", "compressed" shards. In
+      `notes`: "not-adjacent" samples, whose members lie apart (other readers would split them),
+      "ignored .EXTENSION" members, and "bytes-after-end" where more follows the end of the tar.
+
+    Raises:
+      DataError: it cannot be read.
+    """
+    if size > _MAX_SHARD:
+        raise DataError(f"shard {name!r} has {size} bytes: expected at most {_MAX_SHARD}")
+    window = _Window(read, size, max(block, _FULL_BLOCK) if checksums else block)
+    shard = _Walk(name, window, caption, checksums)
+    for count, member in enumerate(tar.walk(shard.read, size)):
+        if count == MAX_MEMBERS:
+            shard.tell("too-many-members", f"more than {MAX_MEMBERS}")
+            break
+        shard.add(member, size)
+    return shard.index(size, identity)
+
+
+class _Window:
+    """Reads forwards through blocks of a shard."""
+
+    def __init__(self, read: tar.Read, end: int, block: int):
+        self._read, self._end, self._block = read, end, block
+        self._start, self._data = 0, memoryview(b"")
+
+    def __call__(self, offset: int, size: int) -> bytes:
+        return bytes(self._view(offset, size))
+
+    def _view(self, offset: int, size: int) -> memoryview:
+        at = offset - self._start
+        if at < 0 or at + size > len(self._data):
+            if size > self._block:
+                return memoryview(self._read(offset, size))
+            self._data = memoryview(self._read(offset, min(self._block, self._end - offset)))
+            self._start, at = offset, 0
+        return self._data[at : at + size]
+
+    def crc(self, offset: int, size: int) -> int:
+        """crc32 of a range, read in pieces."""
+        crc, end = 0, offset + size
+        for at in range(offset, end, _PIECE):
+            crc = zlib.crc32(self._view(at, min(_PIECE, end - at)), crc)
+        return crc
+
+
+class _Walk:
+    """What is known of a shard's samples so far."""
+
+    def __init__(self, name: str, read: _Window, caption: str, checksums: bool):
+        self.name, self.read, self._caption, self._checksums = name, read, caption, checksums
+        # key -> extension -> (offset, bytes, crc32)
+        self._samples: dict[str, dict[str, tuple[int, int, int]]] = {}
+        self._unusable: dict[str, str] = {}
+        self._captioned: set[str] = set()  # by their JSON
+        self._claims: dict[str, str] = {}  # key -> the key that its JSON names
+        self._split: set[str] = set()
+        self._last = ""
+        self._problems, self._notes = Counter(), Counter()
+        self._listed: list[tuple[str, str]] = []
+        self._examples: dict[str, list[str]] = {}
+
+    def tell(self, reason: str, what: str) -> None:
+        """Counts a fault."""
+        self._problems[reason] += 1
+        self._example(reason, what)
+        if len(self._listed) < MAX_LISTED:
+            self._listed.append((reason, _shown(what)))
+
+    def _example(self, reason: str, what: str) -> None:
+        found = self._examples.setdefault(reason, [])
+        if len(found) < _EXAMPLES:
+            found.append(_shown(what))
+
+    def add(self, member: tar.Member, end: int) -> None:
+        """Takes a step of the tar's walk."""
+        kind, name, offset, size = member
+        if kind == "end":
+            self._notes["bytes-after-end"] += self._anything_after(offset, end)
+            return
+        if (kind, name) == ("shard-corrupt", "byte 0"):
+            zipped = self.read(0, 8).startswith(_COMPRESSED)
+            self.tell(NOT_TARS[zipped], self.name)
+            return
+        if kind not in ("file", "cut"):
+            self.tell(kind, name)
+            return
+        folder, slash, base = name.rpartition("/")
+        stem, dot, extension = base.partition(".")
+        if not (stem and dot):
+            return
+        key, extension = folder + slash + stem, extension.lower()
+        if key != self._last and key in self._samples:
+            self._split.add(key)
+        self._last = key
+        is_picture = extension in PICTURES
+        if not is_picture and extension not in ("txt", "json"):
+            if extension.rpartition(".")[2] in _PICKLES:
+                self.tell("refused-pickle", name)
+            else:
+                self._ignore(extension)
+            return
+        self._member(
+            key, extension, kind, offset, size, MAX_PICTURE_BYTES if is_picture else MAX_TEXT_BYTES
+        )
+
+    def _anything_after(self, offset: int, end: int) -> bool:
+        # Two blocks end a tar and writers fill up a record of 20; a tar appended to another is no
+        # part of it for any reader.
+        after = offset + 2 * tar.BLOCK
+        return after < end and any(self.read(after, min(end - after, 20 * tar.BLOCK)))
+
+    def _ignore(self, extension: str) -> None:
+        note = f"ignored .{_shown(extension)[:20]}"
+        self._notes[note if note in self._notes or len(self._notes) < 20 else "ignored"] += 1
+
+    def _member(self, key: str, extension: str, kind: str, offset: int, size: int, limit: int):
+        spans = self._samples.setdefault(key, {})
+        crc = 0
+        if extension in spans:
+            # Which picture belongs to which caption is anyone's guess: drop the key.
+            self._unusable[key] = "duplicate"
+        elif kind == "cut":
+            self._unusable.setdefault(key, "truncated")
+        elif size > limit:
+            self._unusable.setdefault(key, "too-many-bytes")
+        elif size:
+            if extension == "json":
+                data = self.read(offset, size)
+                crc = zlib.crc32(data)
+                self._look_into(key, data)
+            elif self._checksums:
+                crc = self.read.crc(offset, size)
+        spans[extension] = (offset, size, crc)
+
+    def _look_into(self, key: str, data: bytes) -> None:
+        try:
+            value = json_object(data, key)
+        except BadSample:  # found again, and replaced, when it is read
+            return
+        text, claim = value.get(self._caption), value.get("key")
+        if isinstance(text, str) and text.strip():
+            self._captioned.add(key)
+        if isinstance(claim, str) and claim not in (key, key.rpartition("/")[2]):
+            self._claims[key] = claim
+
+    def _find_claimed(self) -> None:
+        names = {k.rpartition("/")[2] for k in self._samples} if self._claims else ()
+        for key, claim in self._claims.items():
+            if claim in self._samples or claim in names:
+                self._unusable.setdefault(key, "other-key")
+
+    def index(self, size: int, identity: str) -> ShardIndex:
+        """Closes every key."""
+        self._find_claimed()
+        with_text, without = [], []
+        for key, members in self._samples.items():
+            spans = {extension: span for extension, span in members.items() if span[1]}
+            picture = next((spans[e] for e in PICTURES if e in spans), None)
+            reason = self._unusable.get(key) or ("" if picture else "no-picture")
+            if reason:
+                self.tell(reason, key)
+                continue
+            row = (key, picture, spans.get("txt"), spans.get("json"))
+            if row[2] or key in self._captioned:
+                with_text.append(row)
+            else:
+                without.append(row)
+                self._example("no-text", key)
+        self._notes["not-adjacent"] += len(self._split)
+        rows = with_text + without
+        encoded = [row[0].encode("utf-8", "surrogateescape") for row in rows]
+        return ShardIndex(
+            self.name,
+            size,
+            self._table(rows, encoded),
+            np.frombuffer(b"".join(encoded), np.uint8),
+            len(with_text),
+            identity=identity,
+            caption=self._caption,
+            checksums=self._checksums,
+            problems=self._problems,
+            examples=self._examples,
+            notes=+self._notes,
+            listed=self._listed,
+        )
+
+    def _table(self, rows: list[tuple], keys: list[bytes]) -> np.ndarray:
+        table = np.zeros((len(rows), 8), np.uint32)
+        absent = (0, 0, 0)
+        for column in range(3):
+            spans = np.array([row[1 + column] or absent for row in rows], np.int64).reshape(-1, 3)
+            table[:, 2 * column] = spans[:, 0] // tar.BLOCK
+            table[:, 2 * column + 1] = spans[:, 1]
+        table[:, 6] = np.cumsum([len(key) for key in keys], dtype=np.int64)
+        if self._checksums:
+            table[:, 7] = [checksum([part and part[2] for part in row[1:]]) for row in rows]
+        return table
+
+
+def _shown(name: str) -> str:
+    """A name from outside as reports and terminals may show it."""
+    return "".join(c if c.isprintable() else "?" for c in name[:200])

@@ -1,0 +1,53 @@
+"""Addresses of shards: which protocols are read, and how an address may be shown.
+
+No address is ever run as a command, chained, unpacked or followed out of the list below.
+"""
+
+import re
+
+from unclip.errors import ConfigError, unknown
+
+# Protocol -> the package that fsspec needs for it.
+PROTOCOLS = {
+    "s3": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "az": "adlfs",
+    "abfs": "adlfs",
+    "abfss": "adlfs",
+    "http": "aiohttp",
+    "https": "aiohttp",
+    "hf": "huggingface_hub",
+    "oci": "ocifs",
+    "memory": "fsspec",
+    "file": "",
+}
+
+COUNTERS = ("requests", "retries", "bytes", "cache_hits", "cache_misses", "cache_errors")
+
+
+def shown(path: str) -> str:
+    """An address as errors and logs may show it: without password and signature."""
+    return re.sub(r"//[^/@]*@", "//", path).split("?")[0] if "://" in path else path
+
+
+def protocol(path: str) -> str:
+    """The lower-case protocol of an address, "" of a plain path; refuses everything else."""
+    if path.lower().lstrip().startswith("pipe:"):
+        raise ConfigError(
+            f"shards {path!r}: a command is never run; copy the shards or give their "
+            "paths or addresses"
+        )
+    if "::" in path:
+        raise ConfigError(f"shards {shown(path)!r}: chains of addresses (`::`) are not read")
+    name, separator, _ = path.partition("://")
+    if not separator:
+        return ""
+    if name.lower() not in PROTOCOLS:
+        raise unknown("protocol of shards", name, PROTOCOLS)
+    return name.lower()
+
+
+def local(path: str) -> str:
+    """The path of a local address, without `file://`."""
+    return path.partition("://")[2] if "://" in path else path

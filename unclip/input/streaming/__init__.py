@@ -1,0 +1,1 @@
+"""Shards that nobody indexed, read from end to end."""

@@ -1,0 +1,1 @@
+"""Sets that tensorflow-datasets prepared, read and written without TensorFlow."""

@@ -1,0 +1,1 @@
+"""Karlo and Kandinsky 2.2 folders, both ways."""

@@ -1,0 +1,1 @@
+"""Pictures in, numbers out: picture sets, features, distances and scores by name."""

@@ -1,0 +1,77 @@
+"""The Inception score: how sure a classifier is of each picture, and how varied of all of them.
+
+exp(mean over pictures of KL(p(y|x) ‖ p(y))), 1606.03498. It never looks at real pictures, so it
+stands beside FID, which the paper reports (2204.06125, §5), and does not replace it.
+Everything is float64. The logits are Inception's 1008 without the bias, in both tools followed.
+"""
+
+import itertools
+
+import numpy as np
+
+from unclip.errors import ConfigError
+from unclip.measure.rows import checked
+
+
+def inception_score(logits: np.ndarray, splits: int = 10, seed: int = 2020) -> tuple[float, float]:
+    """The score as torch-fidelity measures it: shuffled, then cut into `splits` parts.
+
+    The order is `RandomState(seed).permutation(N)`; part i holds rows ⌊i N / splits⌋ up to
+    ⌊(i + 1) N / splits⌋, so that every row counts and sizes differ by one at most.
+
+    Args:
+      logits: [N, classes], before the softmax.
+
+    Returns:
+      (mean, standard deviation) over the parts; the mean lies in [1, classes].
+
+    Raises:
+      ConfigError: fewer rows than splits, or fewer than 1 split.
+      NumericsError: NaN or infinite logits.
+    """
+    if splits < 1:
+        raise ConfigError(f"splits is {splits}; expected at least 1")
+    logits = checked(logits, "logits", least=max(splits, 2), why=f"for {splits} splits")
+    count = len(logits)
+    shuffled = logits[np.random.RandomState(seed).permutation(count)]
+    return _over_parts(shuffled, [i * count // splits for i in range(splits + 1)])
+
+
+def openai(logits: np.ndarray, split_size: int = 5000) -> tuple[float, float]:
+    """The score as OpenAI's evaluator measures it: parts of `split_size` rows in the given order.
+
+    The last part may be smaller and weighs as much as the others. That tool prints the mean alone.
+
+    Args:
+      logits: [N, classes], before the softmax.
+
+    Returns:
+      (mean, standard deviation) over the parts.
+
+    Raises:
+      ConfigError: fewer than 2 rows, or a split_size below 1.
+      NumericsError: NaN or infinite logits.
+    """
+    if split_size < 1:
+        raise ConfigError(f"split_size is {split_size}; expected at least 1")
+    logits = checked(logits, "logits")
+    return _over_parts(logits, [*range(0, len(logits), split_size), len(logits)])
+
+
+def _over_parts(logits, edges):
+    scores = [_score(logits[a:b]) for a, b in itertools.pairwise(edges)]
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+def _score(logits):
+    logits = logits.astype(np.float64)
+    log_p = logits - _log_sum(logits, axis=1)
+    # In logarithms, a class that nobody predicts is merely very small, never log 0.
+    log_marginal = _log_sum(log_p, axis=0) - np.log(len(logits))
+    return np.exp((np.exp(log_p) * (log_p - log_marginal)).sum(axis=1).mean())
+
+
+def _log_sum(x, axis):
+    """log Σ exp x along an axis, kept."""
+    top = x.max(axis=axis, keepdims=True)
+    return top + np.log(np.exp(x - top).sum(axis=axis, keepdims=True))

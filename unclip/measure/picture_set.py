@@ -1,0 +1,243 @@
+"""A set of pictures to be measured: what it must know, pictures in memory, and views of a set.
+
+The paper's evaluations (arXiv 2204.06125, section 5) compare drawn pictures with real ones. A set
+is N pictures with names and, where it has them, captions; `measure.pictures` opens them.
+Pictures are decoded as in training, under the same limits. What a file was before it became RGB is
+noted, because a Fréchet distance depends on it.
+"""
+
+import contextlib
+import hashlib
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import BmpImagePlugin, ExifTags, Image, TiffImagePlugin
+
+from unclip.errors import ConfigError
+from unclip.input.decode import image
+
+_PLUGINS = (
+    BmpImagePlugin,
+    TiffImagePlugin,
+)  # imported once and here, see `unclip.input.decode.image`
+MAX_BYTES = 64 << 20
+MAX_PIXELS = 1 << 26
+GREY, ALPHA, TURNED, DEEP, LOSSY = 1, 2, 4, 8, 16
+NOTES = {
+    GREY: "greyscale, converted to RGB",
+    ALPHA: "with transparency, laid on white (pytorch-fid and torch-fidelity drop the alpha)",
+    TURNED: "turned upright by their EXIF orientation (pytorch-fid and torch-fidelity do not)",
+    DEEP: "of more than 8 bits a channel, rounded to 8",
+    LOSSY: "lossy (JPEG or WebP): compression itself changes a Fréchet distance",
+}
+
+
+class PictureSet:
+    """N pictures by number; safe to read from several threads.
+
+    Attributes:
+      source: what the set is, for people and for provenance.
+      notes: uint8 [N], bits of `NOTES`, filled in as pictures are read.
+      damaged: (name, reason) of samples that the source lost before they got a number.
+      left_out: names of files in the source that are no pictures of the set.
+    """
+
+    def __init__(self, source: str, count: int):
+        self.source = source
+        self.notes = np.zeros(count, np.uint8)
+        self.damaged: list[tuple[str, str]] = []
+        self.left_out: list[str] = []
+
+    def __len__(self) -> int:
+        return len(self.notes)
+
+    def read(self, i: int) -> np.ndarray:
+        """uint8 [H, W, 3] RGB of picture i. Raises `samples.BadSample` with the reason."""
+        picture, self.notes[i] = self._load(i)
+        return picture
+
+    def greyscale(self, i: int) -> bool:
+        """Whether picture i, which has been read, was stored without colour."""
+        return bool(self.notes[i] & GREY)
+
+    def name(self, i: int) -> str:
+        """The name of picture i, unique in the set."""
+        return f"{i:06d}"
+
+    def caption(self, i: int) -> str | None:
+        """The caption that the source itself has for picture i, or None."""
+        return None
+
+    def _load(self, i: int) -> tuple[np.ndarray, int]:
+        raise NotImplementedError
+
+
+def listing_hash(pictures: PictureSet) -> str:
+    """sha256 (hex) of the set's names in order: which pictures were measured."""
+    digest = hashlib.sha256()
+    for i in range(len(pictures)):
+        digest.update(pictures.name(i).encode("utf-8", "surrogateescape") + b"\n")
+    return digest.hexdigest()
+
+
+def describe_notes(notes: np.ndarray) -> dict[str, int]:
+    """{what: how many pictures} of `PictureSet.notes`, without what none has."""
+    counts = {text: int(np.count_nonzero(notes & bit)) for bit, text in NOTES.items()}
+    return {text: count for text, count in counts.items() if count}
+
+
+# ============================================================ one picture
+
+
+def decode(data: bytes, format: str | None = None) -> tuple[np.ndarray, int]:
+    """Decodes a picture under the limits of `unclip.input.decode.image`, which are checked first.
+
+    Args:
+      data: the encoded picture.
+      format: None for JPEG, PNG and WebP; "BMP" or "TIFF".
+
+    Returns:
+      uint8 [H, W, 3] RGB and the bits of `NOTES`.
+
+    Raises:
+      BadPicture: with the reason.
+    """
+    if format is not None:
+        data = _as_png(data, format)
+    picture = image.decode(
+        data, max_bytes=2 * MAX_BYTES if format else MAX_BYTES, max_pixels=MAX_PIXELS
+    )
+    with Image.open(io.BytesIO(data), formats=image.FORMATS) as header:
+        mode = header.mode
+        deep = mode == "F" or mode.startswith("I")
+        notes = GREY * (deep or mode in ("1", "L", "LA", "La"))
+        notes |= ALPHA * header.has_transparency_data | DEEP * deep
+        # WebP says so in the name of the chunk that holds the pixels.
+        lossless = header.format == "PNG" or b"VP8L" in data[:4096]
+        notes |= LOSSY * (not lossless)
+        # Broken EXIF says nothing about the pixels.
+        with contextlib.suppress(SyntaxError, ValueError, TypeError, LookupError, OSError):
+            notes |= TURNED * (header.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9))
+    return picture, notes
+
+
+def _as_png(data: bytes, format: str) -> bytes:
+    """BMP and TIFF become PNG, bit for bit, so that one decoder makes RGB of everything."""
+    if len(data) > MAX_BYTES:
+        raise image.BadPicture("too-many-bytes", f"{len(data)} bytes, at most {MAX_BYTES}")
+    try:
+        with Image.open(io.BytesIO(data), formats=(format,)) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                size = f"{picture.width}x{picture.height}"
+                raise image.BadPicture("too-many-pixels", f"{size}, at most {MAX_PIXELS} pixels")
+            exif = picture.getexif()
+            plain = picture.convert("RGB") if picture.mode in ("CMYK", "YCbCr", "LAB") else picture
+            file = io.BytesIO()
+            plain.save(file, "PNG", compress_level=0, exif=exif)
+            return file.getvalue()
+    except image.BadPicture:
+        raise
+    except Exception as error:  # Pillow promises no closed set of exceptions for damaged files
+        raise image.BadPicture("corrupt", f"{type(error).__name__}: {error}") from error
+
+
+# ============================================================ in memory, and views of a set
+
+
+class ArrayPictures(PictureSet):
+    """Pictures in memory.
+
+    Args:
+      pictures: uint8 [N, H, W, 3] RGB.
+      names: N names; numbers when None.
+      captions: N captions, or None.
+    """
+
+    def __init__(
+        self,
+        pictures: np.ndarray,
+        names: Sequence[str] | None = None,
+        captions: Sequence[str] | None = None,
+        source: str = "pictures in memory",
+    ):
+        if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[-1] != 3:
+            raise ConfigError(
+                f"{source}: pictures are uint8 [N, H, W, 3], given "
+                f"{pictures.dtype} {list(pictures.shape)}"
+            )
+        for what, given in (("names", names), ("captions", captions)):
+            if given is not None and len(given) != len(pictures):
+                raise ConfigError(f"{source}: {len(pictures)} pictures but {len(given)} {what}")
+        super().__init__(source, len(pictures))
+        self._pictures, self._names, self._captions = pictures, names, captions
+
+    def name(self, i: int) -> str:
+        """The name given, or the number."""
+        return super().name(i) if self._names is None else self._names[i]
+
+    def caption(self, i: int) -> str | None:
+        """The caption given, or None."""
+        return None if self._captions is None else self._captions[i]
+
+    def _load(self, i):
+        return np.array(self._pictures[i]), 0
+
+
+class _View(PictureSet):
+    """Another set's pictures, changed on the way; notes are the other set's."""
+
+    def __init__(self, base: PictureSet, source: str, count: int):
+        super().__init__(source, 0)
+        self.base = base
+        self.notes = base.notes[:count]  # a view: what is noted below is seen here
+        self.damaged, self.left_out = base.damaged, base.left_out
+
+    def read(self, i: int) -> np.ndarray:
+        """uint8 [H, W, 3] of picture i."""
+        return self.base.read(i)
+
+    def name(self, i: int) -> str:
+        """The base's name."""
+        return self.base.name(i)
+
+    def caption(self, i: int) -> str | None:
+        """The base's caption."""
+        return self.base.caption(i)
+
+
+class First(_View):
+    """The first `count` pictures of a set."""
+
+    def __init__(self, base: PictureSet, count: int):
+        if count < 1:
+            raise ConfigError(f"the first {count} pictures: expected a count of at least 1")
+        count = min(count, len(base))
+        super().__init__(base, f"{base.source}[:{count}]", count)
+
+
+class Prepared(_View):
+    """Pictures of one size: the centre square, resized to crop x crop with antialiasing.
+
+    Args:
+      base: any set; crop: the side in pixels.
+      filter: "bicubic" or "box", Pillow's; a picture of the right size is left as it is.
+    """
+
+    def __init__(self, base: PictureSet, crop: int, filter: str = "bicubic"):
+        if crop < 1 or filter not in ("bicubic", "box"):
+            raise ConfigError(
+                f"crop {crop}, filter {filter!r}: expected a side of at least 1 and bicubic or box"
+            )
+        super().__init__(base, f"{base.source} (centre square, {filter} {crop}x{crop})", len(base))
+        self._crop, self._filter = crop, Image.Resampling[filter.upper()]
+
+    def read(self, i: int) -> np.ndarray:
+        """uint8 [crop, crop, 3] of picture i."""
+        picture = self.base.read(i)
+        box = image.crop_box(picture.shape[1], picture.shape[0])
+        if picture.shape[:2] == (self._crop, self._crop):
+            return picture
+        # Cropped first: the filter of `resize(box=…)` would reach beyond the box.
+        square = Image.fromarray(picture).crop(box)
+        return np.array(square.resize((self._crop, self._crop), self._filter))

@@ -1,0 +1,1 @@
+"""What a config stands for, and the loop that trains it."""

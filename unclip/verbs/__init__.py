@@ -1,0 +1,1 @@
+"""One file a verb: its flags, what it prints, its exit code."""

@@ -1,0 +1,100 @@
+"""`unclip generate`: pictures from captions (section 2 of the paper) or like a given picture (3.1).
+
+    unclip generate --model DIR --prompt "a red fox" --n 4 --seed 0 --out DIR
+
+Writes numbered PNG files, each with its prompt, seed, every setting and the model's hash inside
+(readable by `unclip.images.read_recipe`, Automatic1111 and any PNG tool), and a grid.
+"""
+
+import sys
+import warnings
+
+from absl import flags
+
+from unclip import errors
+
+MODES = ("text", "variations")
+
+_MODEL = flags.DEFINE_string("model", None, "bundle folder (unclip export)", required=True)
+_MODE = flags.DEFINE_enum("mode", "text", MODES, "what to make")
+_PROMPT = flags.DEFINE_multi_string("prompt", [], "caption; repeat the flag for several")
+_IMAGE = flags.DEFINE_multi_string("image", [], "picture file, for variations")
+_N = flags.DEFINE_integer("n", 4, "pictures a prompt or picture", lower_bound=1)
+_SEED = flags.DEFINE_integer("seed", 0, "seed of the first picture; picture k has seed + k")
+_OUT = flags.DEFINE_string("out", "out", "folder for the pictures")
+_BATCH = flags.DEFINE_integer("batch_size", 8, "pictures drawn at once", lower_bound=1)
+_SAMPLER = flags.DEFINE_string("sampler", None, "decoder: ddpm, ddim or dpm++2m")
+_STEPS = flags.DEFINE_integer("steps", None, "decoder: steps", lower_bound=1)
+_GUIDANCE = flags.DEFINE_float("guidance", None, "decoder: classifier-free guidance scale")
+_ETA = flags.DEFINE_float("eta", None, "decoder: DDIM eta, 0 deterministic to 1 ancestral")
+_PRIOR_STEPS = flags.DEFINE_integer("prior_steps", None, "prior: steps", lower_bound=1)
+_PRIOR_GUIDANCE = flags.DEFINE_float("prior_guidance", None, "prior: guidance scale")
+_CANDIDATES = flags.DEFINE_integer(
+    "candidates", None, "prior: draws, the best dot product with z_t is kept", lower_bound=1
+)
+_UP_STEPS = flags.DEFINE_multi_integer("upsampler_steps", [], "upsamplers: steps, in their order")
+_STAGES = flags.DEFINE_integer(
+    "stages", None, "how many of decoder and upsamplers run; default all", lower_bound=1
+)
+
+
+def main(argv):
+    """Reads the flags, draws, writes; prints the folder and the files."""
+    if len(argv) > 1:
+        raise errors.ConfigError(f"unexpected argument {argv[1]!r}; a caption goes into --prompt")
+    asked = _PROMPT.value if _MODE.value == "text" else _IMAGE.value
+    if not asked:
+        flag = "prompt" if _MODE.value == "text" else "image"
+        raise errors.ConfigError(f"--mode {_MODE.value} needs at least one --{flag}")
+    for number, one in enumerate(asked, 1):  # before the first is drawn, which takes a while
+        if not one.strip():
+            what = "prompt" if _MODE.value == "text" else "image"
+            raise errors.ConfigError(f"--{what} {number} of {len(asked)} is empty")
+
+    from unclip.cascade import pipeline
+    from unclip.files import images
+    from unclip.runtime import progress
+
+    def warn(message, *_, **__):
+        print(f"unclip generate: {message}", file=sys.stderr)
+
+    warnings.showwarning = warn  # standard output holds the files' names alone
+    model = pipeline.UnCLIP.load(_MODEL.value, batch_size=_BATCH.value)
+    settings = {
+        "prior": _given(
+            steps=_PRIOR_STEPS.value, guidance=_PRIOR_GUIDANCE.value, candidates=_CANDIDATES.value
+        ),
+        "decoder": _given(
+            steps=_STEPS.value, guidance=_GUIDANCE.value, sampler=_SAMPLER.value, eta=_ETA.value
+        ),
+        "upsamplers": [{"steps": steps} for steps in _UP_STEPS.value],
+        "stages": _STAGES.value,
+    }
+    images.writable_folder(_OUT.value)
+    # Captions that share a batch are drawn together; a batch is padded in any case.
+    several = max(1, _BATCH.value // _N.value) if _MODE.value == "text" else 1
+    groups = [asked[i : i + several] for i in range(0, len(asked), several)]
+    pictures, paths = [], []
+    with progress.progress(len(asked) * _N.value, "drawing", "img") as bar:
+        for group in groups:
+            if _MODE.value == "variations":
+                settings.pop("prior", None)
+                draw, group = model.variations, images.read_image(group[0])
+            else:
+                draw = model.generate
+            for start in range(0, _N.value, _BATCH.value):
+                count = min(_BATCH.value, _N.value - start)
+                drawn = draw(group, count, _SEED.value + start, **settings)
+                # Saved at once: a failure at the hundredth picture keeps the ninety-nine before it.
+                paths += images.save_pictures(
+                    drawn.images, drawn.recipes, _OUT.value, with_grid=False
+                )
+                pictures.extend(drawn.images)
+                bar.update(len(drawn))
+    if len(pictures) > 1:
+        paths.append(images.save_grid(pictures, _OUT.value, _N.value))
+    print("\n".join(map(str, paths)))
+
+
+def _given(**settings) -> dict:
+    return {name: value for name, value in settings.items() if value is not None}
