@@ -19,10 +19,8 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 from configs import clip, decoder, prior, upsampler
-from unclip import tasks
 from unclip.runtime import flops, sharding
-from unclip.training.plan import clip_part, make_task, model_flops
-from unclip.training.step import make_init, make_optimizer, make_step
+from unclip.training.plan import make_plan
 
 CONFIGS = {"clip": clip, "prior": prior, "decoder": decoder, "upsampler": upsampler}
 CLIP_PRESETS = {"karlo": "ViT-L/14", "glide": "ViT-L/14", "paper": "ViT-H/16", "emoji": "emoji"}
@@ -57,32 +55,21 @@ def measure(name: str, preset: str, batch_size: int, steps: int, overrides: dict
     config = CONFIGS[name].get_config(preset)
     config.batch_size = batch_size
     config.optim.warmup_steps, config.total_steps = 0, steps + 1
+    config.follow_init = False
+    config.mesh = {"data": 1, "fsdp": -1, "tensor": 1}
     for field, value in overrides.items():
         config.arch[field] = value
-    mesh = sharding.make_mesh({"fsdp": -1})
-    rules = sharding.PRESETS[config.sharding]
-    frozen_clip = clip_part(config)
-    place = lambda tree: jax.tree.map(jax.device_put, tree, sharding.shardings(tree, mesh, rules))
-    if frozen_clip is not None:
-        small = tasks.ClipTask(tasks.arguments(frozen_clip.arch))
-        where = sharding.shardings(jax.eval_shape(small.init, jax.random.key(1)), mesh, rules)
-        frozen_clip.params = jax.jit(small.init, out_shardings=where)(jax.random.key(1))
-    task = make_task(config, frozen_clip)
-    if name == "prior":
-        shapes = task.shape_statistics()
-        task.statistics = place({k: np.ones(s.shape, np.float32) for k, s in shapes.items()})
-    abstract = jax.eval_shape(task.init, jax.random.key(0))
-    tx, schedule = make_optimizer(config, abstract)
-    init = make_init(task, tx)
-    shardings = sharding.shardings(jax.eval_shape(init, jax.random.key(0)), mesh, rules)
-    state = jax.jit(init, out_shardings=shardings)(jax.random.key(0))
-    step = jax.jit(
-        make_step(task, tx, schedule, config),
-        out_shardings=(shardings, sharding.replicated(mesh)),
-        donate_argnums=0,
-    )
-    batch = sharding.put_batch(random_batch(task.batch_spec(batch_size)), mesh)
-    frozen = task.frozen()
+    plan = make_plan(config, shapes_only=True)
+    plan.check()
+    frozen = {}
+    for part, shapes in (plan.task.frozen_shapes() or {}).items():
+        where = sharding.shardings(shapes, plan.mesh, plan.rules)
+        init = jax.jit(plan.task.init_frozen, static_argnums=0, out_shardings=where)
+        frozen[part] = init(part, jax.random.key(1))
+    state = plan.init(jax.random.key(0))
+    step = plan.make_step()
+    batch = sharding.put_batch(random_batch(plan.task.batch_spec(batch_size)), plan.mesh)
+    frozen = frozen or None
     start = time.perf_counter()
     state, metrics = step(state, frozen, batch)
     loss = float(metrics["loss"])
@@ -93,7 +80,7 @@ def measure(name: str, preset: str, batch_size: int, steps: int, overrides: dict
     jax.block_until_ready(state)
     seconds = (time.perf_counter() - start) / steps
     stats = jax.devices()[0].memory_stats() or {}
-    needed = model_flops(config, frozen_clip)
+    needed = plan.flops()
     used = flops.utilisation(needed, seconds, jax.devices())
     return {
         "stage": name,
@@ -107,7 +94,7 @@ def measure(name: str, preset: str, batch_size: int, steps: int, overrides: dict
         "seconds_per_step": round(seconds, 4),
         "first_step_seconds": round(first, 1),
         "peak_memory_gib": round(stats.get("peak_bytes_in_use", 0) / 2**30, 2) or None,
-        "model_tflop_per_step": needed and round(needed / 1e12, 3),
+        "model_tflop_per_step": round(needed / 1e12, 3),
         "flop_utilisation": used and round(used, 3),
         "first_loss": round(loss, 4),
     }

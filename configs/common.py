@@ -109,7 +109,7 @@ def base(stage: str, args: ConfigDict) -> ConfigDict:
             "order": "global",  # global | streamed: a host reads shards of its own
             "streams": 0,  # of the streamed order: a multiple of the hosts; 0 = up to 64, by batch
             "window_examples": 8192,  # shuffled together in a stream
-            "weights": (),  # of a batch, one an entry of shards; () = all are one collection
+            "proportions": (),  # of a batch, one an entry of shards; () = all are one collection
             "streaming": False,  # unindexed shards, drawn with replacement, no exact resume
             "cache": "",  # folder for blocks of remote shards; "" = none, each read asks the store
             "cache_gib": 20.0,

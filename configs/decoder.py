@@ -43,7 +43,7 @@ def get_config(arg=None):
         {
             "image_size": 64,
             "text_encoder": "t5" if args.preset == "imagen" else "clip",
-            "noise": "cosine",
+            "noise_schedule": "cosine",
             "parametrisation": "eps",
             "variance": "learned_range",
             "vlb_weight": 1.0,

@@ -39,7 +39,7 @@ def get_config(arg=None):
         config.task = ConfigDict(
             {
                 "kind": "diffusion",
-                "noise": "cosine",
+                "noise_schedule": "cosine",
                 "embedding": "whiten",
                 "scale": 17.2,
                 "clamp": 10.0,

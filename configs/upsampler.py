@@ -35,7 +35,7 @@ def get_config(arg=None):
             "image_size": size,
             "factor": 4,
             "crop": size // 4,  # Table 3: crop fraction .25
-            "noise": "linear" if name == "paper-1024" else "cosine",
+            "noise_schedule": "linear" if name == "paper-1024" else "cosine",
             "parametrisation": "eps",
             "variance": "fixed_small",
             "vlb_weight": 1.0,

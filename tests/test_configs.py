@@ -6,12 +6,9 @@ import jax
 import pytest
 
 from unclip import errors
-from unclip.cascade import bundle
 from unclip.input.decode import transforms
 from unclip.models import clip as clip_model
-from unclip.training.data import transform
-from unclip.training.plan import clip_part, make_task, t5_part
-from unclip.training.step import make_optimizer
+from unclip.training.plan import make_plan
 
 PRESETS = {
     "clip": [
@@ -51,15 +48,12 @@ def get(name, arg=None):
 
 def planned(config):
     """(task, abstract parameters) with nothing allocated."""
-    bare = lambda part: part and bundle.Part(part.kind, part.arch, None)
-    clip, t5 = bare(clip_part(config)), bare(t5_part(config))
-    task = make_task(config, clip, t5=t5)
-    if config.stage == "prior":
-        task.statistics = task.shape_statistics()
-    params = jax.eval_shape(task.init, jax.random.key(0))
-    _, schedule = make_optimizer(config, params)
-    assert 0 < float(schedule(config.total_steps // 2)) <= 1.0001 * config.optim.learning_rate
-    return task, params
+    config.follow_init = False
+    plan = make_plan(config, shapes_only=True)
+    plan.check()
+    rate = float(plan.learning_rate(config.total_steps // 2))
+    assert 0 < rate <= 1.0001 * config.optim.learning_rate
+    return plan.task, plan.params
 
 
 @pytest.mark.parametrize(("name", "arg"), EVERY)
@@ -72,7 +66,7 @@ def test_every_preset_builds(name, arg, tiny_config):
     # The parts fit: what the input delivers is what the task asks for.
     for use in ("train", "held_out", "sample"):
         assert isinstance(
-            transform(config, task, use), transforms.ImageText | transforms.Upsampling
+            task.transform(use, config.input), transforms.ImageText | transforms.Upsampling
         )
     if name in ("prior", "decoder"):
         clip = clip_model.PRESETS[config.clip_preset]

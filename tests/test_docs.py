@@ -16,7 +16,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from unclip import errors
-from unclip.training.plan import clip_part, make_task
+from unclip.training.plan import make_plan
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -224,7 +224,7 @@ def test_parameter_counts(argument, at_root):
     name, preset = CONFIG.fullmatch(argument).groups()
     config = importlib.import_module(f"configs.{name}").get_config(preset)
     config.arch.fold = True  # the same parameters, quicker to trace
-    task = make_task(config, clip_part(config))
+    task = make_plan(config, shapes_only=True).task
     shapes = jax.tree.leaves(jax.eval_shape(task.init, jax.random.key(0)))
     assert sum(math.prod(leaf.shape) for leaf in shapes) == table()[argument]
 

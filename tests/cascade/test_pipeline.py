@@ -108,7 +108,7 @@ def test_nothing_is_compiled_again(six, model):
     assert count() == before and set(before.values()) == {1}
     plain = model.generate("a red dot", n=1, seed=999, **FAST)
     assert not np.array_equal(changed.images[3], plain.images[0])  # so the guidance was used
-    with pytest.raises(errors.ConfigError, match=r"eta 0\.5 with sampler 'ddpm'; only 'ddim'"):
+    with pytest.raises(errors.ConfigError, match=r"eta 0\.5 with sampler 'ddpm': only 'ddim'"):
         model.generate("a red dot", decoder={"eta": 0.5})
 
 

@@ -1,5 +1,7 @@
 """Micro tasks of every stage, scrambled parameters (fresh ones ignore their input), and batches."""
 
+import copy
+
 import jax
 import numpy as np
 import pytest
@@ -95,23 +97,35 @@ def clip_params():
     return scrambled(jax.jit(tasks.make("clip", CLIP, {}).init)(jax.random.key(0)))
 
 
+def with_model(task, model):
+    """The same task around another network, to see what that is given."""
+    other = copy.copy(task)
+    object.__setattr__(other, "model", model)
+    return other
+
+
+@pytest.fixture(scope="session", name="with_model")
+def _with_model():
+    return with_model
+
+
 @pytest.fixture(scope="session")
 def made(clip_params):
     """made(stage, kind="diffusion", arch=None, **settings) -> (task, params, frozen)."""
 
     def make(stage, kind="", arch=None, **settings):
         name = "ar" if kind == "ar" else stage
-        parts = {}
-        if stage in tasks.NEEDS_CLIP:
-            parts = {"clip": CLIP, "clip_params": clip_params}
+        parts, weights = {}, {}
+        if stage in ("prior", "decoder"):
+            parts, weights = {"clip": CLIP}, {"clip": clip_params}
         if stage == "prior":
             rng = np.random.default_rng(5)
-            parts["statistics"] = {
+            weights["statistics"] = {
                 "mean": np.float32(rng.standard_normal(8)),
                 "std": np.float32(rng.uniform(0.5, 2, 8)),
             }
             if kind == "ar":
-                parts["statistics"] = {
+                weights["statistics"] = {
                     "mean": np.zeros(8, np.float32),
                     "components": np.eye(8, 4, dtype=np.float32),
                     "scale": np.ones(4, np.float32),
@@ -122,7 +136,7 @@ def made(clip_params):
             settings = {"image_size": 4} | settings
         if stage == "upsampler":
             settings = {"image_size": 8, "factor": 2} | settings
-        task = tasks.make(stage, arch or ARCH[name], settings, **parts)
+        task = tasks.make(stage, arch or ARCH[name], settings, weights=weights, **parts)
         return task, scrambled(jax.jit(task.init)(jax.random.key(1))), task.frozen()
 
     return make

@@ -94,9 +94,7 @@ def test_accumulation_is_exact(stage):
     slices = {"softmax": 4, "sigmoid": 2}[name]
     batch = batch | {"valid": np.arange(8) != 5}
     want = gradient(params, batch)
-    got = jax.jit(lambda p, b: task.accumulated_value_and_grad(p, None, b, None, slices))(
-        params, batch
-    )
+    got = jax.jit(lambda p, b: task.value_and_grad(p, None, b, None, slices))(params, batch)
     scale = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(want[1]))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * scale), got, want
@@ -111,12 +109,12 @@ def test_accumulation_is_exact(stage):
 def test_accumulation_wants_a_divisor(stage):
     _, task, params, batch, _ = stage
     with pytest.raises(errors.ConfigError, match="batch of 8 does not divide into 3"):
-        task.accumulated_value_and_grad(params, None, batch, None, 3)
+        task.value_and_grad(params, None, batch, None, 3)
 
 
 def test_unknown_loss_names_the_near_one():
     with pytest.raises(errors.ConfigError, match=r"'sofmax': did you mean 'softmax'"):
-        clip_task.ClipTask(clip_model.PRESETS["emoji"], loss="sofmax")
+        clip_task.ClipTask(clip_model.PRESETS["emoji"], objective="sofmax")
 
 
 def test_a_long_caption_ends_where_clip_does(made, clip_params):

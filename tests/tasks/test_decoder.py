@@ -1,5 +1,8 @@
 """The decoder's and the upsamplers' tasks: losses, condition dropout, drawing."""
 
+import copy
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,20 +27,23 @@ class Spy:
 
 def spied(task, params, frozen, batch, *, train, channels=6):
     """(loss, metrics, what the network was given) of a task with its network replaced."""
-    real, task.model = task.model, Spy(channels)
+    spy, task = Spy(channels), copy.copy(task)
+    spy.use_z_i = getattr(task.model, "use_z_i", False)
+    object.__setattr__(task, "model", spy)
 
     @jax.jit
     def run(frozen, batch):
         loss, metrics = task.loss(params, frozen, batch, jax.random.key(2), train=train)
         return loss, metrics, {k: v for k, v in task.model.seen.items() if k not in OPTIONS}
 
-    try:
-        return jax.device_get(run(frozen, batch))
-    finally:
-        task.model = real
+    return jax.device_get(run(frozen, batch))
 
 
 OPTIONS = ("train", "rngs", "rest")
+
+
+def given(batch, z_i):
+    return {"z_i": z_i, "tokens": batch["tokens"], "text_mask": batch["text_mask"]}
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +54,7 @@ def drawing(made, batch_of):
     sample_keys = keys.sample_keys(jax.random.key(9), batch["sample"])
     run = jax.jit(
         lambda scale: task.sample(
-            params, frozen, z_i, batch["tokens"], batch["text_mask"], sample_keys, guidance=scale
+            params, frozen, given(batch, z_i), sample_keys, draw={"guidance": scale}
         )
     )
     return task, params, frozen, batch, z_i, sample_keys, run
@@ -57,7 +63,7 @@ def drawing(made, batch_of):
 def test_conditions_are_dropped_separately(made, batch_of):
     """10 % without picture, 50 % without caption, independent of one another (section 2.1)."""
     task, params, frozen = made("decoder", variance="learned_range", image_size=1)
-    task.stored = True
+    task = dataclasses.replace(task, stored=True)
     rows = 4096
     batch = batch_of(task, rows)
     _, _, seen = spied(task, params, frozen, batch, train=True)
@@ -151,7 +157,11 @@ def test_the_picture_depends_on_both_conditions(drawing):
     task, params, frozen, batch, z_i, sample_keys, run = drawing
     draw = jax.jit(
         lambda z, tokens, mask: task.sample(
-            params, frozen, z, tokens, mask, sample_keys, guidance=1.0
+            params,
+            frozen,
+            {"z_i": z, "tokens": tokens, "text_mask": mask},
+            sample_keys,
+            draw={"guidance": 1.0},
         )
     )
     base = np.asarray(run(1.0))
@@ -160,18 +170,21 @@ def test_the_picture_depends_on_both_conditions(drawing):
     assert not np.allclose(other, base, atol=1e-3)
 
 
-def test_unknown_threshold(drawing):
-    task, params, frozen, batch, z_i, sample_keys, _ = drawing
-    with pytest.raises(errors.ConfigError, match="'statik': did you mean 'static'"):
-        task.sample(
-            params,
-            frozen,
-            z_i,
-            batch["tokens"],
-            batch["text_mask"],
-            sample_keys,
-            threshold="statik",
-        )
+def test_mistakes_in_a_draw_are_told_together(made):
+    """When the task is made, and when it is asked to draw with other settings."""
+    task, _, _ = made("decoder")
+    wrong = {"threshold": "statik", "sampler": "dimm", "steps": 0, "gidance": 1.0}
+    for attempt in (lambda: task.checked_draw(wrong), lambda: made("decoder", draw=wrong)):
+        with pytest.raises(errors.ConfigError) as caught:
+            attempt()
+        said = str(caught.value)
+        assert "'statik': did you mean 'static'" in said and "'dimm': did you mean 'ddim'" in said
+        assert "did you mean 'guidance'" in said and "steps" in said and "\n" not in said
+    with pytest.raises(errors.ConfigError, match="only 'ddim' has an eta"):
+        task.checked_draw({"eta": 0.5})
+    with pytest.raises(errors.ConfigError, match="guidance nan: expected a finite number"):
+        task.checked_draw({"guidance": float("nan")})
+    assert task.checked_draw({"steps": 3})["steps"] == 3 and task.draw["steps"] == 25
 
 
 def test_a_decoder_of_text_embeddings_sees_no_picture(made, batch_of):
@@ -196,12 +209,13 @@ def test_upsampling_starts_from_the_small_picture(made, batch_of):
     task, params, _ = made("upsampler", draw={"steps": 2})
     batch = batch_of(task, 2)
     sample_keys = keys.sample_keys(jax.random.key(0), batch["sample"])
-    draw = jax.jit(lambda low: task.sample(params, low, sample_keys))
+    draw = jax.jit(lambda low: task.sample(params, None, {"low": low}, sample_keys))
     pictures = draw(to_float(batch["low"]))
     assert pictures.shape == (2, 8, 8, 3) and np.abs(pictures).max() <= 1
     assert not np.allclose(pictures, draw(-to_float(batch["low"])), atol=1e-3)
     # Fully convolutional: a task trained on crops draws pictures of any size.
-    other = jax.eval_shape(task.sample, params, jnp.zeros((2, 6, 5, 3)), sample_keys)
+    low = {"low": jnp.zeros((2, 6, 5, 3))}
+    other = jax.eval_shape(task.sample, params, None, low, sample_keys)
     assert other.shape == (2, 12, 10, 3)
 
 
@@ -235,7 +249,8 @@ def test_a_decoder_with_its_own_text_encoder_needs_no_clip():
     params = jax.eval_shape(task.init, jax.random.key(0))
     assert set(params["text_proj"]) == {"text", "caption_time"}
     keys_of = jax.random.split(jax.random.key(0), 2)
-    drawn = jax.eval_shape(task.sample, params, None, None, tokens, mask, keys_of)
+    captions = {"tokens": tokens, "text_mask": mask}
+    drawn = jax.eval_shape(task.sample, params, None, captions, keys_of)
     assert drawn.shape == (2, 4, 4, 3)
 
 
@@ -269,7 +284,7 @@ def test_captions_through_t5(learned, batch_of):
     )
     rng = np.random.default_rng(0)
     t5_params = jax.tree.map(lambda v: np.float32(rng.normal(size=v.shape)), t5_params)
-    task = tasks.make("decoder", arch, settings, t5=T5, t5_params=t5_params)
+    task = tasks.make("decoder", arch, settings, t5=T5, weights={"t5": t5_params})
     assert task.context == 7
     batch = batch_of(task, 16)
     batch["tokens"] = np.where(batch["text_mask"], batch["tokens"] % 28 + 2, 0)

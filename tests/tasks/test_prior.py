@@ -1,5 +1,7 @@
 """The priors' tasks: spaces, statistics, condition dropout, candidates, and learning by heart."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +24,7 @@ def test_statistics_are_numpys(made):
     np.testing.assert_allclose(got["mean"], z_i.mean(0), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(got["std"], z_i.std(0, ddof=1), rtol=1e-5)
     assert {k: (v.shape, v.dtype) for k, v in got.items()} == {
-        k: (v.shape, v.dtype) for k, v in task.shape_statistics().items()
+        k: (v.shape, v.dtype) for k, v in task.statistics_shapes().items()
     }
 
 
@@ -31,7 +33,7 @@ def test_ar_statistics_have_the_planned_shapes(made):
     z = np.float32(np.random.default_rng(0).standard_normal((2, 40, 8)))
     got = task.fit([tuple(z)])
     assert {k: (v.shape, v.dtype) for k, v in got.items()} == {
-        k: (v.shape, v.dtype) for k, v in task.shape_statistics().items()
+        k: (v.shape, v.dtype) for k, v in task.statistics_shapes().items()
     }
     np.testing.assert_allclose(got["dot_edges"], [np.median(cosine(*z))], atol=1e-6)
 
@@ -53,40 +55,38 @@ def test_scaled_embeddings(made):
     np.testing.assert_allclose(cosine(task.decode(frozen, x_0), z_i), 1, rtol=1e-6)
 
 
-def test_the_loss_is_the_error_of_x_0(made, batch_of):
+def test_the_loss_is_the_error_of_x_0(made, with_model, batch_of):
     """With the network replaced by a constant, the loss is that constant's squared error."""
     task, params, frozen = made("prior")
 
     class Constant:
-        learned_null = False
+        learned_null, vocab_size = False, None
 
         def apply(self, variables, x_t, t, **_):
             return jnp.full(x_t.shape, 0.5)
 
-    real, task.model = task.model, Constant()
     batch = batch_of(task, 6)
+    task = with_model(task, Constant())
     loss = jax.jit(lambda f, b: task.loss(params, f, b, jax.random.key(0), train=True)[0])(
         frozen, batch
     )
-    task.model = real
     x_0 = np.float64(task.encode(frozen, jax.jit(task.image)(frozen, batch)))
     assert float(loss) == pytest.approx(((0.5 - x_0) ** 2).mean(), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["diffusion", "ar"])
-def test_a_tenth_of_the_captions_is_dropped(made, batch_of, kind):
+def test_a_tenth_of_the_captions_is_dropped(made, with_model, kind):
     task, params, frozen = made("prior", kind)
-    task.stored = True
     seen = {}
 
     class Spy:
-        codes, buckets, learned_null = 4, 16, False
+        codes, buckets, learned_null, vocab_size = 4, 16, False, None
 
         def apply(self, variables, x, t=None, **conditions):
             seen.update(conditions)
             return jnp.zeros((*x.shape, 16)) if kind == "ar" else x
 
-    task.model = Spy()
+    task = with_model(dataclasses.replace(task, stored=True), Spy())
     batch = batch_of_rows(4096)
 
     def run(train):
@@ -126,6 +126,10 @@ def batch_of_rows(rows):
     }
 
 
+def captions_of(batch):
+    return {name: batch[name] for name in ("tokens", "text_mask")}
+
+
 @pytest.fixture(scope="module")
 def drawing(made, batch_of):
     task, params, frozen = made("prior", draw={"steps": 3})
@@ -134,14 +138,7 @@ def drawing(made, batch_of):
     draw = lambda x_T=None, noise=None, **options: np.asarray(
         jax.jit(
             lambda p, x_T, noise: task.sample(
-                p,
-                frozen,
-                batch["tokens"],
-                batch["text_mask"],
-                sample_keys,
-                x_T=x_T,
-                noise=noise,
-                **options,
+                p, frozen, captions_of(batch), sample_keys, draw=options, x_T=x_T, noise=noise
             )
         )(params, x_T, noise)
     )
@@ -175,10 +172,9 @@ def test_a_draw_does_not_depend_on_the_rows_beside_it(drawing, made):
         lambda: task.sample(
             params,
             frozen,
-            batch["tokens"][rows],
-            batch["text_mask"][rows],
+            {name: value[rows] for name, value in captions_of(batch).items()},
             sample_keys,
-            candidates=2,
+            draw={"candidates": 2},
         )
     )()
     np.testing.assert_allclose(others, every[rows], rtol=1e-5, atol=1e-5)
@@ -197,7 +193,7 @@ def test_unknown_embedding(made):
 def test_the_ar_prior_learns_eight_pictures_by_heart(made):
     task, params, frozen = made("prior", "ar", text_drop=0.0)
     params = jax.jit(task.init)(jax.random.key(0))
-    task.stored = True
+    task = dataclasses.replace(task, stored=True)
     batch = batch_of_rows(8)
     tx = optax.adam(1e-2)
 
@@ -222,11 +218,9 @@ def test_the_ar_prior_learns_eight_pictures_by_heart(made):
         lambda p: task.sample(
             p,
             frozen,
-            batch["tokens"],
-            batch["text_mask"],
+            captions_of(batch),
             sample_keys,
-            temperature=0.0,
-            candidates=1,
+            draw={"temperature": 0.0, "candidates": 1},
         )
     )(params)
     read = lambda z: np.asarray(
@@ -238,7 +232,7 @@ def test_the_ar_prior_learns_eight_pictures_by_heart(made):
 def test_the_ar_prior_takes_no_noise(made):
     task, params, frozen = made("prior", "ar")
     with pytest.raises(errors.ConfigError, match="takes no noise"):
-        task.sample(params, frozen, None, None, None, noise=1)
+        task.sample(params, frozen, {}, None, noise=1)
 
 
 def test_a_learned_null_is_trained_and_drawn_from():
@@ -265,10 +259,12 @@ def test_a_learned_null_is_trained_and_drawn_from():
         "context": 16,
         "vocab_size": 64,
     }
-    task = tasks.make("prior", arch, {"text_drop": 1.0}, clip=clip)
-    task.clip_params = tasks.ClipTask(tasks.arguments(clip)).init(jax.random.key(1))
     ones = np.ones(16, np.float32)
-    task.statistics = {"mean": 0 * ones, "std": ones}
+    weights = {
+        "clip": tasks.ClipTask(tasks.arguments(clip)).init(jax.random.key(1)),
+        "statistics": {"mean": 0 * ones, "std": ones},
+    }
+    task = tasks.make("prior", arch, {"text_drop": 1.0}, clip=clip, weights=weights)
     params = jax.jit(task.init)(jax.random.key(0))
     batch = {
         "image": np.zeros((2, 16, 16, 3), np.uint8),
@@ -285,12 +281,9 @@ def test_a_learned_null_is_trained_and_drawn_from():
         lambda tokens: task.sample(
             params,
             task.frozen(),
-            tokens,
-            batch["text_mask"],
+            {"tokens": tokens, "text_mask": batch["text_mask"]},
             jax.random.split(jax.random.key(2), 2),
-            steps=2,
-            guidance=0.0,
-            candidates=1,
+            draw={"steps": 2, "guidance": 0.0, "candidates": 1},
         )
     )
     # Without guidance from the caption, captions do not matter.

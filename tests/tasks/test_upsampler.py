@@ -25,16 +25,19 @@ class Marked:
 
 
 @pytest.fixture
-def marked(made):
+def marked(made, with_model):
     task, _, _ = made("upsampler", parametrisation="x0", draw={"steps": STEPS, "sampler": "ddpm"})
-    task.model = Marked()
-    return task
+    return with_model(task, Marked())
 
 
-def draw(task, first, last=None, **options):
+def draw(task, first, last=None, steps=STEPS, **noise):
     key = keys.sample_keys(jax.random.key(0), np.uint32([[0, 1], [0, 2]]))
     low = jnp.zeros((2, 4, 4, 3))
-    run = jax.jit(lambda first, last: task.sample(first, low, key, last_params=last, **options))
+    run = jax.jit(
+        lambda first, last: task.sample(
+            first, {"last": last}, {"low": low}, key, draw={"steps": steps}, **noise
+        )
+    )
     return np.asarray(run(first, last))
 
 

@@ -330,7 +330,7 @@ def test_the_sampler(found):
 
 
 def test_a_batch_that_does_not_divide(found):
-    assert "batch_size 12 is not a multiple of data x fsdp x accumulate = 8" in found["rows"]
+    assert "batch_size 12 is not a multiple of 8 (data 8 x fsdp 1 x accumulate 1)" in found["rows"]
 
 
 def test_topologies(found):

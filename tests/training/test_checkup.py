@@ -16,9 +16,9 @@ import jax
 jax.config.update("jax_num_cpu_devices", 4)
 from configs import clip, decoder, prior, upsampler
 from unclip import errors
-from unclip.training import checkup as doctor, plan as stage
+from unclip.training import checkup as doctor, plan
 
-stage.model_flops = lambda *parts: None  # lowering a billion parameters takes a while
+plan.Plan.flops = lambda self: None  # tracing a billion parameters takes a while
 modules = {"clip": clip, "decoder": decoder, "prior": prior, "upsampler": upsampler}
 out = {}
 for name, stage_name, arg, changes, workdir in json.loads(sys.stdin.read()):
@@ -114,7 +114,7 @@ def test_disk_counts_every_parameter_once(found):
 def test_problems_in_plain_words(found):
     said = {name: "\n".join(report["problems"]) for name, report in found.items()}
     assert "needs a trained CLIP: --config.clip=RUN or BUNDLE" in said["decoder"]
-    assert "batch_size 10 is not a multiple of data x fsdp x accumulate = 4" in said["clip"]
+    assert "batch_size 10 is not a multiple of 4 (data 2 x fsdp 2 x accumulate 1)" in said["clip"]
     assert "no-run: no such folder" in said["gone"]
     assert "none.tar' is not there" in said["gone"]
     assert found["gone"]["parameters"]["clip"] > 0  # the rest is still reported

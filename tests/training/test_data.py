@@ -42,7 +42,7 @@ def test_a_streamed_and_weighted_run_resumes_bit_for_bit(
         {
             "total_steps": 4,
             "input.shards": two_sets,
-            "input.weights": (0.75, 0.25),
+            "input.proportions": (0.75, 0.25),
             "input.order": "streamed",
             "input.streams": 4,
             "input.window_examples": 5,
@@ -166,7 +166,7 @@ def test_streaming_trains_and_says_what_it_cannot(tiny_config, shards, two_sets,
     train(config, str(tmp_path / "run"))
     assert int(state_of(tmp_path / "run")["step"]) == 2
     for changes, message in (
-        ({"input.weights": (1.0, 1.0)}, "need indexed shards"),
+        ({"input.proportions": (1.0, 1.0)}, "need indexed shards"),
         ({"input.where": {"name": "red"}}, "need indexed shards"),
         ({"input.order": "streamed"}, "need indexed shards"),
     ):
@@ -188,7 +188,7 @@ def test_a_prior_needs_indexed_shards_for_its_statistics(tiny_config, run_of, tw
     "changes, message",
     [
         ({"input.order": "sorted"}, "global"),
-        ({"input.weights": (1.0,)}, "1 weights for 2 patterns"),
+        ({"input.proportions": (1.0,)}, "1 weights for 2 patterns"),
         ({"input.order": "streamed", "input.streams": 3}, "3 streams"),
         ({"input.filters": "similarty=0.3:"}, "did you mean 'similarity'"),
         ({"input.shards": ()}, "no training shards"),

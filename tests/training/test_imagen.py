@@ -17,7 +17,7 @@ from unclip.cascade import bundle, runs
 from unclip.input.decode.text import T5Tokenizer
 from unclip.models import t5
 from unclip.runtime import checkpoint
-from unclip.training import plan as stage
+from unclip.training.plan import as_json, frozen_part, make_plan, needs
 from unclip.training.start import train
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -100,9 +100,9 @@ def test_it_needs_a_t5_and_no_clip(imagen, tmp_path):
     with pytest.raises(errors.ConfigError, match=r"needs a trained T5: --config\.t5=RUN or BUNDLE"):
         train(imagen(), str(tmp_path))
     config = imagen({"clip": "/nowhere"})
-    assert stage.needs(config) == ("t5",) and stage.clip_part(config) is None
+    assert needs(config) == ("t5",) and set(make_plan(config, shapes_only=True).parts) == {"t5"}
     with pytest.raises(errors.ConfigError, match="'t5-v1_1-xll': did you mean 't5-v1_1-xl"):
-        stage.t5_part(imagen({"t5_preset": "t5-v1_1-xll"}))
+        frozen_part(imagen({"t5_preset": "t5-v1_1-xll"}), "t5")
 
 
 def test_a_random_t5_trains(imagen, tmp_path):
@@ -130,7 +130,7 @@ print(json.dumps(out))
 
 
 def test_the_doctor_counts_both(imagen, t5_bundle):
-    configs = [stage.plain(imagen(changes)) for changes in ({"t5": t5_bundle}, {})]
+    configs = [as_json(imagen(changes)) for changes in ({"t5": t5_bundle}, {})]
     done = subprocess.run(
         [sys.executable, "-c", EXAMINE],
         input=json.dumps(configs),
@@ -186,7 +186,11 @@ def test_export_and_drawing(run, t5_bundle, tmp_path):
     keys = jax.random.split(jax.random.key(0), 2)
     draw = jax.jit(
         lambda tokens, mask: task.sample(
-            params, {"t5": parts["t5"].params}, None, tokens, mask, keys, guidance=2.0
+            params,
+            {"t5": parts["t5"].params},
+            {"tokens": tokens, "text_mask": mask},
+            keys,
+            draw={"guidance": 2.0},
         )
     )
     pictures = np.asarray(draw(tokens, mask))

@@ -18,8 +18,8 @@ from unclip import errors, tasks
 from unclip.cascade import runs
 from unclip.files import images
 from unclip.runtime import checkpoint, distributed
-from unclip.training import plan as stage
 from unclip.training.loop import Loop
+from unclip.training.plan import as_json, frozen_part, make_plan
 from unclip.training.start import initial_params, train, write_config
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -147,7 +147,7 @@ def stop_in(monkeypatch, step, polls):
 class Counted:
     """An evaluator of two batches, with a poll after each."""
 
-    schedule = "metric"
+    interval = "metric"
 
     def __init__(self, prefix):
         self.prefix = prefix
@@ -185,7 +185,8 @@ def test_a_stop_ends_evaluation_at_the_next_poll(tiny_config, tmp_path, monkeypa
     """Polls: one before each evaluator, one after each of its batches."""
     evaluators, writer = [Counted("a"), Counted("b")], Notes()
     config = tiny_config("clip", {"total_steps": 9, "metric_steps": 3})
-    loop = Loop(config, tmp_path, None, writer, evaluators, None, None, None)
+    plan = make_plan(config, shapes_only=True)
+    loop = Loop(plan, None, tmp_path, None, writer, None, evaluators, fingerprint="")
     stop_in(monkeypatch, 3, polls)
     assert loop.evaluate({}, 3) == (len(found) == 2)
     assert writer.written == found
@@ -195,7 +196,8 @@ def test_what_metrics_jsonl_holds_is_not_measured_again(tiny_config, tmp_path):
     writer = Notes({"step", "loss", "a/other", "ab/figure"})
     config = tiny_config("clip", {"total_steps": 9, "metric_steps": 3})
     evaluators = [Counted("a"), Counted("b")]
-    loop = Loop(config, tmp_path, None, writer, evaluators, None, None, None)
+    plan = make_plan(config, shapes_only=True)
+    loop = Loop(plan, None, tmp_path, None, writer, None, evaluators, fingerprint="")
     loop.recall(3)
     assert loop.evaluate({}, 3) and writer.written == ["b/figure"]
     assert loop.evaluate({}, 6) and writer.written == ["b/figure", "a/figure", "b/figure"]
@@ -241,7 +243,7 @@ def test_a_shorter_run_measures_nothing_of_the_longer(measured, measured_clip):
 
 def test_what_a_run_leaves(whole, decoder_config):
     config = decoder_config()
-    assert runs.run_config(whole)["arch"] == stage.plain(config)["arch"]
+    assert runs.run_config(whole)["arch"] == as_json(config)["arch"]
     assert checkpoint.steps(pathlib.Path(whole) / "checkpoints") == [3, 4]
     assert sorted(series(whole, "held_out/loss")) == [2, 4]
     assert all(np.isfinite(v) for v in series(whole, "loss").values())
@@ -334,7 +336,8 @@ def test_no_checkpoint_yet_is_said(tiny_config, tmp_path):
         scalars = lambda self, step, values: None
 
     config = tiny_config("clip", {"max_skipped_steps": 1})
-    loop = Loop(config, tmp_path, Saver(), Writer(), [], None, None, None)
+    plan = make_plan(config, shapes_only=True)
+    loop = Loop(plan, None, tmp_path, Saver(), Writer(), None, [], fingerprint="")
     loop.pending = (1, {"loss": float("nan"), "skipped": 1})
     with pytest.raises(errors.NumericsError, match="there is no checkpoint yet"):
         loop.log_pending()
@@ -391,10 +394,9 @@ def test_init_from_starts_with_those_parameters(run_of, tiny_config, tmp_path):
 
 def test_init_from_another_model_lists_the_leaves(run_of, tiny_config):
     config = tiny_config("clip", {"init_from": run_of("clip"), "arch.embed_dim": 24})
-    clip = stage.make_task(config, None)
-    abstract = jax.eval_shape(clip.init, jax.random.key(0))
+    plan = make_plan(config)
     with pytest.raises(errors.ConfigError, match=r"text/proj/kernel \(16, 16\), the model has"):
-        initial_params(config, abstract)
+        initial_params(config, plan.params)
 
 
 @pytest.mark.parametrize(
@@ -430,7 +432,7 @@ def test_a_decoder_without_clip_says_how_to_give_one(tiny_config, tmp_path):
 def test_a_run_of_another_stage_is_no_clip(run_of, tiny_config):
     config = tiny_config("decoder", {"clip": run_of("upsampler_0")})
     with pytest.raises(errors.ConfigError, match="'upsampler', not 'clip'"):
-        stage.clip_part(config)
+        frozen_part(config, "clip")
 
 
 def test_a_damaged_run_is_one_line(tmp_path, run_of):

@@ -1,5 +1,7 @@
 """Steps of every stage: the same on any mesh, exact accumulation, skipped steps; clear refusals."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from unclip import errors, tasks
 from unclip.cascade import bundle
 from unclip.runtime import sharding
 from unclip.training.data import collections
-from unclip.training.plan import make_task, model_flops
+from unclip.training.plan import make_plan, make_task
 from unclip.training.step import make_init, make_optimizer, make_step
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -43,15 +45,17 @@ def prepared(tiny_config):
 
     def make(name, changes=()):
         config = tiny_config(name, {"optim.learning_rate": 1e-3} | dict(changes))
-        clip, statistics = None, None
-        if name in tasks.NEEDS_CLIP:
+        parts = {}
+        if name in ("prior", "decoder"):
             if "clip" not in made:
                 model = tasks.make("clip", clip_config, {})
                 made["clip"] = jax.device_get(jax.jit(model.init)(jax.random.key(7)))
-            clip = bundle.Part("clip", clip_config, made["clip"])
+            parts["clip"] = bundle.Part("clip", clip_config, made["clip"])
+        task = make_task(config, parts)
         if name == "prior":
             statistics = {"mean": np.zeros(16, np.float32), "std": np.ones(16, np.float32)}
-        task = make_task(config, clip, statistics)
+            weights = {**task.weights, "statistics": statistics}
+            task = dataclasses.replace(task, weights=weights)
         abstract = jax.eval_shape(task.init, jax.random.key(0))
         tx, schedule = make_optimizer(config, abstract)
         if ("state", name) not in made:
@@ -135,14 +139,14 @@ def test_accumulation_of_clip_is_exact(prepared, alone):
 
 def test_a_step_that_is_not_finite_leaves_everything(prepared):
     config, task, tx, schedule, state, batches = prepared("clip")
-    original = task.loss
 
-    def poisoned(params, frozen, batch, key, *, train):
-        loss, metrics = original(params, frozen, batch, key, train=train)
-        bad = jnp.where(batch["sample"][0, 1] == ROWS, jnp.nan, 0.0)
-        return loss + bad * sum(jnp.sum(leaf) for leaf in jax.tree.leaves(params)), metrics
+    class Poisoned(tasks.ClipTask):
+        def loss(self, params, frozen, batch, key, *, train):
+            loss, metrics = super().loss(params, frozen, batch, key, train=train)
+            bad = jnp.where(batch["sample"][0, 1] == ROWS, jnp.nan, 0.0)
+            return loss + bad * sum(jnp.sum(leaf) for leaf in jax.tree.leaves(params)), metrics
 
-    task.loss = poisoned
+    task = Poisoned(task.arch)
     step = jax.jit(make_step(task, tx, schedule, config))
     one, first = step(state, None, batches[0])
     two, second = step(one, None, batches[1])
@@ -180,13 +184,53 @@ def test_a_tar_without_captions(tiny_config, shard_writer, tmp_path):
     assert "caption" in str(caught.value) or "text" in str(caught.value)
 
 
-def test_flops_do_not_depend_on_folding(tiny_config):
-    """Counted on the unfolded model, and twice with sharpness-aware minimisation."""
-    config = tiny_config("clip", {"arch.vision_layers": 2})
-    plain = model_flops(config, None)
-    folded = tiny_config(
-        "clip", {"arch.vision_layers": 2, "arch.fold": True, "arch.remat": "nothing_saveable"}
-    )
-    assert model_flops(folded, None) == plain > 1e5
+def test_flops_do_not_depend_on_folding_or_remat(tiny_config):
+    """And are twice with sharpness-aware minimisation; XLA's count agrees within a few percent."""
+    changes = {"arch.vision_layers": 2}
+    config = tiny_config("clip", changes)
+    plan = make_plan(config, shapes_only=True)
+    plain = plan.flops()
+    folded = changes | {"arch.fold": True, "arch.remat": "nothing_saveable"}
+    assert make_plan(tiny_config("clip", folded), shapes_only=True).flops() == plain > 1e5
     config.optim.sam_rho = 0.1
-    assert model_flops(config, None) == 2 * plain
+    assert make_plan(config, shapes_only=True).flops() == 2 * plain
+    loss = lambda p, b: plan.task.loss(p, None, b, jax.random.key(0), train=True)[0]
+    batch = plan.task.batch_spec(config.batch_size)
+    lowered = jax.jit(jax.grad(loss)).lower(plan.params, batch)
+    # So small a network spends much on what only XLA counts, such as comparisons.
+    assert plain == pytest.approx(lowered.cost_analysis()["flops"], rel=0.2)
+
+
+def test_every_problem_is_told_at_once(tiny_config, tmp_path):
+    """Before anything is computed; one alone keeps its class and its line."""
+    wrong = {
+        "sharding": "fsdb",
+        "batch_size": 12,
+        "mesh.data": 8,
+        "task.draw.sampler": "dimm",
+        "clip": str(tmp_path / "nowhere"),
+        "optim.schedule": "cosin",
+        "input.shards": ("/nowhere/x.tar",),
+    }
+    config = tiny_config("decoder", wrong)
+    plan = make_plan(config)
+    with pytest.raises(errors.UnclipError, match="problems stand in the way") as caught:
+        plan.check()
+    said = caught.value.table
+    for words in ("'fsdb'", "batch_size 12", "'dimm'", "no such folder", "x.tar' is not there"):
+        assert words in said, words
+    one = make_plan(tiny_config("clip", {"input.shards": ("/nowhere/x.tar",)}))
+    with pytest.raises(errors.DataError, match=r"x\.tar' is not there"):
+        one.check()
+
+
+def test_the_config_is_left_alone(tiny_config):
+    config = tiny_config("clip")
+    before = config.to_json()
+    plan = make_plan(config)
+    plan.check()
+    assert plan.config is not config and config.to_json() == before
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plan.task = None
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plan.task.draw = {}

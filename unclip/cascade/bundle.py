@@ -22,7 +22,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from unclip import errors, files
+from unclip import errors, files, tasks
 from unclip.files import tensors
 
 FORMAT = 1
@@ -247,7 +247,7 @@ def _read_part(directory: pathlib.Path, name: str, record: dict, verify: bool) -
         arch=_tuples(header["arch"]),
         params=trees["params"],
         extra=trees["extra"],
-        settings=_tuples(header["settings"]),
+        settings=tasks.current_names(_tuples(header["settings"])),
     )
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from unclip import errors, tasks
 from unclip.cascade import bundle
 from unclip.input.decode.image import for_clip
-from unclip.input.decode.text import T5Tokenizer, Tokenizer
+from unclip.input.decode.text import Tokenizer
 from unclip.runtime import sharding
 from unclip.tasks.clip import FrozenClip, unit
 
@@ -88,13 +88,14 @@ class UnCLIP:
         for name in ("clip", *STAGE_TAGS):
             if name not in parts:
                 continue
-            part, stage = parts[name], name.partition("_")[0]
+            part, stage = parts[name], tasks.stage_of(name)
             needed = tasks.needs(stage, part.arch, part.settings)
             archs = {other: self._need(other, f"the {stage}").arch for other in needed}
-            task = self._tasks[name] = tasks.make(stage, part.arch, part.settings, **archs)
+            tokenizer = parts["t5"].extra.get("tokenizer") if "t5" in needed else None
+            task = self._tasks[name] = tasks.make(
+                stage, part.arch, part.settings, **archs, t5_tokenizer=tokenizer
+            )
             used |= {name, *needed}
-            if "t5" in needed:
-                task.tokenizer = T5Tokenizer(parts["t5"].extra.get("tokenizer"))
             if name + LAST in parts:
                 last = tasks.make(stage, parts[name + LAST].arch, part.settings).model
                 free = {field: getattr(task.model, field) for field in FREE}
@@ -129,7 +130,7 @@ class UnCLIP:
 
     def _put(self, name: str, value):
         """Rows of a batch over the mesh; parameters, placed before, and scalars as they are."""
-        if self.mesh is None or name in ("params", "last_params", "frozen") or jnp.ndim(value) == 0:
+        if self.mesh is None or name in ("params", "frozen") or jnp.ndim(value) == 0:
             return value
         spec = sharding.batch_sharding(self.mesh).spec
         if name == "noise":  # one a step, then rows
@@ -176,11 +177,11 @@ class UnCLIP:
         tokens, mask, _ = tokenizer.encode(list(prompts), context)
         return tokens, mask
 
-    def _call(self, name: str, function, *, static: tuple = (), **traced):
-        """Runs a stage's jitted function, one compilation a (stage, static, shape)."""
+    def _call(self, name: str, function, static: tuple = (), **traced):
+        """Runs a jitted function, one compilation a (name, static, shape)."""
         key = (name, static)
         if key not in self._compiled:
-            self._compiled[key] = jax.jit(partial(function, **dict(static)))
+            self._compiled[key] = jax.jit(function)
         traced = {k: jax.tree.map(partial(self._put, k), v) for k, v in traced.items()}
         return self._compiled[key](**traced)
 
@@ -231,22 +232,51 @@ class UnCLIP:
         self._need("prior", "drawing from a caption")
         task = self._tasks["prior"]
         tokens, mask = self.tokenize(prompts, task.context)
-        static, traced = _split("prior", task.draw, settings)
-        keys = _keys(seeds, "prior")
-        seam = self._seam(noise, "prior", static, (len(tokens), task.clip.model.embed_dim))
-        run = lambda rows: self._call(
-            "prior",
-            task.sample,
-            static=static,
-            params=self._params["prior"],
-            frozen=self._frozen,
-            tokens=tokens[rows],
-            mask=mask[rows],
-            sample_keys=keys[rows],
-            **traced,
-            **seam(rows),
-        )
-        return self._rows(len(tokens), run)
+        conditions = {"tokens": tokens, "text_mask": mask}
+        shape = (len(tokens), task.clip.model.embed_dim)
+        return self._draw("prior", conditions, seeds, settings, noise, shape)
+
+    def _draw(
+        self,
+        name: str,
+        conditions: dict,
+        seeds: Sequence[int],
+        settings: dict,
+        noise: Noise | None,
+        shape: tuple[int, ...],
+    ) -> np.ndarray:
+        """What a stage's `sample` draws, a row a seed, batch by batch.
+
+        Args:
+          conditions: arrays by name, a row a seed; settings: in place of the stage's own.
+          shape: of the stage's x_T, all n rows of it.
+        """
+        task = self._tasks[name]
+        static, traced = _split(task.checked_draw(settings, name))
+        keys = _keys(seeds, name)
+        seam = self._seam(noise, name, static, shape)
+        frozen = {other: self._frozen[other] for other in task.frozen_names}
+        if name + LAST in self._params:
+            frozen["last"] = self._params[name + LAST]
+
+        def draw(params, frozen, conditions, sample_keys, traced, **seam):
+            chosen = dict(static) | traced
+            return task.sample(params, frozen, conditions, sample_keys, draw=chosen, **seam)
+
+        def run(rows):
+            return self._call(
+                name,
+                draw,
+                static,
+                params=self._params[name],
+                frozen=frozen,
+                conditions={what: array[rows] for what, array in conditions.items()},
+                sample_keys=keys[rows],
+                traced=traced,
+                **seam(rows),
+            )
+
+        return self._rows(len(seeds), run)
 
     def decode(
         self,
@@ -279,24 +309,12 @@ class UnCLIP:
             tokens, mask = (np.asarray(a) for a in task.empty(len(seeds)))
         else:
             tokens, mask = self.tokenize(prompts, task.context, task.tokenizer)
-        static, traced = _split("decoder", task.draw, decoder or {})
-        keys = _keys(seeds, "decoder")
-        seam = self._seam(noise, "decoder", static, (len(seeds), *2 * (task.image_size,), 3))
-        run = lambda rows: self._call(
-            "decoder",
-            task.sample,
-            static=static,
-            params=self._params["decoder"],
-            frozen={other: self._frozen[other] for other in task.needs},
-            z_i=None if z_i is None else z_i[rows],
-            tokens=tokens[rows],
-            mask=mask[rows],
-            sample_keys=keys[rows],
-            drop_image=np.full(len(rows), drop_image),
-            **traced,
-            **seam(rows),
-        )
-        out = {"decoder": self._rows(len(seeds), run)}
+        conditions = {"tokens": tokens, "text_mask": mask}
+        conditions["drop_image"] = np.full(len(seeds), drop_image)
+        if z_i is not None:
+            conditions["z_i"] = z_i
+        shape = (len(seeds), *2 * (task.image_size,), 3)
+        out = {"decoder": self._draw("decoder", conditions, seeds, decoder or {}, noise, shape)}
         if len(upsamplers) > len(self.upsamplers):
             raise errors.ConfigError(
                 f"settings for {len(upsamplers)} upsamplers; this model has {len(self.upsamplers)}"
@@ -314,23 +332,9 @@ class UnCLIP:
         self, name: str, low: np.ndarray, seeds: Sequence[int], settings: dict, noise: Noise | None
     ) -> np.ndarray:
         """float32 [n, H, W, 3] in [-1, 1] of smaller pictures, by one upsampler."""
-        task = self._tasks[name]
-        static, traced = _split(name, task.draw, settings)
-        keys = _keys(seeds, name)
-        height, width = (side * task.factor for side in low.shape[1:3])
-        seam = self._seam(noise, name, static, (len(low), height, width, 3))
-        run = lambda rows: self._call(
-            name,
-            task.sample,
-            static=static,
-            params=self._params[name],
-            last_params=self._params.get(name + LAST),
-            low=low[rows],
-            sample_keys=keys[rows],
-            **traced,
-            **seam(rows),
-        )
-        return self._rows(len(low), run)
+        height, width = (side * self._tasks[name].factor for side in low.shape[1:3])
+        shape = (len(low), height, width, 3)
+        return self._draw(name, {"low": low}, seeds, settings, noise, shape)
 
     def _seam(self, noise: Noise | None, name: str, static: tuple, shape: tuple[int, ...]):
         """rows -> {"x_T", "noise"} of a stage's `sample`, or {} where the stage draws its own.
@@ -508,16 +512,8 @@ def to_uint8(pictures: np.ndarray) -> np.ndarray:
     return np.uint8(np.round((np.clip(pictures, -1, 1) + 1) * 127.5))
 
 
-def _split(stage: str, defaults: dict, settings: dict) -> tuple[tuple, dict]:
-    """A stage's settings as (static items, traced floats)."""
-    for name in settings:
-        if name not in defaults:
-            raise errors.unknown(f"{stage} setting", name, defaults)
-    draw = defaults | settings
-    if draw.get("eta") and draw["sampler"] != "ddim":
-        raise errors.ConfigError(
-            f"{stage}: eta {draw['eta']} with sampler {draw['sampler']!r}; only 'ddim' has an eta"
-        )
+def _split(draw: dict) -> tuple[tuple, dict]:
+    """A draw's settings as (static items, traced floats)."""
     traced = {k: jnp.float32(v) for k, v in draw.items() if k in ("guidance", "eta", "temperature")}
     return tuple(sorted((k, v) for k, v in draw.items() if k not in traced)), traced
 

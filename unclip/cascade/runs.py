@@ -12,7 +12,7 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
-from unclip import errors, files
+from unclip import errors, files, tasks
 from unclip.cascade import bundle
 from unclip.models import t5
 from unclip.runtime import checkpoint, sharding
@@ -38,6 +38,10 @@ def run_config(workdir: str | pathlib.Path) -> dict:
         raise errors.DataError(f"{workdir}: no training run there ({path}: {e})") from e
     if not isinstance(config, dict) or not {"stage", "arch", "task"} <= config.keys():
         raise errors.DataError(f"{workdir}: no training run there ({path} is another file)")
+    # Fields of older versions under their names of today.
+    config["task"] = tasks.current_names(config["task"])
+    if "weights" in config.get("input", {}):
+        config["input"]["proportions"] = config["input"].pop("weights")
     return config
 
 
@@ -135,7 +139,7 @@ def open_part(path: str | pathlib.Path, name: str, *, ema: bool = True) -> bundl
             )
         return open_part(trained_with, "t5")
     if is_run(path):
-        return part_from_run(path, name.partition("_")[0], ema=ema)
+        return part_from_run(path, tasks.stage_of(name), ema=ema)
     return bundle.read_part(path, name)
 
 
@@ -153,7 +157,7 @@ def describe_part(path: str | pathlib.Path, name: str) -> tuple[dict, dict]:
     _folder(path)
     if is_run(path):
         config = run_config(path)
-        if config["stage"] != name.partition("_")[0]:
+        if config["stage"] != tasks.stage_of(name):
             raise errors.ConfigError(f"{path} is a run of stage {config['stage']!r}, not {name!r}")
         return config["arch"], config["task"]
     parts = bundle.describe(path)["parts"]
@@ -161,7 +165,16 @@ def describe_part(path: str | pathlib.Path, name: str) -> tuple[dict, dict]:
         raise errors.ConfigError(
             f"{path} has no part {name!r}: it holds {', '.join(sorted(parts)) or 'nothing'}"
         )
-    return parts[name]["arch"], parts[name]["settings"]
+    return parts[name]["arch"], tasks.current_names(parts[name]["settings"])
+
+
+def settings_of(path: str | pathlib.Path) -> dict[str, dict]:
+    """{part: settings} of what a BUNDLE holds; {} of a RUN, which holds one stage alone."""
+    _folder(path)
+    if is_run(path):
+        return {}
+    parts = bundle.describe(path)["parts"]
+    return {name: tasks.current_names(part["settings"]) for name, part in parts.items()}
 
 
 def statistics_of(path: str | pathlib.Path) -> dict[str, np.ndarray]:

@@ -119,13 +119,24 @@ SAMPLERS: dict[str, _Sampler] = {
 }
 
 
-def _check_eta(sampler: str, eta) -> None:
+HAVE_ETA = ("ddim",)
+
+
+def check(sampler: str, eta: float | jax.Array) -> None:
+    """Refuses an unknown sampler, and an eta that is out of range or not the sampler's.
+
+    Raises:
+      ConfigError: names the samplers there are, or those that have an eta. A traced eta passes.
+    """
+    if sampler not in SAMPLERS:
+        raise errors.unknown("sampler", sampler, SAMPLERS)
     if _traced(eta):
         return
     if not 0 <= eta <= 1:
         raise errors.ConfigError(f"eta {eta!r}: expected a number from 0 to 1")
-    if sampler != "ddim" and eta != 0:
-        raise errors.ConfigError(f"eta {eta!r} with sampler {sampler!r}: only 'ddim' has an eta")
+    if sampler not in HAVE_ETA and eta != 0:
+        only = " and ".join(map(repr, HAVE_ETA))
+        raise errors.ConfigError(f"eta {eta!r} with sampler {sampler!r}: only {only} has an eta")
 
 
 def draw_noise(keys: jax.Array, shape: tuple[int, ...], draw: int | jax.Array = 0) -> jax.Array:
@@ -173,9 +184,7 @@ def sample(
     Raises:
       ConfigError: unknown sampler, bad eta, noise of another shape, missing or miscounted keys.
     """
-    if sampler not in SAMPLERS:
-        raise errors.unknown("sampler", sampler, SAMPLERS)
-    _check_eta(sampler, eta)
+    check(sampler, eta)
     method = SAMPLERS[sampler]
     noisy = method.noisy(eta)
     x_T = jnp.asarray(x_T, jnp.float32)

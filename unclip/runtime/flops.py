@@ -4,12 +4,14 @@ Peaks are the makers' dense bfloat16 figures for one JAX device. The paper (arXi
 no hardware figures; these are for `unclip doctor`, `unclip compile` and the training log.
 """
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # (substring of device_kind in lower case, bf16 FLOP/s, bytes of HBM); the first match wins, so the
 # more special name comes first. TPU v2 and v3 show each core as a device: half a chip.
@@ -94,24 +96,68 @@ def chip_memory(device: Any) -> int | None:
     return chip[2] if chip else None
 
 
-def step_flops(compiled: Any, device_count: int = 1) -> float | None:
-    """Floating-point operations of one run of a compiled function.
+# One operation an element of the result, as XLA counts them; exp and its like are not among them.
+_ELEMENTWISE = {
+    *("add", "sub", "mul", "div", "max", "min", "neg", "abs", "sign", "rem", "pow"),
+    *("integer_pow", "square", "add_any", "select_n", "clamp"),
+}
+_REDUCTIONS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "cumsum"}
 
-    XLA's own count of one device's program times the devices. A multiplication and an addition
-    count two. XLA counts the body of a loop once, so folded layers and accumulated microbatches
-    must be multiplied by the caller.
+
+def count(function: Callable, *args: Any) -> float:
+    """Floating-point operations of one call, from its trace alone: nothing is lowered or run.
+
+    A multiplication and an addition count two. Loops of known length (folded layers, steps of a
+    sampler) count as often as they run, of branches the dearest; what a rematerialised program
+    computes again is counted again. A kernel of Pallas counts as its own estimate says.
 
     Args:
-      compiled: `jit(f).lower(…).compile()`.
-      device_count: devices the program runs on.
-
-    Returns:
-      The count, or None where the backend gives none.
+      function: traceable; args: arrays or ShapeDtypeStructs.
     """
-    cost = compiled.cost_analysis()
-    cost = cost[0] if isinstance(cost, list) and cost else cost
-    flops = (cost or {}).get("flops", 0.0)
-    return float(flops) * device_count if flops > 0 else None
+    return _count(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _count(jaxpr: Any) -> float:
+    total = 0.0
+    for equation in jaxpr.eqns:
+        name, params = equation.primitive.name, equation.params
+        result = equation.outvars[0].aval if equation.outvars else None
+        if name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            total += 2.0 * result.size * math.prod(left[axis] for axis in contracted)
+        elif name == "conv_general_dilated":
+            total += _convolution(*(v.aval.shape for v in equation.invars), result.shape, params)
+        elif name == "pallas_call":
+            total += getattr(params.get("cost_estimate"), "flops", 0)
+        elif name == "cond":
+            total += max(_count(branch.jaxpr) for branch in params["branches"])
+        elif name in _ELEMENTWISE:
+            total += result.size if jnp.issubdtype(result.dtype, jnp.floating) else 0
+        elif name in _REDUCTIONS:
+            total += equation.invars[0].aval.size
+        else:
+            inside = sum(_count(getattr(j, "jaxpr", j)) for j in _jaxprs(params))
+            total += inside * (params["length"] if name == "scan" else 1)
+    return total
+
+
+def _jaxprs(params: dict) -> list:
+    return [value for value in params.values() if hasattr(value, "eqns") or hasattr(value, "jaxpr")]
+
+
+def _convolution(left: tuple, right: tuple, out: tuple, params: dict) -> float:
+    """Of a convolution: multiplications by padding and by the zeros of dilation do not count."""
+    numbers = params["dimension_numbers"]
+    total = 2.0 * out[numbers.out_spec[0]] * out[numbers.out_spec[1]] * right[numbers.rhs_spec[1]]
+    for axis, stride in enumerate(params["window_strides"]):
+        spread = params["lhs_dilation"][axis]
+        size = left[numbers.lhs_spec[2 + axis]]
+        window = np.arange(right[numbers.rhs_spec[2 + axis]]) * params["rhs_dilation"][axis]
+        starts = np.arange(out[numbers.out_spec[2 + axis]]) * stride - params["padding"][axis][0]
+        read = starts[:, None] + window
+        total *= ((read >= 0) & (read <= (size - 1) * spread) & (read % spread == 0)).sum()
+    return float(total)
 
 
 def measured_peak(device: Any = None, size: int = 1024, dtype: Any = jnp.float32) -> float:
@@ -134,7 +180,7 @@ def utilisation(
     """The fraction of the devices' peak that a step reached, in [0, 1].
 
     Args:
-      flops: of the whole step on all devices, from `step_flops`.
+      flops: of the whole step on all devices, from `count`.
       seconds: how long the step took.
       devices: what it ran on.
       peak: FLOP/s of one device; default from the table. Give `measured_peak()` on a CPU.

@@ -16,10 +16,10 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from unclip import errors
+from unclip import errors, tasks
 from unclip.cascade import bundle, runs
 from unclip.cascade.pipeline import EMBEDS
-from unclip.diffusion.samplers import SAMPLERS
+from unclip.diffusion.samplers import HAVE_ETA, SAMPLERS
 from unclip.sweep.store import FORMAT
 from unclip.sweep.weights import BRANCHES, NEWEST, checkpoint_hash, digest
 
@@ -168,8 +168,7 @@ def _paths(name: str, value: Mapping[str, Any]) -> tuple[dict[str, str], str]:
             f"model {name!r} has no decoder: --config.model=BUNDLE (unclip export), or "
             "--config.decoder=RUN"
         )
-    _, settings = runs.describe_part(paths["decoder"], "decoder")
-    if settings.get("text_encoder") == "t5":
+    if "t5" in tasks.needs("decoder", *runs.describe_part(paths["decoder"], "decoder")):
         paths.setdefault("t5", paths["decoder"])
     return paths, "" if own else value["model"]
 
@@ -265,15 +264,16 @@ def _cell(source: Source, config: Mapping, point: dict, measured: Mapping, capti
     if settings["embed"] == "prior":
         prior = runs.describe_part(source.paths["prior"], "prior")[1]
         draws["prior"] = prior.get("draw", {})
-        unused = ("prior_steps",) if prior.get("kind") == "ar" else ("temperature",)
+        has = tasks.task_class("prior", prior).draw_defaults
     else:
-        unused = tuple(axis for axis, (stage, _) in DRAW.items() if stage == "prior")
+        has = ()
+    unused = tuple(axis for axis, (part, n) in DRAW.items() if part == "prior" and n not in has)
     for axis, (stage, name) in DRAW.items():
         if axis in unused:
             settings[axis] = None
         elif settings[axis] is None and draws[stage].get(name) not in (None, ""):
             settings[axis] = AXES[axis](draws[stage][name])
-    if settings["sampler"] not in (None, "ddim"):
+    if settings["sampler"] not in (None, *HAVE_ETA):
         settings["eta"] = 0.0  # what the others are; a setting of another sampler must not stay
     parts, names = {}, {}
     for part, path in sorted(source.paths.items()):

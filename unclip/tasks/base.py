@@ -1,32 +1,281 @@
-"""What a stage of the cascade must offer so that one loop can train it, and shared pieces."""
+"""What a stage of the cascade must offer so that one loop can train it, and what stages share."""
 
-from typing import Any, Protocol
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, Protocol
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from unclip import errors
+from unclip.diffusion import samplers
+from unclip.diffusion.schedule import Schedule
+from unclip.input.decode import transforms
+from unclip.runtime import optim
 
 Tree = Any
 
 
-class Task(Protocol):
-    """One stage: pure functions of (params, frozen, batch, key); no jit, no sharding, no I/O."""
+class FrozenPart(Protocol):
+    """A trained network that a stage reads its conditions through; `cascade.bundle.Part` is one."""
 
-    stage: str
+    arch: Mapping[str, Any]
+    params: Tree | None
+    extra: Mapping[str, Any]
+
+
+class Task(Protocol):
+    """One stage: pure functions of (params, frozen, batch, key); no jit, no sharding, no I/O.
+
+    A frozen dataclass: `dataclasses.replace` gives another one.
+
+    Attributes:
+      stage: "clip", "prior", "decoder" or "upsampler".
+      network: class of the model that is trained; presets: its architectures by name.
+      measures: what the stage can be judged by besides its loss: names of `training.evaluators`.
+      model: the network, a linen module.
+      draw: the settings of `sample`, complete and checked.
+      weights: {name: tree} of what `frozen` gives, as far as it is loaded.
+      judge: the CLIP among its frozen parts, which can judge the pictures it draws; None without.
+    """
+
+    stage: ClassVar[str]
+    network: ClassVar[type[nn.Module]]
+    presets: ClassVar[Mapping[str, Mapping]]
+    measures: ClassVar[tuple[str, ...]]
+    model: nn.Module
+    draw: Mapping[str, Any]
+    weights: Mapping[str, Tree]
+    judge: Any
+
+    @classmethod
+    def needs(cls, arch: Mapping, settings: Mapping) -> tuple[str, ...]:
+        """The frozen parts that this stage reads with such a model: of "clip" and "t5"."""
+
+    @classmethod
+    def part_name(cls, settings: Mapping, parts: Mapping[str, Mapping]) -> str:
+        """Which part of a bundle this stage is: parts are {name: settings} of those it holds."""
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """What the input must deliver, by name."""
 
+    def transform(self, use: str, settings: Mapping) -> Callable:
+        """The per-sample transform that delivers the batch, of `input.decode.transforms`.
+
+        Args:
+          use: "train"; "held_out" (no random caption or crop, except that the loss of an upsampler
+            is measured on crops); "sample" (whole pictures, as at drawing time).
+          settings: `config.input`.
+        """
+
+    def whole(self) -> "Task":
+        """This task on whole pictures, as they are drawn, where training sees crops."""
+
     def init(self, key: jax.Array) -> Tree:
         """Fresh parameters, float32; call under `eval_shape` or `jit(..., out_shardings=...)`."""
 
-    def frozen(self) -> Tree | None:
-        """Trees that are loaded, sharded and never updated (CLIP, statistics), or None."""
+    def frozen(self) -> dict[str, Tree] | None:
+        """{name: tree} that are loaded, sharded and never updated (CLIP, T5, statistics), or None.
+
+        Raises:
+          ConfigError: one of them was not given.
+        """
+
+    def frozen_shapes(self) -> dict[str, Tree] | None:
+        """The same as ShapeDtypeStructs, whether they are given or not."""
+
+    def init_frozen(self, name: str, key: jax.Array) -> Tree:
+        """Random parameters of the frozen part `name`, float32, for benchmarks and shapes."""
+
+    def statistics_shapes(self) -> dict[str, jax.ShapeDtypeStruct] | None:
+        """What `fit` gives, or None for a stage that measures nothing before it is trained."""
+
+    def fit(self, embeddings: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
+        """What the stage must know of the training data, from batches of (z_i, z_t) [b, D]."""
 
     def loss(self, params, frozen, batch, key, *, train: bool):
         """(scalar float32, {name: scalar}): means over the rows with `batch["valid"]`."""
 
-    def predict(self) -> dict:
+    def value_and_grad(self, params, frozen, batch, key, accumulate: int = 1):
+        """((loss, metrics), gradients) of a batch, `accumulate` slices of it one after another."""
+
+    def predict(self) -> dict[str, Callable]:
         """{name: fn(params, frozen, batch, key)}: what evaluators may call."""
+
+    def checked_draw(self, given: Mapping, name: str | None = None) -> dict[str, Any]:
+        """`draw` with the settings given in place of its own; name: of the part, for errors.
+
+        Raises:
+          ConfigError: settings that the stage does not have, or values out of their range.
+        """
+
+    def sample(
+        self,
+        params,
+        frozen,
+        conditions,
+        sample_keys,
+        *,
+        draw=None,
+        x_T=None,
+        noise=None,
+    ):
+        """Draws what the stage makes, a row a key.
+
+        Args:
+          conditions: {name: rows}, by stage; sample_keys: typed keys [B], one a picture.
+          draw: settings that replace `self.draw`'s; numbers among them may be traced.
+          x_T: optional starting noise [B, ...]; noise: seam for parity tests, [steps, B, ...].
+        """
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stage:
+    """What most stages do alike; the rest of `Task` is theirs.
+
+    Args:
+      arch: keyword arguments of the stage's network.
+      weights: trees of the frozen parts by name, arrays or shapes; absent where only the shapes of
+        their architectures are wanted.
+    """
+
+    arch: Mapping[str, Any]
+    _: dataclasses.KW_ONLY
+    weights: Mapping[str, Tree] = dataclasses.field(default_factory=dict, repr=False)
+
+    measures: ClassVar[tuple[str, ...]] = ()
+    aliases: ClassVar[Mapping[str, str]] = {}  # setting in configs and bundles -> argument
+    frozen_names: ClassVar[tuple[str, ...]] = ()
+    draw: ClassVar[Mapping[str, Any]] = {}
+    draw_defaults: ClassVar[Mapping[str, Any]] = {}  # every setting that a draw has
+    draw_choices: ClassVar[Mapping[str, Iterable[str]]] = {}  # of those that are names
+    judge: ClassVar[None] = None
+    schedule: ClassVar[Schedule | None] = None
+
+    @classmethod
+    def needs(cls, arch, settings):
+        del arch, settings
+        return ()
+
+    @classmethod
+    def part_name(cls, settings, parts):
+        del settings, parts
+        return cls.stage
+
+    def whole(self):
+        return self
+
+    def transform(self, use, settings):
+        spec = self.batch_spec(1)
+        side = lambda name: spec[name].shape[1] if name in spec else None
+        train = use == "train"
+        return transforms.ImageText(
+            side("image"),
+            spec["tokens"].shape[1],
+            self.tokenizer and self.tokenizer.encode,
+            clip_size=side("clip_image"),
+            crop=settings["crop"] if train else "center",
+            captions=settings["captions"] if train else settings["captions"][:1],
+            margin=settings["margin"],
+        )
+
+    @property
+    def tokenizer(self):
+        """An object with `encode` for captions; None: CLIP's."""
+        return None
+
+    def frozen(self):
+        missing = [name for name in self.frozen_names if self.weights.get(name) is None]
+        if missing:
+            raise errors.ConfigError(f"the {self.stage} was given no {' and no '.join(missing)}")
+        return {name: self.weights[name] for name in self.frozen_names} or None
+
+    def frozen_shapes(self):
+        shapes = {}
+        for name in self.frozen_names:
+            if self.weights.get(name) is not None:
+                shapes[name] = jax.eval_shape(lambda tree: tree, self.weights[name])
+            elif name == "statistics":
+                shapes[name] = self.statistics_shapes()
+            else:
+                init = lambda key, name=name: self.init_frozen(name, key)
+                shapes[name] = jax.eval_shape(init, jax.random.key(0))
+        return shapes or None
+
+    def statistics_shapes(self):
+        return None
+
+    def value_and_grad(self, params, frozen, batch, key, accumulate=1):
+        def one(params, rows):
+            loss = lambda p: self.loss(p, frozen, rows, key, train=True)
+            return jax.value_and_grad(loss, has_aux=True)(params)
+
+        return optim.accumulate(one, accumulate)(params, batch)
+
+    def predict(self):
+        return {}
+
+    def checked_draw(self, given, name=None):
+        given = {**(self.draw or {}), **given}
+        return _checked_draw(
+            name or self.stage, self.draw_defaults, given, self.schedule, self.draw_choices
+        )
+
+    def _set(self, **values) -> None:
+        """Sets derived fields while the task is made; the settings of its draw are completed."""
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+        if self.draw_defaults:
+            object.__setattr__(self, "draw", self.checked_draw({}))
+
+
+def _checked_draw(
+    stage: str,
+    defaults: Mapping,
+    given: Mapping,
+    schedule: Schedule | None,
+    choices: Mapping[str, Iterable[str]],
+) -> dict[str, Any]:
+    """The settings of a draw: `given` over `defaults`, all mistakes in one error.
+
+    Args:
+      stage: for the message.
+      schedule: the noise schedule that "steps" respaces, where there is one.
+      choices: valid names of settings that are names.
+
+    Raises:
+      ConfigError: settings that the stage does not have, or values out of their range.
+    """
+    wrong = []
+    for name in given:
+        if name not in defaults:
+            wrong.append(errors.unknown(f"{stage} setting", name, defaults))
+    draw = {**defaults, **given}
+    for name, valid in choices.items():
+        if draw[name] not in valid:
+            wrong.append(errors.unknown(name, draw[name], valid))
+    for name in ("guidance", "temperature"):
+        value = draw.get(name)
+        if value is not None and not np.isfinite(value):
+            wrong.append(errors.ConfigError(f"{stage}: {name} {value!r}: expected a finite number"))
+    candidates = draw.get("candidates", 1)
+    if not isinstance(candidates, int | np.integer) or candidates < 1:
+        wrong.append(errors.ConfigError(f"{stage}: candidates {candidates!r}: expected at least 1"))
+    try:
+        if schedule is not None:
+            schedule.respace(draw["steps"])
+    except errors.ConfigError as error:
+        wrong.append(error)
+    try:
+        if "sampler" in draw:
+            samplers.check(draw["sampler"], draw["eta"])
+    except errors.ConfigError as error:
+        wrong.append(error)
+    if wrong:
+        raise errors.ConfigError("; ".join(error.message for error in wrong))
+    return draw
 
 
 def spec(

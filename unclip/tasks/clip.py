@@ -4,6 +4,9 @@ The joint embedding this stage learns is what the prior predicts and the decoder
 stages use it frozen, through `FrozenClip`.
 """
 
+import dataclasses
+from types import MappingProxyType
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -27,32 +30,40 @@ def unit(z: jax.Array) -> jax.Array:
     return z / jnp.sqrt(jnp.maximum(jnp.sum(z * z, axis=-1, keepdims=True), 1e-16))
 
 
-class ClipTask:
+def init_clip(model: clip_model.CLIP, key: jax.Array) -> dict:
+    """Fresh parameters of both towers, float32."""
+    batch = base.zeros(base.spec(1, image=model.image_size, tokens=model.context))
+    return model.init(key, to_float(batch["image"]), batch["tokens"])["params"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class ClipTask(base.Stage):
     """Both towers trained from pictures and captions.
 
     Args:
       arch: keyword arguments of `models.clip.CLIP`.
-      loss: "softmax" (CLIP, InfoNCE both ways) or "sigmoid" (SigLIP, pairwise).
+      objective: "softmax" (CLIP, InfoNCE both ways) or "sigmoid" (SigLIP, pairwise); configs call
+        it `loss`.
     """
 
-    stage = "clip"
+    objective: str = "softmax"
 
-    def __init__(self, arch: dict, *, loss: str = "softmax"):
-        if loss not in LOSSES:
-            raise errors.unknown("CLIP loss", loss, LOSSES)
-        self.model = clip_model.CLIP(**arch)
-        self.loss_name = loss
+    stage = "clip"
+    network, presets = clip_model.CLIP, clip_model.PRESETS
+    measures = ("retrieval",)
+    aliases = MappingProxyType({"loss": "objective"})
+
+    def __post_init__(self):
+        if self.objective not in LOSSES:
+            raise errors.unknown("CLIP loss", self.objective, LOSSES)
+        self._set(model=self.network(**self.arch))
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         size, context = self.model.image_size, self.model.context
         return base.spec(batch_size, image=size, tokens=context)
 
     def init(self, key: jax.Array) -> dict:
-        batch = base.zeros(self.batch_spec(1))
-        return self.model.init(key, to_float(batch["image"]), batch["tokens"])["params"]
-
-    def frozen(self):
-        return None
+        return init_clip(self.model, key)
 
     def loss(self, params, frozen, batch, key, *, train):
         """Mean contrastive loss of the valid rows, every other row of the global batch a negative.
@@ -63,7 +74,7 @@ class ClipTask:
         del frozen, key, train
         return self.contrast(params, *self.embed(params, batch), batch["valid"])
 
-    def accumulated_value_and_grad(self, params, frozen, batch, key, microbatches: int):
+    def value_and_grad(self, params, frozen, batch, key, accumulate: int = 1):
         """`loss` of the whole batch and its gradient, a slice of the batch in memory at a time.
 
         The loss compares every row with every other, so the mean over microbatches is another
@@ -73,7 +84,7 @@ class ClipTask:
         Costs one forward pass more than `loss`, whatever the number of slices.
 
         Args:
-          microbatches: slices, a divisor of B; slice i holds rows i, i + microbatches, ... as in
+          accumulate: slices, a divisor of B; slice i holds rows i, i + accumulate, ... as in
             `runtime.optim.accumulate`, so that every device keeps its rows.
 
         Returns:
@@ -82,15 +93,16 @@ class ClipTask:
         Raises:
           ConfigError: the batch does not divide.
         """
-        del frozen, key
+        if accumulate == 1:
+            return super().value_and_grad(params, frozen, batch, key)
         size = len(batch["valid"])
-        if size % microbatches:
+        if size % accumulate:
             raise errors.ConfigError(
-                f"a batch of {size} does not divide into {microbatches} microbatches"
+                f"a batch of {size} does not divide into {accumulate} microbatches"
             )
 
         def split(leaf):
-            rows = leaf.reshape(size // microbatches, microbatches, *leaf.shape[1:])
+            rows = leaf.reshape(size // accumulate, accumulate, *leaf.shape[1:])
             return jnp.swapaxes(rows, 0, 1)
 
         join = lambda leaf: jnp.swapaxes(leaf, 0, 1).reshape(size, *leaf.shape[2:])
@@ -118,7 +130,7 @@ class ClipTask:
         """The loss and its metrics from the embeddings of the whole batch, see `loss`."""
         scale, bias = self.model.apply({"params": params}, method="logit_scale_and_bias")
         similarity = unit(z_i) @ unit(z_t).T
-        if self.loss_name == "softmax":
+        if self.objective == "softmax":
             losses = softmax_loss(similarity * scale, valid)
         else:
             losses = sigmoid_loss(similarity * scale + bias, valid)
@@ -164,16 +176,22 @@ def sigmoid_loss(logits: jax.Array, valid: jax.Array) -> jax.Array:
     return jnp.where(valid[None, :] & valid[:, None], pairs, 0.0).sum(axis=1)
 
 
+@dataclasses.dataclass(frozen=True)
 class FrozenClip:
     """A trained CLIP as the later stages use it: no gradient, float32 results.
 
-    fold: run the blocks under a scan whatever the layout of the parameters, which are stacked on
-      the way in: a program with one block a tower in place of all compiles much sooner.
+    Args:
+      model: its network.
+      fold: run the blocks under a scan whatever the layout of the parameters, which are stacked on
+        the way in: a program with one block a tower in place of all compiles much sooner.
     """
 
-    def __init__(self, model: clip_model.CLIP):
-        self.model = model
-        self.fold = False
+    model: clip_model.CLIP
+    fold: bool = False
+
+    def init(self, key: jax.Array) -> dict:
+        """Random parameters float32, for benchmarks and for shapes."""
+        return init_clip(self.model, key)
 
     def _apply(self, params, inputs, method):
         model = self.model

@@ -6,21 +6,27 @@ gives every conditional and unconditional prediction that classifier-free guidan
 may be read through a frozen T5 instead of CLIP, as in Imagen (arXiv 2205.11487).
 """
 
+import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from unclip import errors
 from unclip.diffusion import gaussian, guidance, losses, samplers, schedule
-from unclip.models import clip as clip_model
 from unclip.models import decoder as decoder_model
-from unclip.models import t5 as t5_model
 from unclip.tasks import base, keys
 from unclip.tasks.clip import FrozenClip, to_float, unit
 from unclip.tasks.t5 import FrozenT5
 
 T, NOISE, DROP_IMAGE, DROP_TEXT = range(4)  # tags of a sample's random draws
 EMBEDDINGS = ("image", "text")
-THRESHOLDS = {"static": guidance.static_threshold, "dynamic": guidance.dynamic_threshold}
+THRESHOLDS = {
+    "static": guidance.static_threshold,
+    "dynamic": guidance.dynamic_threshold,
+}
 TEXT_ENCODERS = ("clip", "t5")
 
 
@@ -43,18 +49,17 @@ def needs(model: decoder_model.Decoder, text_encoder: str) -> tuple[str, ...]:
     return ("clip",) * clip + ("t5",) * t5
 
 
-class DecoderTask:
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class DecoderTask(base.Stage):
     """The decoder.
 
     Args:
       arch: keyword arguments of `models.decoder.Decoder`.
-      clip: keyword arguments of the frozen `models.clip.CLIP`; None where `needs` names none.
-      clip_params: its parameters; None when only shapes are wanted.
-      t5, t5_params: likewise of the frozen `models.t5.T5Encoder`.
+      clip, t5: the frozen networks that `needs` names, others None.
       text_encoder: what captions are read through, "clip" (also for a decoder with a text
         transformer of its own, whose tokens are CLIP's) or "t5".
       image_size: side of the pictures, pixels.
-      noise: name of the noise schedule.
+      noise_schedule: name of alpha_bar's schedule.
       parametrisation: what the network predicts, "eps" (paper), "x0" or "v".
       variance: "learned_range" (paper), "fixed_small" or "fixed_large".
       vlb_weight: weight of one term of L_vlb, in bits a dimension. 1 is Improved DDPM's 0.001 on
@@ -65,64 +70,76 @@ class DecoderTask:
       z_scale: 0 gives the network z_i as CLIP does, a number gives z_scale * z_i / |z_i|; must be
         that of a prior with `embedding="scale"`.
       image_drop, text_drop: fractions of training samples without z_i, without caption.
-      draw: defaults of `sample`: steps, guidance, sampler, eta, threshold.
+      stored: the input delivers z_i, and no picture is encoded.
+      draw: settings of `sample`: steps, guidance, sampler, eta, threshold.
     """
 
-    stage = "decoder"
+    clip: FrozenClip | None = None
+    t5: FrozenT5 | None = None
+    text_encoder: str = "clip"
+    image_size: int = 64
+    noise_schedule: str = "cosine"
+    parametrisation: str = "eps"
+    variance: str = "learned_range"
+    vlb_weight: float = 1.0
+    min_snr: float | None = None
+    embedding: str = "image"
+    z_scale: float = 0.0
+    image_drop: float = 0.1
+    text_drop: float = 0.5
+    stored: bool = False
+    draw: Mapping[str, Any] | None = None
 
-    def __init__(
-        self,
-        arch: dict,
-        *,
-        clip: dict | None = None,
-        clip_params=None,
-        t5: dict | None = None,
-        t5_params=None,
-        text_encoder: str = "clip",
-        image_size: int = 64,
-        noise: str = "cosine",
-        parametrisation: str = "eps",
-        variance: str = "learned_range",
-        vlb_weight: float = 1.0,
-        min_snr: float | None = None,
-        embedding: str = "image",
-        z_scale: float = 0.0,
-        image_drop: float = 0.1,
-        text_drop: float = 0.5,
-        draw: dict | None = None,
-    ):
-        self.model = decoder_model.Decoder(**arch)
-        self.needs = needs(self.model, text_encoder)
-        for name, given in (("clip", clip), ("t5", t5)):
-            if name in self.needs and given is None:
+    stage = "decoder"
+    network, presets = decoder_model.Decoder, decoder_model.PRESETS
+    measures = ("drawn",)
+    draw_defaults = MappingProxyType(
+        {"steps": 25, "guidance": 8.0, "sampler": "ddpm", "eta": 0.0, "threshold": "static"}
+    )
+    draw_choices = MappingProxyType({"threshold": tuple(THRESHOLDS)})
+
+    def __post_init__(self):
+        model = self.network(**self.arch)
+        names = needs(model, self.text_encoder)
+        for name in names:
+            if getattr(self, name) is None:
                 raise errors.ConfigError(f"this decoder reads its conditions through a {name} part")
-        self.clip = FrozenClip(clip_model.CLIP(**clip)) if "clip" in self.needs else None
-        self.t5 = FrozenT5(t5_model.T5Encoder(**t5)) if "t5" in self.needs else None
-        self.parts = {"clip": clip_params, "t5": t5_params}
-        self.use_z_i = self.model.use_z_i
-        self.vocabulary = self.clip.model.vocab_size if self.clip else self.model.vocab
-        own_text = self.model.text_layers > 0
-        own_context = own_text or self.t5 is not None
-        self.context = self.model.text_context if own_context else self.clip.model.context
-        if embedding not in EMBEDDINGS:
-            raise errors.unknown("embedding", embedding, EMBEDDINGS)
-        self.embedding = embedding
-        self.image_size = image_size
-        self.schedule = schedule.make(noise)
-        self.parametrisation, self.variance = parametrisation, variance
-        self.vlb_weight, self.min_snr = vlb_weight, min_snr
-        self.z_scale = z_scale
-        # A model without a null of its own sees the empty caption instead of a dropped one.
-        self.own_null = self.model.learned_null_text or own_text
-        self.image_drop, self.text_drop = image_drop, text_drop
-        self.stored = False
-        self.tokenizer = None  # an object with `encode`; None: CLIP's
-        self.draw = {"steps": 25, "guidance": 8.0, "sampler": "ddpm", "eta": 0.0}
-        self.draw |= {"threshold": "static"} | dict(draw or {})
+        if self.embedding not in EMBEDDINGS:
+            raise errors.unknown("embedding", self.embedding, EMBEDDINGS)
+        if self.stored and not (model.use_z_i and self.embedding == "image"):
+            raise errors.ConfigError("stored embeddings: this decoder is not given z_i")
+        clip, t5 = (getattr(self, name) if name in names else None for name in ("clip", "t5"))
+        own_text = model.text_layers > 0
+        self._set(
+            model=model,
+            frozen_names=names,
+            clip=clip,
+            t5=t5,
+            vocabulary=clip.model.vocab_size if clip else model.vocab,
+            context=model.text_context if own_text or t5 else clip.model.context,
+            schedule=schedule.make(self.noise_schedule),
+            # A model without a null of its own sees the empty caption instead of a dropped one.
+            own_null=model.learned_null_text or own_text,
+        )
+
+    @classmethod
+    def needs(cls, arch, settings):
+        return needs(cls.network(**arch), settings.get("text_encoder") or "clip")
+
+    @property
+    def tokenizer(self):
+        return self.t5.tokenizer if self.t5 else None
+
+    @property
+    def judge(self):
+        return self.clip
+
+    def init_frozen(self, name, key):
+        return getattr(self, name).init(key)
 
     def batch_spec(self, batch_size: int):
         wanted = {}
-        if self.use_z_i and self.embedding == "image":
+        if self.model.use_z_i and self.embedding == "image":
             clip = self.clip.model
             wanted = {"z_i": clip.embed_dim} if self.stored else {"clip_image": clip.image_size}
         return base.spec(batch_size, image=self.image_size, tokens=self.context, **wanted)
@@ -144,15 +161,12 @@ class DecoderTask:
             text_mask=tokens == 0,
         )["params"]
 
-    def frozen(self):
-        return {name: self.parts[name] for name in self.needs} or None
-
     def embed(self, frozen, batch):
         """z_i [B, D] of the batch, stored or from its pictures; None where it is not read.
 
         With `embedding="text"`, z_t of its captions.
         """
-        if not self.use_z_i:
+        if not self.model.use_z_i:
             return None
         if self.embedding == "text":
             return self.clip.text(frozen["clip"], batch["tokens"])[0]
@@ -209,37 +223,34 @@ class DecoderTask:
         self,
         params,
         frozen,
-        z_i,
-        tokens,
-        mask,
+        conditions,
         sample_keys,
         *,
-        drop_image=None,
+        draw=None,
         x_T=None,
         noise=None,
-        **draw,
     ):
         """Draws pictures float32 [B, S, S, 3] in [-1, 1].
 
         Args:
-          frozen: {name: parameters} of at least the parts in `self.needs`.
-          z_i: [B, D], or None for a decoder without it; tokens int32 and mask bool [B, L] of the
-            captions, L = `self.context`, CLIP's or T5's by `self.needs`; sample_keys: typed keys
-            [B], one a picture.
-          drop_image: None or bool [B], True = without z_i, as guidance's unconditional half.
+          frozen: {name: parameters} of at least the parts in `frozen_names`.
+          conditions: "z_i" [B, D], None or absent for a decoder without it; "tokens" int32 and
+            "text_mask" bool [B, L] of the captions, L = `self.context`, CLIP's or T5's; optionally
+            "drop_image" bool [B], True = without z_i, as guidance's unconditional half.
+          sample_keys: typed keys [B], one a picture.
+          draw: steps, sampler, threshold (static); guidance, eta (may be traced).
           x_T: optional starting noise [B, S, S, 3].
           noise: seam for parity tests, [steps, B, S, S, 3] standard normal.
-          draw: steps, sampler, threshold (static); guidance, eta (may be traced).
         """
-        draw = self.draw | draw
-        if draw["threshold"] not in THRESHOLDS:
-            raise errors.unknown("threshold", draw["threshold"], THRESHOLDS)
+        draw = {**self.draw, **(draw or {})}
+        tokens, mask = conditions["tokens"], conditions["text_mask"]
+        drop_image = conditions.get("drop_image")
         batch = tokens.shape[0]
         conditional = self.text(frozen, tokens, mask, jnp.zeros(batch, bool))
         null = self.text(frozen, tokens, mask, jnp.ones(batch, bool))
 
         both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), conditional, null)
-        z_i = guidance.twice(self.scaled(z_i))
+        z_i = guidance.twice(self.scaled(conditions.get("z_i")))
         without = False if drop_image is None else guidance.twice(drop_image)
 
         def model_fn(x_t, t, drop):
@@ -281,10 +292,9 @@ class DecoderTask:
 
         def sample(params, frozen, batch, key):
             sample_keys = keys.sample_keys(key, batch["sample"])
-            z_i = self.embed(frozen, batch)
-            drawn = self.sample(
-                params, frozen, z_i, batch["tokens"], batch["text_mask"], sample_keys
-            )
+            conditions = {"z_i": self.embed(frozen, batch)}
+            conditions |= {name: batch[name] for name in ("tokens", "text_mask")}
+            drawn = self.sample(params, frozen, conditions, sample_keys)
             error = jnp.mean((drawn - to_float(batch["image"])) ** 2, axis=(1, 2, 3))
             return {"pictures": drawn, "mse": base.mean(error, batch["valid"])}
 
@@ -296,7 +306,13 @@ def diffusion_loss(task, raw, x_0, t, eps, valid):
     options = {"parametrisation": task.parametrisation}
     mean_part = raw[..., : x_0.shape[-1]]
     total = losses.l_simple(
-        task.schedule, x_0, t, eps, mean_part, min_snr_gamma=task.min_snr or None, **options
+        task.schedule,
+        x_0,
+        t,
+        eps,
+        mean_part,
+        min_snr_gamma=task.min_snr or None,
+        **options,
     )
     metrics = {"mse": base.mean(total, valid)}
     if task.variance == "learned_range":

@@ -5,7 +5,10 @@ embedding with a mean-squared error; the autoregressive prior predicts the quant
 components of the embedding. Classifier-free guidance comes from captions replaced by the empty one.
 """
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +18,6 @@ import optax
 from unclip import errors
 from unclip.diffusion import gaussian, guidance, losses, samplers, schedule
 from unclip.files.moments import Moments
-from unclip.models import clip as clip_model
 from unclip.models import prior as prior_model
 from unclip.models import prior_ar
 from unclip.tasks import base, codes, keys
@@ -26,26 +28,47 @@ T, NOISE, DROP = range(3)  # tags of a sample's random draws
 CONDITIONS = ("z_t", "text_hidden", "text_mask")
 
 
-class _Conditioned:
-    """What the two priors share: captions and pictures through the frozen CLIP."""
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class _Conditioned(base.Stage):
+    """What the two priors share: captions and pictures through the frozen CLIP.
+
+    Args:
+      arch: keyword arguments of the prior's network.
+      clip: the frozen CLIP.
+      text_drop: fraction of captions replaced by the empty one (paper: 10 %).
+      stored: the input delivers z_i, and no picture is encoded.
+      draw: settings of `sample`.
+    """
+
+    clip: FrozenClip
+    text_drop: float = 0.1
+    stored: bool = False
+    draw: Mapping[str, Any] | None = None
 
     stage = "prior"
+    measures = ("prior_quality",)
+    frozen_names = ("clip", "statistics")
 
-    def __init__(self, clip, clip_params, statistics, text_drop: float):
-        self.clip = FrozenClip(clip_model.CLIP(**clip))
-        self.clip_params = clip_params
-        self.statistics = statistics
-        self.text_drop = text_drop
-        self.context = self.model.context  # of captions, tokens
-        self.stored = False  # True: the input delivers z_i, and no picture is encoded
+    @classmethod
+    def needs(cls, arch, settings):
+        return ("clip",)
+
+    @property
+    def context(self) -> int:
+        """Of captions, tokens."""
+        return self.model.context
+
+    def init_frozen(self, name, key):
+        if name == "statistics":
+            return {
+                name: jnp.ones(s.shape, s.dtype) for name, s in self.statistics_shapes().items()
+            }
+        return self.clip.init(key)
 
     def batch_spec(self, batch_size: int):
         clip = self.clip.model
         wanted = {"z_i": clip.embed_dim} if self.stored else {"image": clip.image_size}
         return base.spec(batch_size, tokens=self.context, **wanted)
-
-    def frozen(self):
-        return {"clip": self.clip_params, "statistics": self.statistics}
 
     def image(self, frozen, batch):
         """z_i [B, D] of the batch, stored or from its pictures."""
@@ -62,8 +85,8 @@ class _Conditioned:
         tokens = jnp.where(drop[:, None], empty, tokens)
         mask = jnp.where(drop[:, None], empty_mask, mask)
         z_t, hidden = self.clip.text(frozen["clip"], tokens)
-        own = getattr(self.model, "vocab_size", None)
-        out = {"z_t": z_t, "text_hidden": tokens if own else hidden, "text_mask": mask}
+        hidden = tokens if self.reads_tokens else hidden
+        out = {"z_t": z_t, "text_hidden": hidden, "text_mask": mask}
         return out | {"drop_text": drop} if self.model.learned_null else out
 
     def predict(self):
@@ -71,7 +94,8 @@ class _Conditioned:
 
         def sample(params, frozen, batch, key):
             sample_keys = keys.sample_keys(key, batch["sample"])
-            drawn = self.sample(params, frozen, batch["tokens"], batch["text_mask"], sample_keys)
+            captions = {name: batch[name] for name in ("tokens", "text_mask")}
+            drawn = self.sample(params, frozen, captions, sample_keys)
             z_i = self.image(frozen, batch)
             similarity = unit(drawn) @ unit(z_i).T
             own = jnp.diagonal(similarity)
@@ -84,43 +108,58 @@ class _Conditioned:
         return {"sample": sample}
 
 
+def _moments(width: int, batches: Iterable[np.ndarray]) -> Moments:
+    """Sums over batches of embeddings [b, width].
+
+    Raises:
+      DataError: fewer than two rows in all.
+    """
+    moments = Moments(width)
+    for rows in batches:
+        moments.add(rows)
+    if moments.count < 2:
+        raise errors.DataError(
+            f"{moments.count} embeddings were seen; a covariance needs at least 2"
+        )
+    return moments
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class DiffusionPriorTask(_Conditioned):
-    """The diffusion prior.
+    """The diffusion prior; its statistics are {"mean": [D], "std": [D]} of z_i.
 
     Args:
-      arch: keyword arguments of `models.prior.DiffusionPrior`.
-      clip: keyword arguments of the frozen `models.clip.CLIP`.
-      clip_params: its parameters; None when only shapes are wanted.
-      statistics: {"mean": [D], "std": [D]} of z_i over the training pictures.
+      noise_schedule: name of alpha_bar's schedule.
       embedding: "whiten" diffuses (z_i - mean) / std, "scale" diffuses `scale` * z_i / |z_i|.
       clamp: sampling clamps the predicted x_0 to +-clamp (Karlo 10, its diffusers port 5); 0 or
         None is off.
-      text_drop: fraction of captions replaced by the empty one (paper: 10 %).
-      draw: defaults of `sample`: steps, guidance, sampler, eta, candidates.
+      draw: settings of `sample`: steps, guidance, sampler, eta, candidates.
+      Other arguments: see `_Conditioned`.
     """
 
-    def __init__(
-        self,
-        arch: dict,
-        *,
-        clip: dict,
-        clip_params=None,
-        statistics=None,
-        noise: str = "cosine",
-        embedding: str = "whiten",
-        scale: float = 17.2,
-        clamp: float | None = 10.0,
-        text_drop: float = 0.1,
-        draw: dict | None = None,
-    ):
-        if embedding not in EMBEDDINGS:
-            raise errors.unknown("embedding", embedding, EMBEDDINGS)
-        self.model = prior_model.DiffusionPrior(**arch)
-        super().__init__(clip, clip_params, statistics, text_drop)
-        self.schedule = schedule.make(noise)
-        self.embedding, self.scale, self.clamp = embedding, scale, clamp or None
-        self.draw = {"steps": 25, "guidance": 4.0, "sampler": "ddpm", "eta": 0.0, "candidates": 2}
-        self.draw |= draw or {}
+    noise_schedule: str = "cosine"
+    embedding: str = "whiten"
+    scale: float = 17.2
+    clamp: float | None = 10.0
+
+    network, presets = prior_model.DiffusionPrior, prior_model.PRESETS
+    draw_defaults = MappingProxyType(
+        {"steps": 25, "guidance": 4.0, "sampler": "ddpm", "eta": 0.0, "candidates": 2}
+    )
+
+    def __post_init__(self):
+        if self.embedding not in EMBEDDINGS:
+            raise errors.unknown("embedding", self.embedding, EMBEDDINGS)
+        self._set(
+            model=self.network(**self.arch),
+            schedule=schedule.make(self.noise_schedule),
+            clamp=self.clamp or None,
+        )
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether the network embeds the caption's tokens itself."""
+        return bool(self.model.vocab_size)
 
     def init(self, key):
         model, clip = self.model, self.clip.model
@@ -131,14 +170,12 @@ class DiffusionPriorTask(_Conditioned):
         return model.init(key, z, jnp.zeros((1,), jnp.int32), z, hidden, mask)["params"]
 
     def fit(self, embeddings: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
-        """Statistics from a stream of (z_i, z_t) batches [b, D]: mean and std of z_i, float32."""
-        moments = Moments(self.clip.model.embed_dim)
-        for z_i, _ in embeddings:
-            moments.add(z_i)
+        """Mean and standard deviation of z_i, float32 [D], from (z_i, z_t) batches [b, D]."""
+        moments = _moments(self.clip.model.embed_dim, (z_i for z_i, _ in embeddings))
         std = np.sqrt(np.maximum(np.diag(moments.covariance()), 1e-12))
         return {"mean": np.float32(moments.mean()), "std": np.float32(std)}
 
-    def shape_statistics(self):
+    def statistics_shapes(self):
         """The shapes `fit` would give, for planning without data."""
         leaf = jax.ShapeDtypeStruct((self.model.embed_dim,), jnp.float32)
         return {"mean": leaf, "std": leaf}
@@ -172,26 +209,40 @@ class DiffusionPriorTask(_Conditioned):
         cosine = jnp.sum(unit(self.decode(frozen, predicted)) * unit(self.decode(frozen, x_0)), -1)
         return loss, {"loss": loss, "cosine": base.mean(cosine, batch["valid"])}
 
-    def sample(self, params, frozen, tokens, mask, sample_keys, *, x_T=None, noise=None, **draw):
+    def sample(
+        self,
+        params,
+        frozen,
+        conditions,
+        sample_keys,
+        *,
+        draw=None,
+        x_T=None,
+        noise=None,
+    ):
         """Draws z_i for captions: `candidates` each, the better dot product with z_t is kept.
 
         Args:
-          tokens, mask: [B, L]; sample_keys: typed keys [B], one a picture.
+          conditions: "tokens" int32 and "text_mask" bool [B, L]; sample_keys: typed keys [B], one
+            a picture.
+          draw: steps, sampler, candidates (static); guidance, eta (may be traced).
           x_T: optional starting noise [candidates * B, D].
           noise: seam for parity tests, [steps, candidates * B, D] standard normal.
-          draw: steps, sampler, candidates (static); guidance, eta (may be traced).
 
         Returns:
           z_i float32 [B, D], in CLIP's own scale.
         """
-        draw = self.draw | draw
+        draw = {**self.draw, **(draw or {})}
+        tokens, mask = conditions["tokens"], conditions["text_mask"]
         batch, candidates = tokens.shape[0], draw["candidates"]
         conditional = self.conditions(frozen, tokens, mask, jnp.zeros(batch, bool))
         null = self.conditions(frozen, tokens, mask, jnp.ones(batch, bool))
         every = jnp.concatenate([keys.fold(sample_keys, c) for c in range(candidates)])
 
         both = jax.tree.map(
-            lambda a, b: jnp.concatenate([a] * candidates + [b] * candidates), conditional, null
+            lambda a, b: jnp.concatenate([a] * candidates + [b] * candidates),
+            conditional,
+            null,
         )
 
         def model_fn(x_t, t, drop):
@@ -209,7 +260,13 @@ class DiffusionPriorTask(_Conditioned):
         if x_T is None:
             x_T = samplers.draw_noise(every, (self.model.embed_dim,))
         z = samplers.sample(
-            denoise, respaced, x_T, every, sampler=draw["sampler"], eta=draw["eta"], noise=noise
+            denoise,
+            respaced,
+            x_T,
+            every,
+            sampler=draw["sampler"],
+            eta=draw["eta"],
+            noise=noise,
         )
         z = self.decode(frozen, z).reshape(candidates, batch, -1)
         score = jnp.sum(unit(z) * unit(conditional["z_t"])[None], axis=-1)
@@ -217,30 +274,24 @@ class DiffusionPriorTask(_Conditioned):
         return jnp.take_along_axis(z, best[None, :, None], axis=0)[0]
 
 
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class ARPriorTask(_Conditioned):
     """The autoregressive prior: z_i as `codes` quantised principal components, most telling first.
 
     Args:
-      arch: keyword arguments of `models.prior_ar.ARPrior`.
       range_sigmas: the buckets of a component span +- this many standard deviations.
-      Other arguments as in `DiffusionPriorTask`; `draw` holds guidance and temperature.
+      draw: settings of `sample`: guidance, temperature, candidates.
+      Other arguments: see `_Conditioned`.
     """
 
-    def __init__(
-        self,
-        arch: dict,
-        *,
-        clip: dict,
-        clip_params=None,
-        statistics=None,
-        text_drop: float = 0.1,
-        range_sigmas: float = 4.0,
-        draw: dict | None = None,
-    ):
-        self.model = prior_ar.ARPrior(**arch)
-        super().__init__(clip, clip_params, statistics, text_drop)
-        self.range_sigmas = range_sigmas
-        self.draw = {"guidance": 1.0, "temperature": 1.0, "candidates": 2} | (draw or {})
+    range_sigmas: float = codes.RANGE_SIGMAS
+
+    network, presets = prior_ar.ARPrior, prior_ar.PRESETS
+    draw_defaults = MappingProxyType({"guidance": 1.0, "temperature": 1.0, "candidates": 2})
+    reads_tokens = False
+
+    def __post_init__(self):
+        self._set(model=self.network(**self.arch))
 
     def init(self, key):
         model, clip = self.model, self.clip.model
@@ -256,11 +307,15 @@ class ARPriorTask(_Conditioned):
 
     def fit(self, embeddings: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
         """PCA of z_i and quantile edges of z_i . z_t (unit vectors), from (z_i, z_t) batches."""
-        moments, dots = Moments(self.clip.model.embed_dim), []
-        for z_i, z_t in embeddings:
-            moments.add(z_i)
-            norms = np.linalg.norm(z_i, axis=-1) * np.linalg.norm(z_t, axis=-1)
-            dots.append(np.sum(z_i * z_t, axis=-1) / np.maximum(norms, 1e-8))
+        dots = []
+
+        def rows():
+            for z_i, z_t in embeddings:
+                norms = np.linalg.norm(z_i, axis=-1) * np.linalg.norm(z_t, axis=-1)
+                dots.append(np.sum(z_i * z_t, axis=-1) / np.maximum(norms, 1e-8))
+                yield z_i
+
+        moments = _moments(self.clip.model.embed_dim, rows())
         pca = codes.fit_pca(moments.mean(), moments.covariance(), dims=self.model.codes)
         edges = codes.fit_dot_edges(np.concatenate(dots), self.model.dot_buckets)
         return {
@@ -270,7 +325,7 @@ class ARPriorTask(_Conditioned):
             "dot_edges": np.float32(edges),
         }
 
-    def shape_statistics(self):
+    def statistics_shapes(self):
         d, n = self.clip.model.embed_dim, self.model.codes
         shapes = {"mean": (d,), "components": (d, n), "scale": (n,)}
         shapes["dot_edges"] = (self.model.dot_buckets - 1,)
@@ -299,11 +354,22 @@ class ARPriorTask(_Conditioned):
         hit = jnp.mean(jnp.argmax(logits, -1) == read, axis=1)
         return loss, {"loss": loss, "accuracy": base.mean(hit, batch["valid"])}
 
-    def sample(self, params, frozen, tokens, mask, sample_keys, *, x_T=None, noise=None, **draw):
+    def sample(
+        self,
+        params,
+        frozen,
+        conditions,
+        sample_keys,
+        *,
+        draw=None,
+        x_T=None,
+        noise=None,
+    ):
         """Draws z_i float32 [B, D] for captions [B, L]; see `DiffusionPriorTask.sample`."""
         if x_T is not None or noise is not None:
             raise errors.ConfigError("the autoregressive prior draws codes; it takes no noise")
-        draw = self.draw | draw
+        draw = {**self.draw, **(draw or {})}
+        tokens, mask = conditions["tokens"], conditions["text_mask"]
         batch, pca = tokens.shape[0], self._pca(frozen)
         conditional = self.conditions(frozen, tokens, mask, jnp.zeros(batch, bool))
         null = self.conditions(frozen, tokens, mask, jnp.ones(batch, bool))

@@ -1,18 +1,27 @@
 """A frozen T5 as a decoder reads captions through it (Imagen, arXiv 2205.11487, section 2.1)."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
+from unclip.input.decode.text import T5Tokenizer
 from unclip.models import t5 as t5_model
 
 EOS = 1  # ends every caption; padding is 0
 
 
+@dataclasses.dataclass(frozen=True)
 class FrozenT5:
-    """A trained T5 encoder: no gradient, float32 results."""
+    """A trained T5 encoder: no gradient, float32 results.
 
-    def __init__(self, model: t5_model.T5Encoder):
-        self.model = model
+    Args:
+      model: its network.
+      tokenizer: reads captions for it, of `input.decode.text`.
+    """
+
+    model: t5_model.T5Encoder
+    tokenizer: T5Tokenizer | None = None
 
     def init(self, key: jax.Array) -> dict:
         """Random parameters float32, for benchmarks and for shapes."""

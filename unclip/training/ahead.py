@@ -4,6 +4,7 @@ Only shapes are used: no parameter is ever allocated. docs/compile.md says what 
 """
 
 import concurrent.futures
+import dataclasses
 import importlib.util
 import math
 import os
@@ -18,12 +19,10 @@ import jax
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
-from unclip import errors, files, tasks
-from unclip.models.t5 import T5Encoder
+from unclip import errors, files
 from unclip.runtime import flops, hlo, sharding
 from unclip.runtime.flops import readable_bytes as _bytes
-from unclip.training import plan as stage
-from unclip.training import step as step_of
+from unclip.training.plan import make_plan
 
 # generation -> (libtpu's name, its chip configuration, dimensions). A device is a chip: the two
 # cores of v4 and v5p work as one ("megacore").
@@ -128,84 +127,35 @@ def lower(config: ConfigDict, devices: list, step: str = "train"):
         evenly) with the settings of `config.task.draw` and the averaged parameters.
 
     Returns:
-      (lowered, facts): facts {"mesh", "rows", "parameters", "trained_parameters"}.
+      (plan, lowered, rows): the `Plan`, the lowered function, and how many rows it works on.
 
     Raises:
       ConfigError: the config does not fit the mesh, or the stage draws nothing.
     """
-    stage.follow_init(config)
-    mesh = sharding.make_mesh(stage.plain(config.mesh), devices)
-    rules = sharding.PRESETS.get(config.sharding, config.sharding)
-    if isinstance(rules, str):
-        raise errors.unknown("sharding", rules, sharding.PRESETS)
-    put = lambda tree: sharding.abstract(tree, sharding.shardings(tree, mesh, rules))
-    key = jax.random.key(0)
-    parts = frozen_shapes(config)
-    for part in parts.values():
-        part.params = put(part.params)
-    task = stage.make_task(config, parts.get("clip"), t5=parts.get("t5"))
-    if config.stage == "prior":
-        task.statistics = put(task.shape_statistics())
-    abstract = jax.eval_shape(task.init, key)
-    tx, schedule = step_of.make_optimizer(config, abstract)
-    state = jax.eval_shape(step_of.make_init(task, tx), key)
-    shardings = sharding.shardings(state, mesh, rules)
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    size = lambda tree: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
-    facts = {"mesh": dict(mesh.shape), "trained_parameters": size(abstract)}
-    frozen = sum(size(part.params) for part in parts.values())
-    facts |= {"parameters": facts["trained_parameters"] + frozen}
-
+    if step == "sample":  # nothing is trained, so any batch size will do
+        config = config.copy_and_resolve_references()
+        config.batch_size, config.accumulate = len(devices), 1
+    plan = make_plan(config, devices=devices, shapes_only=True)
+    plan.check()
+    config, task = plan.config, plan.task
+    frozen = plan.task.frozen_shapes()
+    frozen = frozen and {name: plan.placed_shapes(tree) for name, tree in frozen.items()}
+    state = sharding.abstract(plan.state, plan.shardings)
     if step == "train":
-        if config.batch_size % (ways * config.accumulate):
-            raise errors.ConfigError(
-                f"batch_size {config.batch_size} is not a multiple of data x fsdp x accumulate = "
-                f"{ways * config.accumulate}"
-            )
-        facts["rows"] = config.batch_size
-        function = jax.jit(
-            step_of.make_step(task, tx, schedule, config),
-            out_shardings=(shardings, sharding.replicated(mesh)),
-            donate_argnums=0,
-        )
-        first = sharding.abstract(state, shardings)
-    else:
-        sample = task.predict().get("sample")
-        if sample is None:
-            raise errors.ConfigError(f"--step sample: the {config.stage} stage draws nothing")
-        if config.stage == "upsampler":
-            task.crop = task.image_size  # trained on crops, drawn whole
-        facts["rows"] = -(-config.sample_examples // ways) * ways
-        seed = config.seed
-        function = jax.jit(
-            lambda params, frozen, batch: sample(params, frozen, batch, jax.random.key(seed)),
-            out_shardings=sharding.replicated(mesh),
-        )
-        first = sharding.abstract(state["ema"], shardings["ema"])
-    where = sharding.batch_sharding(mesh)
-    batch = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-        for name, leaf in task.batch_spec(facts["rows"]).items()
-    }
-    return function.lower(first, task.frozen(), batch), facts
-
-
-def frozen_shapes(config: ConfigDict) -> dict:
-    """{"clip", "t5"} -> the frozen parts a config reads, ShapeDtypeStructs for parameters.
-
-    A part that the config does not name has the shapes of the config's preset.
-    """
-    found = {}
-    for name in stage.needs(config):
-        part = {"clip": stage.clip_part, "t5": stage.t5_part}[name](config)
-        if part.params is None:
-            arch = tasks.arguments(part.arch)
-            module = tasks.ClipTask(arch) if name == "clip" else tasks.FrozenT5(T5Encoder(**arch))
-            part.params = jax.eval_shape(module.init, jax.random.key(0))
-        else:
-            part.params = jax.eval_shape(lambda tree: tree, part.params)
-        found[name] = part
-    return found
+        rows = config.batch_size
+        return plan, plan.make_step().lower(state, frozen, plan.batch_shapes()), rows
+    task = task.whole()
+    sample = task.predict().get("sample")
+    if sample is None:
+        raise errors.ConfigError(f"--step sample: the {config.stage} stage draws nothing")
+    rows = -(-config.sample_examples // plan.ways) * plan.ways
+    seed = config.seed
+    function = jax.jit(
+        lambda params, frozen, batch: sample(params, frozen, batch, jax.random.key(seed)),
+        out_shardings=sharding.replicated(plan.mesh),
+    )
+    plan = dataclasses.replace(plan, task=task)
+    return plan, function.lower(state["ema"], frozen, plan.batch_shapes(rows)), rows
 
 
 # ============================================================ what the compiler says
@@ -251,8 +201,13 @@ def examine(
         "devices": {"count": len(devices), "kind": chip.device_kind, "memory_bytes": limit},
     }
     start = time.perf_counter()
-    lowered, facts = lower(config, devices, step)
-    out |= facts
+    plan, lowered, rows = lower(config, devices, step)
+    config = plan.config
+    size = lambda tree: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+    frozen = plan.task.frozen_shapes() or {}
+    trained = size(plan.params)
+    out |= {"mesh": dict(plan.mesh.shape), "rows": rows, "trained_parameters": trained}
+    out["parameters"] = trained + sum(size(frozen[name]) for name in plan.parts)
     out["compile_seconds"] = {"trace": round(time.perf_counter() - start, 2)}
     start, cpu = time.perf_counter(), _cpu_seconds()
     needed, program, memory = None, "", None
@@ -277,9 +232,7 @@ def examine(
             path.write_text(program)
     out |= {"memory_per_chip": {}, "fits": None, "estimated_seconds": None, "utilisation": None}
     out |= {"communication_seconds": None, "collectives": None, "unknown_loops": None}
-    parts, model = frozen_shapes(config), None
-    if step == "train":
-        model = stage.model_flops(config, parts.get("clip"), parts.get("t5"))
+    model = plan.flops() if step == "train" else None
     out["flops"] = {"model": model, "compiled": None}
     if memory is None:
         out["memory_per_chip"] = {"temporaries": needed}

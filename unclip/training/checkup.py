@@ -5,29 +5,32 @@ import pathlib
 import shutil
 
 import jax
-from ml_collections import ConfigDict
 
-from unclip import errors, tasks
+from unclip import errors
 from unclip.cascade import runs
 from unclip.embeddings.store import Store
-from unclip.models import t5 as t5_model
-from unclip.runtime import checkpoint, distributed, flops, sharding
+from unclip.runtime import distributed, flops, sharding
 from unclip.runtime.flops import readable_bytes as _bytes
 from unclip.training import data as inputs
-from unclip.training import plan as stage
-from unclip.training import step as step_of
+from unclip.training.plan import Plan, check_workdir, make_plan
 
 
 def examine(config, workdir: str) -> dict:
-    """Everything the doctor knows, JSON-able.
+    """Everything the doctor knows, JSON-able; of what is wrong, everything too.
 
     Returns:
       {"stage", "preset", "devices", "mesh", "parameters": {part: count}, "trained_parameters",
       "sharding": {part: bytes a device}, "leaves", "memory_per_device": {kind: bytes},
-      "flops_per_step", "data", "disk", "problems": [text]}.
+      "flops_per_step", "learning_rate", "data", "disk", "problems": [text]}. What a problem keeps
+      from being known is None or empty.
     """
-    problems = []
+    plan = make_plan(config)
+    config = plan.config
+    problems = [_line(problem) for problem in plan.problems]
     devices = jax.devices()
+    limit = flops.chip_memory(devices[0])
+    parameters = _parameters(plan)
+    where, leaves, memory = _memory(plan)
     out = {
         "stage": config.stage,
         "preset": config.preset,
@@ -36,99 +39,74 @@ def examine(config, workdir: str) -> dict:
             "kind": devices[0].device_kind,
             "platform": devices[0].platform,
             "processes": distributed.process_count(),
-            "memory_bytes": flops.chip_memory(devices[0]),
+            "memory_bytes": limit,
         },
+        "mesh": dict(plan.mesh.shape) if plan.mesh else None,
+        "parameters": parameters,
+        "trained_parameters": parameters.get(config.stage),
+        "sharding": where,
+        "leaves": leaves,
+        "memory_per_device": memory,
+        "flops_per_step": None if plan.params is None else plan.flops(),
+        "learning_rate": _peak_rate(plan),
     }
-    mesh = _tried(problems, lambda: sharding.make_mesh(stage.plain(config.mesh)))
-    out["mesh"] = dict(mesh.shape) if mesh else None
-    _tried(problems, lambda: stage.follow_init(config))
-    key = jax.random.key(0)
-    parameters, where, frozen_parts = {}, {}, {}
-    for name in stage.needs(config):
-        part = parameters_of(config, name, problems)
-        parameters |= _counts(name, part.params)
-        frozen_parts[name] = part
-    clip, t5 = frozen_parts.get("clip"), frozen_parts.get("t5")
-    task = stage.make_task(config, clip, t5=t5)
-    if config.stage == "prior":
-        task.statistics = task.shape_statistics()
-    abstract = jax.eval_shape(task.init, key)
-    parameters |= _counts(config.stage, abstract)
-    out["parameters"] = parameters
-    out["trained_parameters"] = parameters[config.stage]
-
-    tx, schedule = step_of.make_optimizer(config, abstract)
-    state = jax.eval_shape(step_of.make_init(task, tx), key)
-    rules = sharding.PRESETS.get(config.sharding, config.sharding)
-    memory, leaves = {}, []
-    if mesh is not None and not isinstance(rules, str):
-        shardings = _tried(problems, lambda: sharding.shardings(state, mesh, rules))
-        if shardings is not None:
-            rows = sharding.describe(state, shardings)
-            leaves = [row._asdict() for row in rows if row.path.startswith("params/")]
-            for row in rows:
-                branch, _, rest = row.path.partition("/")
-                memory[branch] = memory.get(branch, 0) + row.bytes_per_device
-                if branch == "params":
-                    part = f"{config.stage}/{rest.split('/')[0]}"
-                    where[part] = where.get(part, 0) + row.bytes_per_device
-            memory["gradients"] = memory["params"]
-            if task.frozen() is not None:
-                frozen = sharding.shardings(task.frozen(), mesh, rules)
-                rows = sharding.describe(task.frozen(), frozen)
-                memory["frozen"] = sum(row.bytes_per_device for row in rows)
-            ways = mesh.shape["data"] * mesh.shape["fsdp"]
-            spec = task.batch_spec(config.batch_size).values()
-            memory["batch"] = sum(math.prod(s.shape) * s.dtype.itemsize for s in spec) // ways
-            if config.batch_size % (ways * config.accumulate):
-                problems.append(
-                    f"batch_size {config.batch_size} is not a multiple of data x fsdp x accumulate "
-                    f"= {ways * config.accumulate}"
-                )
-    elif isinstance(rules, str):
-        problems.append(str(errors.unknown("sharding", rules, sharding.PRESETS)))
-    memory["total"] = sum(memory.values())
-    limit = out["devices"]["memory_bytes"]
     if limit and memory["total"] > limit:
         problems.append(
             f"parameters and moments need {_bytes(memory['total'])} a device, which has "
             f"{_bytes(limit)}: raise mesh.fsdp, or use more devices"
         )
-    out |= {"sharding": where, "leaves": leaves, "memory_per_device": memory}
     for name in ("metric_clip", "metric_inception"):
         if config[name] and not pathlib.Path(config[name]).exists():
             problems.append(f"{name} {config[name]}: no such file or folder")
-    out["flops_per_step"] = stage.model_flops(config, clip, t5)
-    out["learning_rate"] = float(schedule(config.optim.warmup_steps))
-    out["data"] = _data(config, problems)
-    out["disk"] = _disk(config, workdir, state, problems)
-    out["problems"] = problems
-    return out
+    out["data"] = _data(plan, problems)
+    out["disk"] = _disk(plan, workdir, problems)
+    return out | {"problems": problems}
 
 
-def parameters_of(config, name: str, problems: list[str]):
-    """The frozen part `name` of a config with the shapes of its parameters.
+def _peak_rate(plan: Plan) -> float | None:
+    """The learning rate at the end of the warm-up."""
+    rate = plan.learning_rate
+    return None if rate is None else float(rate(plan.config.optim.warmup_steps))
 
-    Where it is not given or cannot be read, that is a problem and the preset's shapes stand in.
-    """
-    find = {"clip": stage.clip_part, "t5": stage.t5_part}[name]
-    if config[name] == "":
-        problems.append(
-            f"the {config.stage} needs a trained {name.upper()}: --config.{name}=RUN or BUNDLE"
-        )
-    part = _tried(problems, lambda: find(config))
-    if part is None:
-        part = find(ConfigDict(config.to_dict() | {name: ""}))
-    if part.params is not None:
-        part.params = jax.eval_shape(lambda tree: tree, part.params)
-        return part
-    arch = tasks.arguments(part.arch)
-    if name == "clip":
-        init = tasks.ClipTask(arch).init
-    else:
-        init = tasks.FrozenT5(t5_model.T5Encoder(**arch)).init
-    part.params = jax.eval_shape(init, jax.random.key(0))
-    return part
+
+def _parameters(plan: Plan) -> dict[str, int]:
+    """{part: all, part/branch: its own} parameters, the frozen parts first."""
+    found = {}
+    frozen = (plan.task and plan.task.frozen_shapes()) or {}
+    for name in plan.parts:
+        if name in frozen:
+            found |= _counts(name, frozen[name])
+    if plan.params is not None:
+        found |= _counts(plan.config.stage, plan.params)
+    return found
+
+
+def _memory(plan: Plan) -> tuple[dict, list, dict]:
+    """(bytes a device by part, the trained leaves, bytes a device by kind)."""
+    where, leaves, memory = {}, [], {}
+    if plan.shardings is not None:
+        rows = sharding.describe(plan.state, plan.shardings)
+        leaves = [row._asdict() for row in rows if row.path.startswith("params/")]
+        for row in rows:
+            branch, _, rest = row.path.partition("/")
+            memory[branch] = memory.get(branch, 0) + row.bytes_per_device
+            if branch == "params":
+                part = f"{plan.config.stage}/{rest.split('/')[0]}"
+                where[part] = where.get(part, 0) + row.bytes_per_device
+        memory["gradients"] = memory["params"]
+        frozen = plan.task.frozen_shapes()
+        if frozen is not None:
+            shardings = sharding.shardings(frozen, plan.mesh, plan.rules)
+            rows = sharding.describe(frozen, shardings)
+            memory["frozen"] = sum(row.bytes_per_device for row in rows)
+        spec = plan.task.batch_spec(plan.config.batch_size).values()
+        memory["batch"] = sum(math.prod(s.shape) * s.dtype.itemsize for s in spec) // plan.ways
+    memory["total"] = sum(memory.values())
+    return where, leaves, memory
+
+
+def _line(error: errors.UnclipError) -> str:
+    return " ".join(str(error).split())
 
 
 def _tried(problems: list[str], function):
@@ -145,12 +123,9 @@ def _counts(part: str, tree) -> dict[str, int]:
     return {part: size(tree)} | {f"{part}/{name}": size(tree[name]) for name in sorted(tree)}
 
 
-def _data(config, problems: list[str]) -> dict:
-    found = _tried(problems, lambda: inputs.collections(config))
-    if found is None:
-        return {}
-    out = {}
-    for name, collection in zip(("train", "held_out"), found):
+def _data(plan: Plan, problems: list[str]) -> dict:
+    config, out = plan.config, {}
+    for name, collection in (("train", plan.data), ("held_out", plan.held_out)):
         if collection is None:
             continue
         out[name] = {
@@ -160,43 +135,40 @@ def _data(config, problems: list[str]) -> dict:
         }
         for reason, count in collection.problems.items():
             problems.append(f"{name} shards: {count} samples left out ({reason})")
-    if found[0] is None:
+    if plan.data is not None:
+        out["epochs"] = config.total_steps / max(len(plan.data) / config.batch_size, 1e-9)
+        if config.get("embeddings"):
+            _embeddings(plan, problems)
+    elif config.input.streaming and config.input.shards:
         _tried(problems, lambda: inputs.storage(config).expand(config.input.shards))
-        return out
-    steps = len(found[0]) / config.batch_size
-    out["epochs"] = config.total_steps / max(steps, 1e-9)
-    if config.get("embeddings"):
-        _embeddings(config, found[0], problems)
     return out
 
 
-def _embeddings(config, collection, problems: list[str]) -> None:
+def _embeddings(plan: Plan, problems: list[str]) -> None:
     """Whether `config.embeddings` holds what this run wants to read."""
-    store = _tried(problems, lambda: Store(config.embeddings))
+    store = _tried(problems, lambda: Store(plan.config.embeddings))
     if store is None:
         return
-    _tried(problems, lambda: store.attach(collection))
-    clip = _tried(problems, lambda: stage.clip_part(config)) if config.clip else None
+    _tried(problems, lambda: store.attach(plan.data))
+    clip = plan.parts.get("clip")
     if clip is not None and clip.params is not None:
         _tried(problems, lambda: store.check_clip(runs.tree_hash(clip.params)))
 
 
-def _disk(config, workdir: str, state, problems: list[str]) -> dict:
+def _disk(plan: Plan, workdir: str, problems: list[str]) -> dict:
     folder = pathlib.Path(workdir).absolute()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    leaves = jax.tree.leaves(state)
+    leaves = jax.tree.leaves(plan.state)
     saved = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)  # one copy of each
-    needed = saved * (config.keep + 1)
+    copies = plan.config.keep + 1
+    needed = saved * copies
     if needed > free:
         problems.append(
-            f"{config.keep + 1} checkpoints need {_bytes(needed)}, {folder} has {_bytes(free)} free"
+            f"{copies} checkpoints need {_bytes(needed)}, {folder} has {_bytes(free)} free"
         )
-    old = _tried(problems, lambda: runs.run_config(workdir)) if runs.is_run(workdir) else None
-    other = old and (old["stage"], old["arch"]) != (config.stage, stage.plain(config)["arch"])
-    if other and checkpoint.steps(pathlib.Path(workdir) / "checkpoints"):
-        problems.append(f"{workdir} holds a run of another model")
+    _tried(problems, lambda: check_workdir(plan.config, pathlib.Path(workdir)))
     return {"folder": str(folder), "free_bytes": free, "needed_bytes": needed}
 
 

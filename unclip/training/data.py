@@ -1,44 +1,12 @@
-"""What a config reads: its collections of shards, how a sample becomes arrays, batches of them."""
+"""What a config reads: its collections of shards, and batches of them."""
 
 from ml_collections import ConfigDict
 
-from unclip import errors, tasks
+from unclip import errors
 from unclip.input import filters, order, source
-from unclip.input.decode import transforms
 from unclip.input.shards.collection import index_shards
 from unclip.input.storage.storage import Storage
 from unclip.input.streaming.stream import make_stream
-
-
-def transform(config: ConfigDict, task: tasks.Task, use: str):
-    """The per-sample input transform that delivers the task's batch.
-
-    Args:
-      use: "train"; "held_out" (no random caption or crop, except that the loss of an upsampler is
-        measured on crops); "sample" (whole pictures, as at drawing time).
-    """
-    if config.stage == "upsampler":
-        return transforms.Upsampling(
-            config.task.image_size,
-            config.task.factor,
-            crop=task.crop,
-            degradation=config.input.degradation,
-            probability=config.input.degradation_probability,
-            train=use != "sample",
-            margin=config.input.margin,
-        )
-    spec = task.batch_spec(1)
-    side = lambda name: spec[name].shape[1] if name in spec else None
-    tokenizer = getattr(task, "tokenizer", None)
-    return transforms.ImageText(
-        side("image"),
-        spec["tokens"].shape[1],
-        tokenizer and tokenizer.encode,
-        clip_size=side("clip_image"),
-        crop=config.input.crop if use == "train" else "center",
-        captions=config.input.captions if use == "train" else config.input.captions[:1],
-        margin=config.input.margin,
-    )
 
 
 def stores_embeddings(config: ConfigDict) -> bool:
@@ -65,10 +33,10 @@ def collections(config: ConfigDict):
     given = config.input
     if not given.shards:
         raise errors.ConfigError("no training shards: --config.input.shards=\"('FILE.tar',)\"")
-    if given.streaming and (given.where or given.weights or given.order != "global"):
+    if given.streaming and (given.where or given.proportions or given.order != "global"):
         raise errors.ConfigError(
-            "input.streaming draws shards at random: where, weights and order need indexed shards "
-            "(unclip index)"
+            "input.streaming draws shards at random: where, proportions and order need indexed "
+            "shards (unclip index)"
         )
     if given.streaming and stores_embeddings(config):
         raise errors.ConfigError("stored embeddings belong to indexed shards, not to streaming")
@@ -86,16 +54,16 @@ def collections(config: ConfigDict):
 
 
 def check_order(config: ConfigDict, data) -> None:
-    """Raises ConfigError where order, weights or filters of a config do not fit its shards."""
+    """Raises ConfigError where order, proportions or filters of a config do not fit its shards."""
     filters.Filters.parse(config.input.filters)
-    weights = config.input.weights
+    proportions = config.input.proportions
     order.make_order(
         data.counts,
         config.seed,
         order=config.input.order,
         streams=config.input.streams,
-        groups=data.groups if weights else None,
-        weights=weights,
+        groups=data.groups if proportions else None,
+        weights=proportions,
         batch_size=config.batch_size,
         window=config.input.window_examples,
     )
@@ -106,7 +74,7 @@ def batches(config: ConfigDict, data, transform, *, start: int = 0, **rows):
 
     Args:
       data: the training collection, None for streaming.
-      transform: from `transform`.
+      transform: a sample to arrays, from `Task.transform`.
       rows: process_index, process_count, threads and workers of the input.
 
     Returns:
@@ -134,7 +102,7 @@ def batches(config: ConfigDict, data, transform, *, start: int = 0, **rows):
         transform,
         order=given.order,
         streams=given.streams,
-        weights=given.weights,
+        weights=given.proportions,
         window=given.window_examples,
         **rows,
     )

@@ -1,51 +1,98 @@
 """The one training loop: evaluate, save, next batch, step, log the step before."""
 
 import json
+import pathlib
 import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from unclip import errors
 from unclip.files import images
-from unclip.runtime import collectives, distributed, flops, sharding
+from unclip.runtime import collectives, distributed, flops, progress, sharding
+from unclip.runtime.checkpoint import Checkpointer
+from unclip.runtime.writer import MetricWriter
+from unclip.training.evaluators.passes import Evaluator
+from unclip.training.plan import Plan
 
 
 class Loop:
-    """The loop proper; its order is law: evaluate, save, next batch, step, log the step before."""
+    """Carries a plan's step from the state it is given to `total_steps`.
 
-    def __init__(self, config, folder, saver, writer, evaluators, batches, bar, mesh):
-        self.config, self.folder, self.saver, self.writer = config, folder, saver, writer
-        self.evaluators, self.batches, self.bar, self.mesh = evaluators, batches, bar, mesh
+    Args:
+      plan: what is trained; frozen: its task's frozen trees, on the mesh.
+      folder: the workdir.
+      saver, writer: of checkpoints and of metrics; batches: the input, see `data.batches`.
+      evaluators: in the order they run.
+      fingerprint: of the training collection, kept with every checkpoint.
+      needed_flops: operations of a step; None leaves the utilisation out.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        frozen: Any,
+        folder: pathlib.Path,
+        saver: Checkpointer,
+        writer: MetricWriter,
+        batches: Any,
+        evaluators: Sequence[Evaluator],
+        *,
+        fingerprint: str,
+        needed_flops: float | None = None,
+    ):
+        self.plan, self.config, self.frozen, self.folder = plan, plan.config, frozen, folder
+        self.saver, self.writer, self.batches = saver, writer, batches
+        self.evaluators, self.fingerprint, self.needed_flops = evaluators, fingerprint, needed_flops
         self.measured = set()  # (step, evaluator's prefix): what need not be measured again
         self.skipped = 0  # consecutive steps
         self.pending = None  # (step, metrics on the device) of the step before
-        self.flops = None  # of one step
-        self.data = None  # fingerprint of the collection
         self.loss = "?"
         self.clock, self.clock_step, self.paused = time.perf_counter(), None, 0.0
 
-    def __call__(self, step_fn, state, frozen, first):
+    def run(self, step_fn: Callable, state: dict, first: int) -> dict:
+        """The state after the last step.
+
+        Args:
+          step_fn: jitted, from `Plan.make_step`; first: the step that `state` is at.
+
+        Raises:
+          Stopped: asked to stop; the state is saved. NumericsError: too many steps skipped.
+          DataError: the input failed, or the disk.
+        """
         config = self.config
+        bar = progress.progress(config.total_steps, config.stage, initial=first)
         compiled = None
         self.recall(first)
-        for step in range(first, config.total_steps):
-            self.evaluate(state, step)
-            self.save(state, step)
-            if distributed.should_stop(step):
-                self.stop(state, step)
-            batch = sharding.put_batch(self.next_batch(state, step), self.mesh)
-            if compiled is None:
-                compiled = self.compile(step_fn, state, frozen, batch)
-            state, measured = compiled(state, frozen, batch)
-            self.log_pending()
-            self.pending = (step + 1, measured)
-            self.bar.update(1, loss=self.loss)
-        self.log_pending()
-        if config.total_steps >= first:  # a run that is over may lack its last evaluations
-            if not self.evaluate(state, config.total_steps):
-                self.stop(state, config.total_steps)
-            self.save(state, config.total_steps, force=True)
+        try:
+            with bar:
+                for step in range(first, config.total_steps):
+                    self.evaluate(state, step)
+                    self.save(state, step)
+                    if distributed.should_stop(step):
+                        self.stop(state, step)
+                    rows = self.next_batch(state, step)
+                    if compiled is None:
+                        compiled = self.compile(step_fn, state, step)
+                    # A transfer that nobody asked for would make the device wait for the host.
+                    with (
+                        jax.profiler.StepTraceAnnotation("train", step_num=step),
+                        jax.transfer_guard("disallow"),
+                    ):
+                        batch = sharding.put_batch(rows, self.plan.mesh)
+                        state, measured = compiled(state, self.frozen, batch)
+                        self.log_pending()
+                    self.pending = (step + 1, measured)
+                    bar.update(1, loss=self.loss)
+                self.log_pending()
+                if config.total_steps >= first:  # a run that is over may lack its last evaluations
+                    if not self.evaluate(state, config.total_steps):
+                        self.stop(state, config.total_steps)
+                    self.save(state, config.total_steps, force=True)
+        finally:
+            self.list_bad()
         return state
 
     def next_batch(self, state, step):
@@ -69,11 +116,12 @@ class Loop:
             "the same command resumes"
         )
 
-    def compile(self, step_fn, state, frozen, batch):
+    def compile(self, step_fn, state, step):
+        """The step's executable; notes how long compiling took."""
         start = time.perf_counter()
-        compiled = step_fn.lower(state, frozen, batch).compile()
+        compiled = step_fn.lower(state, self.frozen, self.plan.batch_shapes()).compile()
         seconds = time.perf_counter() - start
-        self.writer.scalars(int(state["step"]), {"compile_seconds": seconds})
+        self.writer.scalars(step, {"compile_seconds": seconds})
         self.clock, self.paused = time.perf_counter(), 0.0
         return compiled
 
@@ -87,7 +135,8 @@ class Loop:
             return
         names = self.writer.restored_names
         done = np.array([any(n.startswith(f"{e.prefix}/") for n in names) for e in self.evaluators])
-        done = collectives.gather_rows(done)[: len(done)]  # process 0, which writes the file, knows
+        # Process 0, which writes the file, knows.
+        done = collectives.gather_rows(done)[: len(done)]
         self.measured = {(first, e.prefix) for e, was in zip(self.evaluators, done) if was}
 
     def evaluate(self, state, step) -> bool:
@@ -95,7 +144,7 @@ class Loop:
         config = self.config
         pause = time.perf_counter()
         for evaluator in self.evaluators:
-            every = config[f"{evaluator.schedule}_steps"]
+            every = config[f"{evaluator.interval}_steps"]
             due = step == config.total_steps or (step and every and step % every == 0)
             if not due or (step, evaluator.prefix) in self.measured:
                 continue
@@ -120,11 +169,14 @@ class Loop:
         return True
 
     def save(self, state, step, force=False):
+        """Saves the state and the input's position where a save is due."""
         if not (force or self.saver.due(step)):
             return
         self.log_pending()  # a kill right after the save must not lose this step's line
         pause = time.perf_counter()
-        meta = {"stage": self.config.stage, "preset": self.config.preset, "data": self.data}
+        meta = {
+            "stage": self.config.stage, "preset": self.config.preset, "data": self.fingerprint
+        }  # fmt: skip
         self.saver.save(step, state, self.batches.position, meta, force=force)
         self.paused += time.perf_counter() - pause
 
@@ -155,7 +207,7 @@ class Loop:
         steps = step - self.clock_step
         if steps > 0:
             measured["images_per_second"] = steps * self.config.batch_size / seconds
-            used = flops.utilisation(self.flops, seconds / steps, jax.devices())
+            used = flops.utilisation(self.needed_flops, seconds / steps, jax.devices())
             if used is not None:
                 measured["flop_utilisation"] = used
         counters = self.batches.counters().items()

@@ -1,78 +1,260 @@
-"""What a config stands for: its task, optimiser, state, step, data, all without running anything.
+"""What a config stands for, built once: mesh, parts, task, optimiser, shapes, shardings, data.
 
-`unclip train` runs these, `unclip doctor` and `unclip compile` look at their shapes. Settings
-follow Table 3 of the paper where the config names its preset.
+`make_plan` looks at everything and runs nothing. `unclip train` carries a plan out, `unclip doctor`
+reports it, `unclip compile` and benchmarks/stages.py compile its step.
 """
 
 import dataclasses
+import functools
 import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
+import optax
 from ml_collections import ConfigDict
 
 from unclip import errors, tasks
 from unclip.cascade import bundle, runs
-from unclip.input.decode import text
+from unclip.input.shards.collection import Collection
 from unclip.models import clip as clip_model
-from unclip.models import decoder, prior, prior_ar, upsampler
 from unclip.models import t5 as t5_model
+from unclip.runtime import checkpoint, flops, sharding
 from unclip.training import data as inputs
+from unclip.training import step as steps
 
 # Fields of an architecture that a run may choose anew: they leave the parameters as they are.
 RUNTIME_FIELDS = {"attention_impl", "dtype", "dropout", "remat"}
 # Settings of a task that fine-tuning chooses anew: they are about training alone.
 TRAINING_SETTINGS = {"crop", "image_drop", "min_snr", "t_below", "text_drop", "vlb_weight"}
+# Frozen part -> its architectures by name, for where the config names no trained one.
+FROZEN_PRESETS = {"clip": clip_model.PRESETS, "t5": t5_model.PRESETS}
+RANDOM = "random"  # config.clip or config.t5: random parameters, for benchmarks
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A run before it runs.
+
+    Attributes:
+      config: a copy, with what `follow_init` filled in.
+      mesh: the devices; None where the config's mesh does not fit them.
+      rules: (pattern, spec) of the parameters' shardings.
+      parts: {"clip", "t5": `bundle.Part`} that the task reads; parameters None for a preset's
+        shapes.
+      task: with the parts' parameters as its weights, as far as they are known; None where the
+        config describes none.
+      tx: optax transformation; learning_rate: its rate by step.
+      params: ShapeDtypeStructs of the trained parameters; state: of the whole state
+        {"params", "ema", "opt", "step"}; shardings: NamedShardings of `state`, None without mesh.
+      data, held_out: the collections; None for streaming, or where none is given.
+      problems: what stands in the way of running; where there are none every field is there.
+    """
+
+    config: ConfigDict
+    mesh: jax.sharding.Mesh | None
+    rules: Sequence[tuple[str, Any]] | None
+    parts: Mapping[str, bundle.Part]
+    task: tasks.Task | None
+    tx: optax.GradientTransformation | None
+    learning_rate: Callable | None
+    params: Any
+    state: Any
+    shardings: Any
+    data: Collection | None
+    held_out: Collection | None
+    problems: tuple[errors.UnclipError, ...]
+
+    def check(self) -> None:
+        """Raises what stands in the way, all of it in one error of the first one's class."""
+        if not self.problems:
+            return
+        first, *others = self.problems
+        if not others:
+            raise first
+        lines = "\n".join(f"  {' '.join(problem.message.split())}" for problem in self.problems)
+        raise type(first)(f"{len(self.problems)} problems stand in the way of this run:", lines)
+
+    @property
+    def ways(self) -> int:
+        """How many shares a batch is cut into: data x fsdp."""
+        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
+    def put(self, tree: Any) -> Any:
+        """A tree of host arrays on the mesh, by the rules for parameters."""
+        where = sharding.shardings(tree, self.mesh, self.rules)
+        return jax.tree.map(jax.device_put, tree, where)
+
+    def placed_shapes(self, tree: Any) -> Any:
+        """A tree of shapes with the shardings that `put` would give it."""
+        return sharding.abstract(tree, sharding.shardings(tree, self.mesh, self.rules))
+
+    @functools.cached_property
+    def init(self) -> Callable:
+        """init(key, start=None) -> state, jitted: see `step.make_init`."""
+        return jax.jit(steps.make_init(self.task, self.tx), out_shardings=self.shardings)
+
+    def make_step(self, task: tasks.Task | None = None) -> Callable:
+        """step(state, frozen, batch) -> (state, metrics), jitted; the state is given away."""
+        step = steps.make_step(task or self.task, self.tx, self.learning_rate, self.config)
+        out = (self.shardings, sharding.replicated(self.mesh))
+        return jax.jit(step, out_shardings=out, donate_argnums=0)
+
+    def batch_shapes(self, rows: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+        """A batch on the mesh, by shape; rows: global, None for the config's batch size."""
+        where = sharding.batch_sharding(self.mesh)
+        spec = self.task.batch_spec(rows or self.config.batch_size)
+        return {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+            for name, leaf in spec.items()
+        }
+
+    def flops(self) -> float:
+        """Floating-point operations one step needs, recomputation not counted.
+
+        Counted on the folded model, whose repeated layers are traced once: see `flops.count`.
+        """
+        with self.config.unlocked():
+            config = self.config.copy_and_resolve_references()
+            config.arch.fold, config.arch.remat = True, ""
+        try:
+            task = make_task(config, self.parts)
+            params = jax.eval_shape(task.init, jax.random.key(0))
+        except errors.UnclipError:  # layers that cannot be folded
+            task, params = self.task, self.params
+        key = jax.random.key(0)
+        loss = lambda p, f, b: task.loss(p, f, b, key, train=True)[0]
+        batch = task.batch_spec(config.batch_size)
+        counted = flops.count(jax.grad(loss), params, task.frozen_shapes(), batch)
+        return counted * (2 if config.optim.sam_rho else 1)
+
+
+def make_plan(
+    config: ConfigDict, *, devices: Sequence | None = None, shapes_only: bool = False
+) -> Plan:
+    """Looks at everything a config names; collects what is wrong with it instead of raising it.
+
+    Args:
+      config: of a stage; it is left as it is.
+      devices: of the mesh; None: all of this job.
+      shapes_only: no shards are opened, and frozen parts need not be trained: a preset's shapes do.
+    """
+    problems: list[errors.UnclipError] = []
+
+    def attempt(function: Callable, default: Any = None) -> Any:
+        try:
+            return function()
+        except errors.UnclipError as error:
+            problems.append(error)
+            return default
+
+    config = config.copy_and_resolve_references()
+    attempt(lambda: follow_init(config))
+    mesh = attempt(lambda: sharding.make_mesh(as_json(config.mesh), devices))
+    rules = sharding.PRESETS.get(config.sharding, config.sharding)
+    if isinstance(rules, str):
+        problems.append(errors.unknown("sharding", rules, sharding.PRESETS))
+        rules = None
+    parts = {}
+    for name in attempt(lambda: needs(config), ()):
+        part = attempt(lambda name=name: frozen_part(config, name))
+        untrained = part is not None and part.params is None and config[name] != RANDOM
+        if untrained and not shapes_only:
+            problems.append(
+                errors.ConfigError(
+                    f"the {config.stage} needs a trained {name.upper()}: --config.{name}=RUN or "
+                    f"BUNDLE (or =random, for benchmarks)"
+                )
+            )
+        if part is None:
+            preset = ConfigDict(config.to_dict() | {name: ""})
+            part = attempt(lambda name=name, preset=preset: frozen_part(preset, name))
+        if part is not None:
+            parts[name] = part
+    task = attempt(lambda: make_task(config, parts))
+    tx = rate = params = state = where = None
+    if task is not None:
+        params = attempt(lambda: jax.eval_shape(task.init, jax.random.key(0)))
+    if params is not None:
+        tx, rate = attempt(lambda: steps.make_optimizer(config, params), (None, None))
+    if tx is not None:
+        state = jax.eval_shape(steps.make_init(task, tx), jax.random.key(0))
+    if state is not None and mesh is not None and rules is not None:
+        where = attempt(lambda: sharding.shardings(state, mesh, rules))
+    if mesh is not None:
+        attempt(lambda: _check_batch(config, mesh))
+    data = held_out = None
+    if not shapes_only:
+        data, held_out = attempt(lambda: inputs.collections(config), (None, None))
+    return Plan(
+        config, mesh, rules, parts, task, tx, rate, params, state, where, data, held_out,
+        tuple(problems),
+    )  # fmt: skip
+
+
+def _check_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
+    ways = mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulate
+    if config.batch_size % ways:
+        raise errors.ConfigError(
+            f"batch_size {config.batch_size} is not a multiple of {ways} "
+            f"(data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} x accumulate "
+            f"{config.accumulate})"
+        )
+
+
+# ============================================================ the pieces
+
+
+def as_json(config: Any) -> Any:
+    """A ConfigDict as JSON-able dicts; anything else as it is."""
+    return json.loads(config.to_json_best_effort()) if isinstance(config, ConfigDict) else config
 
 
 def needs(config: ConfigDict) -> tuple[str, ...]:
     """The frozen parts a config's stage reads: of "clip" and "t5"."""
-    return tasks.needs(config.stage, config.arch.to_dict(), plain(config.task))
+    return tasks.needs(config.stage, config.arch.to_dict(), as_json(config.task))
 
 
-def clip_part(config: ConfigDict) -> bundle.Part | None:
-    """The frozen CLIP of a prior or decoder config; parameters None for the preset's shapes.
+def frozen_part(config: ConfigDict, name: str) -> bundle.Part:
+    """The frozen part "clip" or "t5" of a config; parameters None for the preset's shapes.
 
-    None where the stage reads none, as a decoder without z_i that has a text encoder of its own.
+    T5 computes in the config's dtype, whatever it was saved with.
 
     Raises:
-      ConfigError: the path holds no CLIP; DataError: it cannot be read.
+      ConfigError: the path holds no such part, or an unknown preset; DataError: it cannot be read.
     """
-    if "clip" not in needs(config):
-        return None
-    if config.clip in ("", "random"):
-        arch = {"dtype": config.arch.dtype} | clip_model.PRESETS[config.clip_preset]
-        return bundle.Part("clip", arch, None)
-    return runs.open_part(config.clip, "clip")
-
-
-def t5_part(config: ConfigDict) -> bundle.Part | None:
-    """The frozen T5 of a decoder config that reads captions through one, likewise.
-
-    It computes in the config's dtype, whatever the part was saved with.
-    """
-    if "t5" not in needs(config):
-        return None
     own = {"dtype": config.arch.dtype}
-    if config.t5 in ("", "random"):
-        if config.t5_preset not in t5_model.PRESETS:
-            raise errors.unknown("t5_preset", config.t5_preset, t5_model.PRESETS)
-        return bundle.Part("t5", own | t5_model.PRESETS[config.t5_preset], None)
-    part = runs.open_part(config.t5, "t5")
-    return dataclasses.replace(part, arch=part.arch | own)
+    if config[name] in ("", RANDOM):
+        preset, presets = config[f"{name}_preset"], FROZEN_PRESETS[name]
+        if preset not in presets:
+            raise errors.unknown(f"{name}_preset", preset, presets)
+        return bundle.Part(name, own | presets[preset], None)
+    part = runs.open_part(config[name], name)
+    return dataclasses.replace(part, arch=part.arch | own) if name == "t5" else part
+
+
+def make_task(config: ConfigDict, parts: Mapping[str, bundle.Part]) -> tasks.Task:
+    """The task a config describes; parts: those that `needs` names."""
+    archs = {name: part.arch for name, part in parts.items()}
+    t5 = parts["t5"].extra.get("tokenizer") if "t5" in parts else None
+    return tasks.make(
+        config.stage,
+        config.arch.to_dict(),
+        as_json(config.task),
+        **archs,
+        t5_tokenizer=t5,
+        weights={n: part.params for n, part in parts.items() if part.params is not None},
+        fold=bool(config.arch.get("fold")),
+        **({"stored": True} if inputs.stores_embeddings(config) else {}),
+    )
 
 
 def init_part(config: ConfigDict) -> str:
     """The name of the part of `init_from` that a run starts from."""
     if config.init_part:
         return config.init_part
-    if config.stage != "upsampler":
-        return config.stage
-    if not runs.is_run(config.init_from):  # of a bundle's upsamplers, the one of our size
-        parts = bundle.describe(config.init_from)["parts"]
-        for name in sorted(n for n in parts if n.startswith("upsampler")):
-            if parts[name]["settings"].get("image_size") == config.task.image_size:
-                return name
-    return "upsampler_0"
+    settings, held = as_json(config.task), runs.settings_of(config.init_from)
+    return tasks.task_class(config.stage, settings).part_name(settings, held)
 
 
 def follow_init(config: ConfigDict) -> None:
@@ -92,15 +274,10 @@ def follow_init(config: ConfigDict) -> None:
             f"RUN (unclip convert makes one), or train anew with {config.preset},scratch"
         )
     arch, settings = runs.describe_part(config.init_from, init_part(config))
-    module = {
-        "clip": clip_model.CLIP,
-        "prior": prior_ar.ARPrior if settings.get("kind") == "ar" else prior.DiffusionPrior,
-        "decoder": decoder.Decoder,
-        "upsampler": upsampler.Upsampler,
-    }[config.stage]
+    network = tasks.task_class(config.stage, settings).network
     fields = {
         field.name: field.default
-        for field in dataclasses.fields(module)
+        for field in dataclasses.fields(network)
         if field.name not in ("parent", "name") and field.default is not dataclasses.MISSING
     }
     own = {n: v for n, v in config.arch.items() if n in RUNTIME_FIELDS | {"fold"}}
@@ -109,62 +286,28 @@ def follow_init(config: ConfigDict) -> None:
     kept = {n: v for n, v in settings.items() if n not in TRAINING_SETTINGS}
     with config.unlocked():
         config.arch = ConfigDict(fields)
-        config.task = ConfigDict(plain(config.task) | kept)
+        config.task = ConfigDict(as_json(config.task) | kept)
 
 
-def make_task(
-    config: ConfigDict, clip: bundle.Part | None, statistics=None, t5: bundle.Part | None = None
-) -> tasks.Task:
-    """The task a config describes.
+def changed_fields(old: Mapping, new: Mapping) -> str:
+    """The fields in which two architectures have other parameters, in words; "" for none."""
+    names = sorted((old.keys() | new.keys()) - RUNTIME_FIELDS)
+    differ = [name for name in names if old.get(name) != new.get(name)]
+    return ", ".join(f"{name} was {old.get(name)}, now {new.get(name)}" for name in differ)
 
-    Args:
-      clip: from `clip_part`; statistics: of the prior, arrays or shapes; t5: from `t5_part`.
+
+def check_workdir(config: ConfigDict, folder) -> None:
+    """Raises ConfigError where a folder holds checkpoints of another stage or architecture.
+
+    A folder where nothing was saved yet may still become another run.
     """
-    parts = {}
-    if clip is not None:
-        parts = {"clip": clip.arch, "clip_params": clip.params}
-    if t5 is not None:
-        parts |= {"t5": t5.arch, "t5_params": t5.params}
-    if config.stage == "prior":
-        parts["statistics"] = statistics
-    task = tasks.make(config.stage, config.arch.to_dict(), plain(config.task), **parts)
-    if inputs.stores_embeddings(config):
-        if config.stage == "decoder" and not (task.use_z_i and task.embedding == "image"):
-            raise errors.ConfigError("stored embeddings: this decoder is not given z_i")
-        task.stored = True
-    if clip is not None:
-        task.clip.fold = bool(config.arch.get("fold"))
-    if t5 is not None:
-        task.tokenizer = text.T5Tokenizer(t5.extra.get("tokenizer"))
-    return task
-
-
-def plain(config) -> dict:
-    """A ConfigDict as JSON-able dicts."""
-    return json.loads(config.to_json_best_effort()) if isinstance(config, ConfigDict) else config
-
-
-def model_flops(
-    config: ConfigDict, clip: bundle.Part | None, t5: bundle.Part | None = None
-) -> float | None:
-    """Floating-point operations one step needs, recomputation not counted.
-
-    Counted on the unfolded model without rematerialisation, from its lowering alone: XLA counts
-    the body of a loop once, so the folded program that runs would give too little.
-    """
-    with config.unlocked():
-        config = config.copy_and_resolve_references()
-        config.arch.fold, config.arch.remat = False, ""
-    shapes = lambda part: (
-        part and bundle.Part(part.kind, part.arch, jax.eval_shape(lambda tree: tree, part.params))
-    )
-    task = make_task(config, shapes(clip), t5=shapes(t5))
-    if config.stage == "prior":
-        task.statistics = task.shape_statistics()
-    key = jax.random.key(0)
-    loss = lambda p, f, b: task.loss(p, f, b, key, train=True)[0]
-    lowered = jax.jit(jax.grad(loss)).lower(
-        jax.eval_shape(task.init, key), task.frozen(), task.batch_spec(config.batch_size)
-    )
-    count = (lowered.cost_analysis() or {}).get("flops")
-    return count and count * (2 if config.optim.sam_rho else 1)
+    if not (runs.is_run(folder) and checkpoint.steps(folder / "checkpoints")):
+        return
+    old, new = runs.run_config(folder), as_json(config)
+    changed = changed_fields(old["arch"], new["arch"])
+    if old["stage"] != new["stage"]:
+        changed = f"stage was {old['stage']}, now {new['stage']}"
+    if changed:
+        raise errors.ConfigError(
+            f"{folder} holds a run of another model ({changed}); choose another --workdir"
+        )

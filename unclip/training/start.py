@@ -1,29 +1,28 @@
 """A run from its config to its last step: what is measured first, restored and kept."""
 
-import functools
+import dataclasses
 import json
 import pathlib
 import re
+from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from unclip import errors, files, tasks
-from unclip.cascade import runs
+from unclip import errors, files
+from unclip.cascade import bundle, runs
 from unclip.embeddings.job import Job, embed, embed_shards
 from unclip.embeddings.store import Store
-from unclip.models import t5 as t5_model
 from unclip.models.unet import fold_params, unfold_params
-from unclip.runtime import checkpoint, distributed, flops, progress, sharding
+from unclip.runtime import checkpoint, distributed, flops, sharding
 from unclip.runtime.collectives import on_host
 from unclip.runtime.writer import MetricWriter
 from unclip.training import data as inputs
-from unclip.training import plan as stage
-from unclip.training import step as step_of
 from unclip.training.evaluators import choose
 from unclip.training.loop import Loop
+from unclip.training.plan import Plan, as_json, check_workdir, init_part, make_plan
 
 
 def train(config: ConfigDict, workdir: str) -> None:
@@ -34,71 +33,20 @@ def train(config: ConfigDict, workdir: str) -> None:
     """
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
-    stage.follow_init(config)
-    mesh = sharding.make_mesh(stage.plain(config.mesh))
-    ways = mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulate
-    if config.batch_size % ways:
-        raise errors.ConfigError(
-            f"batch_size {config.batch_size} is not a multiple of {ways} "
-            f"(data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} x accumulate "
-            f"{config.accumulate})"
-        )
-    folder = pathlib.Path(workdir)
-    data, held_out = inputs.collections(config)
-    clip, t5 = stage.clip_part(config), stage.t5_part(config)
-    for part in (clip, t5):
-        if part is not None and part.params is None and config[part.kind] != "random":
-            raise errors.ConfigError(
-                f"the {config.stage} needs a trained {part.kind.upper()}: "
-                f"--config.{part.kind}=RUN or BUNDLE (or =random, for benchmarks)"
-            )
-
+    plan = make_plan(config)
+    plan.check()
+    config, folder = plan.config, pathlib.Path(workdir)
     with checkpoint.Checkpointer(
         folder / "checkpoints", save_every_steps=config.save_steps, keep=config.keep
     ) as saver:
         write_config(config, folder)
-        rules = sharding.PRESETS.get(config.sharding, config.sharding)
-        if isinstance(rules, str):
-            raise errors.unknown("sharding", rules, sharding.PRESETS)
-        put = functools.partial(place, mesh=mesh, rules=rules)
-        clip_name = ""
-        if clip is not None:
-            if clip.params is None:
-                random = tasks.ClipTask(tasks.arguments(clip.arch)).init(jax.random.key(0))
-                clip.params = jax.device_get(random)
-            clip_name = runs.tree_hash(clip.params)
-            clip.params = put(clip.params)
-        if t5 is not None:
-            if t5.params is None:
-                random = tasks.FrozenT5(t5_model.T5Encoder(**tasks.arguments(t5.arch))).init
-                t5.params = jax.device_get(jax.jit(random)(jax.random.key(0)))
-            t5.params = put(t5.params)
-        statistics = None
-        if config.stage == "prior":
-            statistics = fit_statistics(config, clip, clip_name, data, mesh, folder)
-        task = stage.make_task(config, clip, statistics and put(statistics), t5)
-        if inputs.stores_embeddings(config):
-            data, held_out = store_embeddings(config, clip, clip_name, data, held_out, mesh, folder)
+        prepared = Prepared(plan, folder)
+        task, data, held_out = prepared.task, prepared.data, prepared.held_out
         frozen = task.frozen()
         fingerprint = "streaming" if data is None else data.fingerprint
-
-        abstract_params = jax.eval_shape(task.init, jax.random.key(0))
-        tx, schedule = step_of.make_optimizer(config, abstract_params)
-        init = step_of.make_init(task, tx)
-        abstract = jax.eval_shape(init, jax.random.key(0))
-        shardings = sharding.shardings(abstract, mesh, rules)
-        position = 0
-        if saver.latest() is None:
-            start = initial_params(config, abstract_params)
-            start = start and put(start)
-            state = jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed), start)
-            del start
-        else:
-            state, position, meta = saver.restore(None, sharding.abstract(abstract, shardings))
-            logging.info("resumed %s at step %d", workdir, int(state["step"]))
-            if meta.get("data") not in (None, fingerprint):
-                logging.warning("%s goes on with other shards than it began with", workdir)
+        state, position = restored(plan, saver, workdir, fingerprint)
         first = int(state["step"])
+        log_parameters(plan)
 
         rows = {
             "process_index": distributed.process_index(),
@@ -106,74 +54,80 @@ def train(config: ConfigDict, workdir: str) -> None:
             "threads": config.input.threads,
             "workers": config.input.workers,
         }
-        transform = inputs.transform(config, task, "train")
+        transform = task.transform("train", config.input)
         batches = inputs.batches(config, data, transform, start=position, **rows)
-        evaluators = choose.make(config, task, frozen, data, held_out, mesh, rows, put)
-        step_fn = jax.jit(
-            step_of.make_step(task, tx, schedule, config),
-            out_shardings=(shardings, sharding.replicated(mesh)),
-            donate_argnums=0,
-        )
+        evaluators = choose.make(plan, task, frozen, data, held_out, rows)
         writer = MetricWriter(
             folder,
             tensorboard=config.tensorboard,
             wandb={"project": config.wandb} if config.wandb else None,
             restored_step=first,
         )
-        bar = progress.progress(config.total_steps, config.stage, initial=first)
-        with writer, batches, bar:
-            run = Loop(config, folder, saver, writer, evaluators, batches, bar, mesh)
-            run.data = fingerprint
-            if flops.chip_peak(jax.devices()[0]):  # counting traces the model: for nothing on a CPU
-                run.flops = stage.model_flops(config, clip, t5)
-            try:
-                state = run(step_fn, state, frozen, first)
-            finally:
-                run.list_bad()
+        # Without a known peak there is nothing to compare the operations with.
+        needed = plan.flops() if flops.chip_peak(jax.devices()[0]) else None
+        with writer, batches:
+            loop = Loop(
+                plan,
+                frozen,
+                folder,
+                saver,
+                writer,
+                batches,
+                evaluators,
+                fingerprint=fingerprint,
+                needed_flops=needed,
+            )
+            loop.run(plan.make_step(task), state, first)
         saver.wait()
 
 
 def write_config(config: ConfigDict, folder: pathlib.Path) -> None:
     """config.json of the run; a workdir of another stage or architecture is refused.
 
-    A folder where nothing was saved yet may still become another run.
-
     Raises:
       ConfigError: the folder holds a different model's run; DataError: it cannot be written.
     """
-    new = stage.plain(config)
-    if runs.is_run(folder) and checkpoint.steps(folder / "checkpoints"):
-        old = runs.run_config(folder)
-        changed = _changed(old["arch"], new["arch"])
-        if old["stage"] != new["stage"]:
-            changed = f"stage was {old['stage']}, now {new['stage']}"
-        if changed:
-            raise errors.ConfigError(
-                f"{folder} holds a run of another model ({changed}); choose another --workdir"
-            )
+    check_workdir(config, folder)
     if distributed.is_main():
         with files.replacing(folder / "config.json") as path:
-            path.write_text(json.dumps(new, indent=1, sort_keys=True))
+            path.write_text(json.dumps(as_json(config), indent=1, sort_keys=True))
 
 
-def _changed(old: dict, new: dict) -> str:
-    """The fields in which two architectures have other parameters, in words; "" for none."""
-    names = sorted((old.keys() | new.keys()) - stage.RUNTIME_FIELDS)
-    differ = [name for name in names if old.get(name) != new.get(name)]
-    return ", ".join(f"{name} was {old.get(name)}, now {new.get(name)}" for name in differ)
+def log_parameters(plan: Plan) -> None:
+    """Logs what is trained: parameters by branch, with their sharding, and of frozen parts."""
+    sizes: dict[str, int] = {}
+    for path, leaf in sharding.tree_paths(plan.params).items():
+        branch = "/".join([plan.config.stage, path.split("/")[0]])
+        sizes[branch] = sizes.get(branch, 0) + leaf.size
+    for name, tree in (plan.task.frozen_shapes() or {}).items():
+        sizes[f"{name} (frozen)"] = sum(leaf.size for leaf in jax.tree.leaves(tree))
+    trained = sum(leaf.size for leaf in jax.tree.leaves(plan.params))
+    width = max(map(len, sizes))
+    lines = [f"  {name:<{width}}  {count:>14,}" for name, count in sizes.items()]
+    logging.info("%s trained parameters:\n%s", f"{trained:,}", "\n".join(lines))
 
 
-def place(tree, *, mesh, rules):
-    """A host tree on the mesh, by the rules for parameters."""
-    where = sharding.shardings(tree, mesh, rules)
-    return jax.tree.map(jax.device_put, tree, where)
+def restored(
+    plan: Plan, saver: checkpoint.Checkpointer, workdir: str, fingerprint: str
+) -> tuple[dict, int]:
+    """(state on the mesh, samples seen): of the latest checkpoint, or a fresh start."""
+    if saver.latest() is None:
+        start = initial_params(plan.config, plan.params)
+        start = start and plan.put(start)
+        return plan.init(jax.random.key(plan.config.seed), start), 0
+    shapes = sharding.abstract(plan.state, plan.shardings)
+    state, position, meta = saver.restore(None, shapes)
+    logging.info("resumed %s at step %d", workdir, int(state["step"]))
+    if meta.get("data") not in (None, fingerprint):
+        logging.warning("%s resumes with other shards than it began with", workdir)
+    return state, position
 
 
 def initial_params(config: ConfigDict, abstract_params):
     """Parameters of `init_from`, checked leaf by leaf and in the model's dtypes, or None."""
     if not config.init_from:
         return None
-    part = runs.open_part(config.init_from, stage.init_part(config))
+    part = runs.open_part(config.init_from, init_part(config))
     params = part.params
     if bool(part.arch.get("fold", False)) != config.arch.fold:
         params = fold_params(params) if config.arch.fold else unfold_params(params)
@@ -184,88 +138,137 @@ def initial_params(config: ConfigDict, abstract_params):
     return jax.tree.map(lambda leaf, new: leaf.astype(new.dtype), params, abstract_params)
 
 
-def fit_statistics(config, clip, name, data, mesh, folder) -> dict[str, np.ndarray]:
-    """What the prior needs to know of z_i, measured once and kept in the workdir.
+# ============================================================ before the first step
 
-    A run that starts from another prior keeps that prior's, in whose space its parameters live.
 
-    Args:
-      name: `runs.tree_hash` of the frozen CLIP; statistics of another one are refused.
+class Prepared:
+    """A plan with what its first step needs: frozen parts on the mesh, statistics, embeddings.
+
+    Statistics and embeddings are measured once and kept in the workdir.
+
+    Attributes:
+      task: the plan's, with its weights on the mesh.
+      data, held_out: the plan's collections, with embeddings attached where the config stores them.
     """
-    path = folder / runs.STATISTICS
-    if path.exists():
-        return runs.read_statistics(path, name)
-    task = stage.make_task(config, clip)
-    statistics = runs.statistics_of(config.init_from) if config.init_from else {}
-    if statistics:
-        shapes = lambda tree: {name: tuple(leaf.shape) for name, leaf in tree.items()}
-        expected = shapes(task.shape_statistics())
-        if shapes(statistics) != expected:
+
+    def __init__(self, plan: Plan, folder: pathlib.Path):
+        self.plan, self.config, self.folder = plan, plan.config, folder
+        self.data, self.held_out = plan.data, plan.held_out
+        weights, self.clip_hash = {}, ""
+        for name, part in plan.parts.items():
+            tree = part.params
+            if tree is None:
+                init = jax.jit(plan.task.init_frozen, static_argnums=0)
+                tree = jax.device_get(init(name, jax.random.key(0)))
+            if name == "clip":
+                self.clip_hash = runs.tree_hash(tree)
+            weights[name] = plan.put(tree)
+        self.weights = weights
+        statistics = plan.task.statistics_shapes() and self.statistics()
+        if statistics:
+            weights["statistics"] = plan.put(statistics)
+        self.task = dataclasses.replace(plan.task, weights=weights)
+        if inputs.stores_embeddings(self.config):
+            self.data, self.held_out = self.with_embeddings(self.data, self.held_out)
+
+    def statistics(self) -> dict[str, np.ndarray]:
+        """What the task needs to know of z_i.
+
+        A run that starts from another one keeps that one's, in whose space its parameters live.
+
+        Raises:
+          ConfigError: statistics of another CLIP or another model, or nothing to measure them on.
+        """
+        config, path = self.config, self.folder / runs.STATISTICS
+        if path.exists():
+            return runs.read_statistics(path, self.clip_hash)
+        statistics = runs.statistics_of(config.init_from) if config.init_from else {}
+        if statistics:
+            shapes = lambda tree: {name: tuple(leaf.shape) for name, leaf in tree.items()}
+            expected = shapes(self.plan.task.statistics_shapes())
+            if shapes(statistics) != expected:
+                raise errors.ConfigError(
+                    f"init_from {config.init_from} has statistics {shapes(statistics)}, this "
+                    f"{config.stage} needs {expected}"
+                )
+        elif self.data is None:
             raise errors.ConfigError(
-                f"init_from {config.init_from} has statistics {shapes(statistics)}, this prior "
-                f"needs {expected}"
+                f"a {config.stage}'s statistics are measured on indexed shards: unclip index them, "
+                "or give --config.init_from=RUN or BUNDLE with statistics"
             )
-    elif data is None:
-        raise errors.ConfigError(
-            "a prior's statistics are measured on indexed shards: unclip index them, or give "
-            "--config.init_from=RUN or BUNDLE with statistics"
-        )
-    elif inputs.stores_embeddings(config):
-        data, _ = store_embeddings(config, clip, name, data, None, mesh, folder)
-        statistics = task.fit(data.pairs(config.statistics_examples))
-    else:
+        else:
+            statistics = self.plan.task.fit(self.pairs())
+        if distributed.is_main():
+            runs.write_statistics(path, statistics, self.clip_hash)
+        distributed.barrier("statistics", 600)
+        return statistics
+
+    def pairs(self):
+        """Batches of (z_i, z_t) [b, D] of the training samples."""
+        config, limit = self.config, self.config.statistics_examples
+        if inputs.stores_embeddings(config):
+            data, _ = self.with_embeddings(self.data, None)
+            yield from data.pairs(limit)
+            return
         stream = embed(
-            clip.arch,
-            clip.params,
-            data,
-            mesh,
+            self.clip.arch,
+            self.weights["clip"],
+            self.data,
+            self.plan.mesh,
             batch_size=config.batch_size,
             captions=config.input.captions[:1],
-            limit=config.statistics_examples,
+            limit=limit,
             threads=config.input.threads,
         )
-        statistics = task.fit((z_i[valid], z_t[valid]) for z_i, z_t, valid in stream)
-    if distributed.is_main():
-        runs.write_statistics(path, statistics, name)
-    distributed.barrier("statistics", 600)
-    return statistics
+        for z_i, z_t, valid in stream:
+            yield z_i[valid], z_t[valid]
 
+    @property
+    def clip(self) -> bundle.Part:
+        """The frozen CLIP."""
+        return self.plan.parts["clip"]
 
-def store_embeddings(config, clip, name, data, held_out, mesh, folder):
-    """The collections with z_i of every picture attached, as `unclip embed` writes them.
+    def with_embeddings(self, *collections: Any) -> list:
+        """The collections with z_i of every picture attached, as `unclip embed` writes them.
 
-    Training pictures take those of `config.embeddings` where it is given. Everything else is
-    embedded once and kept in the workdir, in a folder named by collection and CLIP.
+        Training pictures take those of `config.embeddings` where it is given. Everything else is
+        embedded once and kept in the workdir, in a folder named by collection and CLIP.
 
-    Raises:
-      ConfigError: a random crop, or embeddings of another CLIP.
-      DataError: `config.embeddings` lacks some of the training shards.
-    """
-    if config.input.crop != "center":
-        raise errors.ConfigError("stored embeddings need input.crop='center': one z_i a picture")
-    given = None
-    if config.get("embeddings"):
-        given = Store(config.embeddings)
-        given.check_clip(name)
-    out = []
-    for collection in (data, held_out):
-        if collection is None:
-            out.append(None)
-        elif given and (collection is data or not given.missing(collection)):
-            out.append(given.attach(collection))
-        else:
-            words = (collection.fingerprint[:12], name[:12], config.input.captions[0])
-            place = folder / "embeddings" / re.sub(r"[^\w-]+", "-", "-".join(words))
-            job = Job(
-                clip.arch,
-                on_host(clip.params),
-                name,
-                collection,
-                place,
-                batch_size=-(-config.batch_size // distributed.process_count()),
-                captions=config.input.captions[:1],
-                threads=config.input.threads,
-                devices=[d for d in mesh.devices.flat if d in jax.local_devices()],
+        Raises:
+          ConfigError: a random crop, or embeddings of another CLIP.
+          DataError: `config.embeddings` lacks some of the training shards.
+        """
+        config = self.config
+        if config.input.crop != "center":
+            raise errors.ConfigError(
+                "stored embeddings need input.crop='center': one z_i a picture"
             )
-            out.append(embed_shards(job).attach(collection))
-    return out
+        given = None
+        if config.get("embeddings"):
+            given = Store(config.embeddings)
+            given.check_clip(self.clip_hash)
+        out = []
+        for collection in collections:
+            if collection is None:
+                out.append(None)
+            elif given and (collection is self.plan.data or not given.missing(collection)):
+                out.append(given.attach(collection))
+            else:
+                out.append(embed_shards(self.job(collection)).attach(collection))
+        return out
+
+    def job(self, collection: Any) -> Job:
+        """Embeds a collection into the workdir."""
+        config, captions = self.config, self.config.input.captions[:1]
+        words = (collection.fingerprint[:12], self.clip_hash[:12], captions[0])
+        return Job(
+            self.clip.arch,
+            on_host(self.weights["clip"]),
+            self.clip_hash,
+            collection,
+            self.folder / "embeddings" / re.sub(r"[^\w-]+", "-", "-".join(words)),
+            batch_size=-(-config.batch_size // distributed.process_count()),
+            captions=captions,
+            threads=config.input.threads,
+            devices=[d for d in self.plan.mesh.devices.flat if d in jax.local_devices()],
+        )

@@ -16,10 +16,9 @@ from unclip.models.clip import CLIP
 from unclip.runtime import distributed, sharding
 from unclip.tasks import keys
 from unclip.tasks.clip import FrozenClip
-from unclip.training.data import collections
-from unclip.training.evaluators import choose as training
+from unclip.training.evaluators import choose
 from unclip.training.evaluators.drawn import Drawn, WithCaption
-from unclip.training.plan import make_task
+from unclip.training.plan import make_plan
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -96,7 +95,7 @@ def figures(world, noise=0.0, devices=1, clip=True, **options):
     mesh = sharding.make_mesh({"data": devices}, jax.devices()[:devices])
     judge = (Judge(), params) if clip else None
     evaluator = Drawn(Painter(), None, batches_of(rows), mesh, clip=judge, **options)
-    assert evaluator.schedule == "metric"
+    assert evaluator.interval == "metric"
     return dict(evaluator.run(state(noise), 1))
 
 
@@ -207,12 +206,17 @@ def test_a_stop_while_features_are_computed_gives_no_figures(world, monkeypatch)
 # ============================================================ in a run
 
 
-def made(config, task, frozen):
-    """The evaluators of a config on one device, without those of the loss and the grids."""
-    mesh = sharding.make_mesh({"data": 1}, jax.devices()[:1])
-    data, held_out = collections(config)
+def plan_of(config):
+    config.mesh.data = 1
+    plan = make_plan(config, devices=jax.devices()[:1])
+    plan.check()
+    return plan
+
+
+def made(plan):
+    """The evaluators of a run on one device, without those of the loss and the grids."""
     rows = {"process_index": 0, "process_count": 1, "threads": 1, "more": None}
-    return training.make(config, task, frozen, data, held_out, mesh, rows, lambda tree: tree)
+    return choose.make(plan, plan.task, plan.task.frozen(), plan.data, plan.held_out, rows)
 
 
 @pytest.mark.parametrize("judged", [True, False])
@@ -226,9 +230,9 @@ def test_an_upsampler_is_judged_by_the_clip_it_is_given(judged, run_of, tiny_con
             "input.held_out": (shards["held_out"],),
         },
     )
-    task = make_task(config, None)
-    (evaluator,) = made(config, task, None)
-    state = {"ema": jax.jit(task.init)(jax.random.key(0))}
+    plan = plan_of(config)
+    (evaluator,) = made(plan)
+    state = {"ema": jax.jit(plan.task.init)(jax.random.key(0))}
     found = dict(evaluator.run(state, 1))
     if not judged:
         assert found.keys() == {"drawn/mse"}
@@ -244,7 +248,7 @@ def test_an_upsampler_is_judged_by_the_clip_it_is_given(judged, run_of, tiny_con
     # The true pictures by the same CLIP, read and embedded apart.
     part = runs.open_part(run_of("clip"), "clip")
     clip = FrozenClip(CLIP(**tasks.arguments(part.arch)))
-    collection, rng = collections(config)[1], np.random.default_rng(0)
+    collection, rng = plan.held_out, np.random.default_rng(0)
     read = transforms.ImageText(16, 16, captions=("txt",))
     samples = [read(collection.read(k), rng) for k in range(6)]
     z_i = clip.image(part.params, np.stack([s["image"] for s in samples]))
@@ -258,7 +262,7 @@ def test_no_examples_are_no_metrics(change, tiny_config, shards):
     config = tiny_config(
         "upsampler", {"eval_examples": 0, "input.held_out": (shards["held_out"],)} | change
     )
-    assert made(config, make_task(config, None), None) == []
+    assert made(plan_of(config)) == []
 
 
 def test_a_metric_clip_needs_both_towers(run_of, tiny_config, monkeypatch):
@@ -267,7 +271,7 @@ def test_a_metric_clip_needs_both_towers(run_of, tiny_config, monkeypatch):
     del part.params["text"]
     monkeypatch.setattr(runs, "open_part", lambda path, name: part)
     with pytest.raises(errors.ConfigError, match="its CLIP has no text tower") as caught:
-        training.judge(config, object(), None, lambda tree: tree)
+        choose.judge(plan_of(config), None, None)
     assert "\n" not in str(caught.value)
 
 

@@ -1,5 +1,7 @@
 """What is measured of drawn z_i: against NumPy, against chance, and with the real prior tasks."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -118,8 +120,7 @@ def prior(quick_compiles):
         ARCH,
         {"draw": {"steps": 2}},
         clip=CLIP,
-        clip_params=clip_params,
-        statistics=statistics,
+        weights={"clip": clip_params, "statistics": statistics},
     )
     return task, jax.jit(task.init)(jax.random.key(1))
 
@@ -149,7 +150,7 @@ def figures(prior, batches, devices=1, **options):
     task, params = prior
     mesh = sharding.make_mesh(MESHES[devices], jax.devices()[:devices])
     evaluator = PriorQuality(task, task.frozen(), lambda: (b for b in batches), mesh, **options)
-    assert evaluator.schedule == "metric"
+    assert evaluator.interval == "metric"
     state = {"params": jax.tree.map(lambda leaf: leaf * jnp.nan, params), "ema": params}
     return dict(evaluator.run(state, 1))
 
@@ -187,15 +188,7 @@ def test_draws_do_not_depend_on_the_batches(prior, batches, one):
 def test_stored_embeddings_are_the_pictures(prior, batches, one):
     task, params = prior
     frozen = task.frozen()
-    stored = tasks.make(
-        "prior",
-        ARCH,
-        {"draw": {"steps": 2}},
-        clip=CLIP,
-        clip_params=frozen["clip"],
-        statistics=frozen["statistics"],
-    )
-    stored.stored = True
+    stored = dataclasses.replace(task, stored=True)
     rows = [
         {name: value for name, value in batch.items() if name != "image"}
         | {"z_i": np.asarray(task.clip.image(frozen["clip"], batch["image"]))}

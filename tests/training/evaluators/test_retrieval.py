@@ -166,7 +166,7 @@ def test_every_valid_sample_counts_once_on_any_mesh(samples, devices):
     want = by_loops(z_i[valid], z_t[valid], picture[valid], tokens[valid, 1])
     assert got == pytest.approx({f"retrieval/{k}": v for k, v in want.items()})
     assert got["retrieval/pictures"] == got["retrieval/captions"] == 20
-    assert evaluator.schedule == "metric"
+    assert evaluator.interval == "metric"
 
 
 def test_a_request_to_stop_gives_no_figures(samples, monkeypatch):
@@ -250,9 +250,9 @@ class Pixels:
     def text(self, clip, tokens):
         return (tokens.astype(jnp.float32) @ clip["w"][:8], None)
 
-    def sample(self, params, frozen, tokens, mask, sample_keys):
+    def sample(self, params, frozen, conditions, sample_keys):
         noise = jax.vmap(lambda k: jax.random.normal(k, (8,)))(sample_keys)
-        return self.text(frozen["clip"], tokens)[0] / 100 + params["b"] * noise
+        return self.text(frozen["clip"], conditions["tokens"])[0] / 100 + params["b"] * noise
 
     def predict(self):
         return {

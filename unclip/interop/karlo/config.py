@@ -175,7 +175,7 @@ def prior_settings(found: Mapping[str, Any], where: str) -> dict[str, Any]:
         )
     return {
         "kind": "diffusion",
-        "noise": "cosine",
+        "noise_schedule": "cosine",
         "embedding": "whiten",
         "clamp": found["clamp"],
         "text_drop": 0.2,
@@ -237,7 +237,9 @@ def _picture_settings(arch, found, where):
             "channels; expected learned_range with 6, fixed_small_log with 3"
         )
     names = ("parametrisation", "variance")
-    return {"noise": "cosine", "vlb_weight": 1.0, "min_snr": 0.0} | {n: found[n] for n in names}
+    return {"noise_schedule": "cosine", "vlb_weight": 1.0, "min_snr": 0.0} | {
+        n: found[n] for n in names
+    }
 
 
 def image_size(config: Mapping[str, Any], where: str) -> int:
@@ -251,7 +253,7 @@ def prior_config(part: bundle.Part) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
       ConfigError: a field or setting that they do not have.
     """
-    expected = {"kind": "diffusion", "noise": "cosine", "embedding": "whiten"}
+    expected = {"kind": "diffusion", "noise_schedule": "cosine", "embedding": "whiten"}
     _check_settings(part, PRIOR.name, expected)
     module = prior_model.DiffusionPrior(**tasks.arguments(part.arch))
     translated = ("embed_dim", "context", "width", "layers", "heads", "head_dim", "norm_in")
@@ -297,7 +299,7 @@ def decoder_config(
             f"the decoder reads hidden states of {text_width} and embeddings of {embed_dim}: "
             f"{TEXT_PROJ.name} has one width for both"
         )
-    _check_settings(part, DECODER.name, {"noise": "cosine", "z_scale": 0.0})
+    _check_settings(part, DECODER.name, {"noise_schedule": "cosine", "z_scale": 0.0})
     config = DECODER.config(
         **_unet_config(module, part),
         down_block_types=_block_types(_DOWN, module.attention),
@@ -323,7 +325,7 @@ def upsampler_config(part: bundle.Part) -> tuple[dict[str, Any], dict[str, Any]]
     _check_fields(module, UPSAMPLER.name, (*_UNET_FIELDS, "norm_eps", "head_dim"))
     if any(module.attention):
         raise errors.ConfigError(f"the {part.kind} has attention; in Karlo's layout it has none")
-    _check_settings(part, UPSAMPLER.name, {"noise": "cosine"})
+    _check_settings(part, UPSAMPLER.name, {"noise_schedule": "cosine"})
     config = UPSAMPLER.config(
         **_unet_config(module, part),
         down_block_types=_block_types(_DOWN, module.attention),

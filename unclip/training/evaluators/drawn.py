@@ -40,7 +40,7 @@ class Drawn:
       seed: of the noise.
     """
 
-    schedule, prefix = "metric", "drawn"
+    interval, prefix = "metric", "drawn"
 
     def __init__(
         self,

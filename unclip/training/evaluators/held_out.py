@@ -21,7 +21,7 @@ class HeldOutLoss:
       name: prefix of the metrics.
     """
 
-    schedule = "eval"
+    interval = "eval"
 
     def __init__(
         self,

@@ -19,16 +19,16 @@ Passes = Callable[[], Iterator[dict]]  # starts one pass: this process's rows, p
 
 
 class Evaluator(Protocol):
-    """What the loop measures a state with, now and then.
+    """Measures a state at the intervals of a config.
 
     Attributes:
-      schedule: which interval of the config it follows: "eval", "sample" or "metric" for
+      interval: which of the config's intervals it follows: "eval", "sample" or "metric" for
         `eval_steps`, `sample_steps` and `metric_steps`.
       prefix: every number's name begins with it and a slash; unique in a run, since a resumed run
         knows by it what was measured already.
     """
 
-    schedule: str
+    interval: str
     prefix: str
 
     def run(self, state: dict, step: int) -> Iterator[tuple[str, float | np.ndarray]]:

@@ -27,7 +27,7 @@ class PriorQuality:
       seed: of the noise, and of which caption is the other one.
     """
 
-    schedule, prefix = "metric", "prior"
+    interval, prefix = "metric", "prior"
 
     def __init__(self, task, frozen, batches: passes.Passes, mesh: jax.sharding.Mesh, *, seed=0):
         self.frozen, self.batches, self.mesh, self.seed = frozen, batches, mesh, seed
@@ -35,11 +35,11 @@ class PriorQuality:
 
         def draw(params, frozen, batch):
             sample_keys = keys.sample_keys(jax.random.key(seed), batch["sample"])
-            tokens = batch["tokens"]
+            captions = {name: batch[name] for name in ("tokens", "text_mask")}
             return {
-                "drawn": task.sample(params, frozen, tokens, batch["text_mask"], sample_keys),
+                "drawn": task.sample(params, frozen, captions, sample_keys),
                 "z_i": task.image(frozen, batch),
-                "z_t": task.clip.text(frozen["clip"], tokens)[0],
+                "z_t": task.clip.text(frozen["clip"], batch["tokens"])[0],
             }
 
         self.draw = jax.jit(draw, out_shardings=sharding.replicated(mesh))

@@ -25,7 +25,7 @@ class Retrieval:
       batches: starts one pass over the held-out pairs.
     """
 
-    schedule, prefix = "metric", "retrieval"
+    interval, prefix = "metric", "retrieval"
 
     def __init__(self, task, frozen, batches: passes.Passes, mesh: jax.sharding.Mesh):
         self.frozen, self.batches, self.mesh = frozen, batches, mesh

@@ -21,7 +21,7 @@ class Samples:
       name: what the samples are, e.g. "train" or "held_out".
     """
 
-    schedule = "sample"
+    interval = "sample"
 
     def __init__(self, task, frozen, batch: dict, mesh: jax.sharding.Mesh, *, seed=0, name="train"):
         self.frozen, self.mesh, self.prefix = frozen, mesh, f"samples_{name}"
