@@ -76,11 +76,11 @@ def memory() -> dict[str, float]:
 def load(folder: str, lookups: int) -> None:
     """In a process of its own: opens the index, looks samples up, prints what it took."""
     start = time.perf_counter()
-    from unclip.input.shards.collection import index_shards
+    from unclip.input.shards.collection import open_shards
 
     imported, at_import = time.perf_counter() - start, memory()
     start = time.perf_counter()
-    collection = index_shards(folder)
+    collection = open_shards(folder)
     collection.key(0)
     opened, at_open = time.perf_counter() - start, memory()
     numbers = np.random.default_rng(0).integers(len(collection), size=lookups).tolist()

@@ -133,12 +133,12 @@ def ours(
 ) -> Iterator[int]:
     """Our source with random order, as a stage of the cascade trains on it."""
     from unclip.input.decode.transforms import ImageText
-    from unclip.input.shards.collection import index_shards
+    from unclip.input.shards.collection import open_shards
     from unclip.input.source import make_source
 
     transform = ImageText(size, CONTEXT, margin=margin)
     with make_source(
-        index_shards(tars), transform, batch_size=BATCH, seed=0, threads=threads, workers=workers
+        open_shards(tars), transform, batch_size=BATCH, seed=0, threads=threads, workers=workers
     ) as batches:
         for batch in batches:
             assert batch["image"].shape == (BATCH, size, size, 3)

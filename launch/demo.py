@@ -61,7 +61,7 @@ def truth(theme: str, sizes) -> tuple[list[dict], dict[str, list[dict]]]:
 
     found = []
     for pattern in (common.EMOJI_TRAIN, common.EMOJI_HELD_OUT):
-        collection = shards.index_shards([pattern])
+        collection = shards.open_shards([pattern])
         collection = collection.subset(where=common.THEMES[theme])
         rows = []
         for number in range(len(collection)):

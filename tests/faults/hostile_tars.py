@@ -235,7 +235,7 @@ def _tars(scale: float, folder: str) -> list[Row]:
                 if checked:
                     pattern = os.path.join(folder, "index-of")
                     index_folder.index_folder(path, pattern, jobs=1, force=True)
-                collection = shards.index_shards(pattern)
+                collection = shards.open_shards(pattern)
                 found = [collection.read(i) for i in range(len(collection))]
             except DataError:
                 continue
@@ -285,7 +285,7 @@ def _not_tars(scale: float, folder: str) -> list[Row]:
     for data in (gzip.compress(whole), bz2.compress(whole), lzma.compress(whole), bomb):
         with open(path, "wb") as file:
             file.write(data)
-        for read in (shards.index_shards, _indexed):
+        for read in (shards.open_shards, _indexed):
             tally["tried"] += 1
             try:
                 read(path)
@@ -316,7 +316,7 @@ def _not_tars(scale: float, folder: str) -> list[Row]:
         "data://x",
     ]
     readers = {
-        "index_shards": shards.index_shards,
+        "open_shards": shards.open_shards,
         "index_folder": lambda spec: index_folder.index_folder(spec, folder + "/out", jobs=1),
         "make_stream": lambda spec: streaming.make_stream(
             spec, lambda sample, rng: {}, batch_size=1, seed=0

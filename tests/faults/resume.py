@@ -18,7 +18,7 @@ from table import Row
 
 from unclip.errors import UnclipError
 from unclip.input.decode.transforms import ImageText
-from unclip.input.shards.collection import index_shards
+from unclip.input.shards.collection import open_shards
 from unclip.input.source import make_source
 
 BATCH, STEPS, SEED = 16, 40, 7
@@ -82,7 +82,7 @@ def collection(folder: pathlib.Path, broken=frozenset()):
         for s, (count, end) in enumerate(zip(SHARDS, ends))
     ]
     first = ",".join(path for path in paths[:3])
-    return index_shards([f"{{{first}}}", f"{{{','.join(paths[3:])}}}"])
+    return open_shards([f"{{{first}}}", f"{{{','.join(paths[3:])}}}"])
 
 
 def deliver(samples, start, steps, hosts, workers, options):

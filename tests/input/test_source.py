@@ -24,7 +24,7 @@ from unclip.input.decode.transforms import ImageText, Upsampling
 from unclip.input.filters import Filters
 from unclip.input.order import Order, generator
 from unclip.input.samples import BadSample, Sample
-from unclip.input.shards.collection import index_shards
+from unclip.input.shards.collection import open_shards
 from unclip.input.source import make_eval_source, make_source
 
 N = 13
@@ -61,7 +61,7 @@ def shard(path, samples, similarity=lambda key: 0.3):
 @pytest.fixture(scope="module")
 def collection(tmp_path_factory):
     path = tmp_path_factory.mktemp("good") / "a.tar"
-    return index_shards(shard(path, [(f"{k:02d}", png(k), b"text %d" % k) for k in range(N)]))
+    return open_shards(shard(path, [(f"{k:02d}", png(k), b"text %d" % k) for k in range(N)]))
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +70,14 @@ def partly_bad(tmp_path_factory):
     samples[3] = ("03", b"no picture", b"text 3")
     samples[7] = ("07", png(7)[:150], b"text 7")
     samples[9] = ("09", png(9), b"  \n")
-    return index_shards(shard(tmp_path_factory.mktemp("bad") / "a.tar", samples))
+    return open_shards(shard(tmp_path_factory.mktemp("bad") / "a.tar", samples))
 
 
 @pytest.fixture(scope="module")
 def several(tmp_path_factory):
     """Six shards of ten: samples with a similarity, one bad in three shards."""
     folder = tmp_path_factory.mktemp("several")
-    return index_shards(
+    return open_shards(
         [
             shard(
                 folder / f"{s}.tar",
@@ -357,7 +357,7 @@ def test_too_many_bad_samples_stop_the_run(partly_bad):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_collection_of_bad_samples_stops_at_once(tmp_path, workers):
-    bad = index_shards(shard(tmp_path / "a.tar", [(f"{k}", b"junk", b"t") for k in range(4)]))
+    bad = open_shards(shard(tmp_path / "a.tar", [(f"{k}", b"junk", b"t") for k in range(4)]))
     with (
         make_source(bad, transform(), batch_size=2, seed=0, workers=workers) as batches,
         pytest.raises(DataError, match=r"15 replacements.*format"),
@@ -367,7 +367,7 @@ def test_a_collection_of_bad_samples_stops_at_once(tmp_path, workers):
 
 def test_a_lost_shard_stops_the_run_by_name(tmp_path):
     path = shard(tmp_path / "a.tar", [(f"{k}", png(k), b"t") for k in range(4)])
-    lost = index_shards(path)
+    lost = open_shards(path)
     (tmp_path / "a.tar").unlink()
     with (
         make_source(lost, transform(), batch_size=2, seed=0) as batches,
@@ -696,7 +696,7 @@ def test_the_list_of_bad_samples_is_bounded():
 
 
 def test_bad_samples_in_a_row_stop_the_run(tmp_path):
-    run = index_shards(
+    run = open_shards(
         shard(
             tmp_path / "a.tar",
             [(f"{k:02d}", b"junk" if 10 <= k < 16 else png(k), b"t") for k in range(40)],

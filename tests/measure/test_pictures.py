@@ -10,7 +10,7 @@ from PIL import Image
 
 from unclip.errors import ConfigError, DataError
 from unclip.input.samples import BadSample
-from unclip.input.shards.collection import index_shards
+from unclip.input.shards.collection import open_shards
 from unclip.input.tfds import records
 from unclip.measure import captions, pictures
 from unclip.measure.picture_set import (
@@ -193,7 +193,7 @@ def test_wrong_sources_are_told(tmp_path, spec, error, told):
 
 def test_a_prepared_data_set(shards, tmp_path, monkeypatch):
     pytest.importorskip("tensorflow_datasets")
-    collection = index_shards(shards["held_out"])
+    collection = open_shards(shards["held_out"])
     folder = tmp_path / "shapes" / "1.0.0"
     records.write_array_record(collection, folder, name="shapes", split="val", shard_samples=3)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))

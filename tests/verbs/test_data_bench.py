@@ -12,7 +12,7 @@ from unclip.errors import ConfigError, DataError
 from unclip.input import throughput
 from unclip.input.decode.transforms import ImageText
 from unclip.input.filters import Filters
-from unclip.input.shards.collection import index_shards
+from unclip.input.shards.collection import open_shards
 from unclip.input.throughput import Throughput, kept, measure
 
 
@@ -54,7 +54,7 @@ def test_every_stage_does_its_work_once_a_sample(shards, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: clock[0])
     costs = {"read": 0.25, "decode": 0.5, "resize": 0.125, "tokenise": 1.0}
-    collection = index_shards(shards["train"])
+    collection = open_shards(shards["train"])
 
     def costly(stage, function):
         def work(*args, **options):
@@ -106,14 +106,14 @@ def test_every_stage_does_its_work_once_a_sample(shards, monkeypatch):
 def test_measures_real_work_and_counts_bad_samples(shards, tmp_path, shard_writer):
     path = pathlib.Path(shard_writer(tmp_path / "bad.tar", 24))
     path.write_bytes(path.read_bytes().replace(b"IHDR", b"XXXX", 1))  # the first picture's header
-    found = measure(index_shards(str(path)), ImageText(8, 4, tokenise), batch_size=4, seconds=0.02)
+    found = measure(open_shards(str(path)), ImageText(8, 4, tokenise), batch_size=4, seconds=0.02)
     assert set(found.seconds) == set(throughput.STAGES) and min(found.seconds.values()) > 0
     assert found.total == found.one_core > 0 and sum(found.bad.values()) > 0
     assert found.samples == 256
 
 
 def test_filters_are_counted(shards):
-    collection = index_shards(shards["train"])
+    collection = open_shards(shards["train"])
     found = kept(collection, Filters.parse("name=red|green"), count=300)
     assert found["of"] == 300 and found["rejected"] == {
         "other-name": round(300 * (1 - found["kept"]))
@@ -122,7 +122,7 @@ def test_filters_are_counted(shards):
 
 
 def test_mistakes_are_told(shards, tmp_path, shard_writer):
-    collection = index_shards(shards["train"])
+    collection = open_shards(shards["train"])
     with pytest.raises(ConfigError, match="no picture"):
         measure(collection, ImageText(None, 4, tokenise))
     with pytest.raises(ConfigError, match="above 0"):

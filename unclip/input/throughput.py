@@ -149,7 +149,7 @@ def measure(
     cache or a filled block cache gives, not a cold disk.
 
     Args:
-      collection: of `shards.index_shards`.
+      collection: of `shards.open_shards`.
       transform: what a sample becomes; its picture's size may not be None.
       batch_size: samples a batch, of this host.
       threads, workers: of the source, as in training.

@@ -20,7 +20,7 @@ import numpy as np
 
 from unclip.errors import ConfigError, DataError
 from unclip.input.samples import BadSample
-from unclip.input.shards.collection import index_shards
+from unclip.input.shards.collection import open_shards
 from unclip.input.shards.folder import is_index
 from unclip.input.tfds import records
 from unclip.measure.picture_set import (
@@ -157,7 +157,7 @@ class ShardPictures(PictureSet):
     """The pictures of webdataset shards, by their keys; captions are KEY.txt or KEY.json's."""
 
     def __init__(self, patterns: str | Sequence[str]):
-        self.collection = index_shards(patterns, text=False)
+        self.collection = open_shards(patterns, text=False)
         collection = self.collection
         source = patterns if isinstance(patterns, str) else ",".join(patterns)
         super().__init__(source, len(collection))

@@ -5,7 +5,7 @@ from ml_collections import ConfigDict
 from unclip import errors, tasks
 from unclip.input import filters, order, source
 from unclip.input.decode import transforms
-from unclip.input.shards.collection import index_shards
+from unclip.input.shards.collection import open_shards
 from unclip.input.storage.storage import Storage
 from unclip.input.streaming.stream import make_stream
 
@@ -77,7 +77,7 @@ def collections(config: ConfigDict):
         (() if given.streaming else given.shards, given.where),
         (given.held_out, given.held_out_where),
     ):
-        collection = index_shards(patterns, storage=storage(config)) if patterns else None
+        collection = open_shards(patterns, storage=storage(config)) if patterns else None
         narrowed = collection is not None and where
         found.append(collection.subset(where=where.to_dict()) if narrowed else collection)
     if found[0] is not None:

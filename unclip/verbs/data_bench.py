@@ -17,7 +17,7 @@ from unclip import errors, files
 from unclip.input.decode.text import CONTEXT_LENGTH
 from unclip.input.decode.transforms import ImageText
 from unclip.input.filters import Filters
-from unclip.input.shards.collection import index_shards
+from unclip.input.shards.collection import open_shards
 from unclip.input.throughput import STAGES, kept, measure
 from unclip.runtime import progress
 
@@ -62,7 +62,7 @@ def main(argv):
         captions=_CAPTIONS.value,
         margin=_MARGIN.value,
     )
-    collection = index_shards(argv[1:])
+    collection = open_shards(argv[1:])
     threads = _THREADS.value or len(os.sched_getaffinity(0))
     with progress.progress(len(STAGES) + 3, "data-bench", "measurement") as bar:
         found = measure(

@@ -19,7 +19,7 @@ from unclip.cascade import runs
 from unclip.embeddings.job import Job, embed_shards
 from unclip.embeddings.store import DTYPES, FILE
 from unclip.files.lock import DirectoryLock
-from unclip.input.shards.collection import index_shards
+from unclip.input.shards.collection import open_shards
 from unclip.input.storage.storage import Storage
 from unclip.runtime import distributed
 
@@ -64,9 +64,7 @@ def main(argv):
             f"{_MODEL.value}: its CLIP has no {min(missing)} tower; both are needed"
         )
     # A shard is read from one end to the other: of a remote one, in whole blocks.
-    collection = index_shards(
-        patterns, text=False, storage=Storage(_CACHE.value, whole_blocks=True)
-    )
+    collection = open_shards(patterns, text=False, storage=Storage(_CACHE.value, whole_blocks=True))
     job = Job(
         clip.arch,
         clip.params,

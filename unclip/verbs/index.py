@@ -17,7 +17,7 @@ from absl import flags
 
 from unclip import errors
 from unclip.input.shards import folder as index_folder
-from unclip.input.shards.collection import index_shards
+from unclip.input.shards.collection import open_shards
 from unclip.input.storage.storage import Storage
 from unclip.input.tfds.writer import write_array_record
 from unclip.runtime.progress import progress
@@ -147,7 +147,7 @@ def _write_records(folder):
     versioned = re.fullmatch(r"\d+\.\d+\.\d+", last)
     name = _NAME.value or (os.path.basename(above) if versioned else last)
     caption, _ = index_folder.read_index(folder)
-    collection = index_shards(folder, caption=caption)
+    collection = open_shards(folder, caption=caption)
     with progress(len(collection), "write", "sample") as bar:
         info = write_array_record(
             collection,

@@ -36,7 +36,7 @@ _MAPPED = min(max(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4, 64), 16_38
 _EXAMPLES = 5
 
 
-def index_shards(
+def open_shards(
     patterns: str | Sequence[str],
     *,
     text: bool = True,

@@ -202,7 +202,7 @@ def make_stream(
       prefetch: batches ready ahead, per worker.
       storage: for remote shards one with a `cache` folder, where their blocks lie between the walk
         of a shard and the reading of its samples.
-      text, caption: as for `index_shards`.
+      text, caption: as for `open_shards`.
       filters: (json, chosen caption) -> "" or why the sample is passed over, not counted as bad.
       max_bad_fraction: of the samples met by this process, judged from `min_seen` on.
       max_consecutive_bad: samples of one stream in a row that may be bad; 0: 10,000.

@@ -42,7 +42,7 @@ def write_array_record(
     call: files appear whole, and the split is in dataset_info.json when all of them are there.
 
     Args:
-      collection: of samples, as `shards.index_shards` or `RecordCollection` gives it.
+      collection: of samples, as `shards.open_shards` or `RecordCollection` gives it.
       folder: the set's folder, that with dataset_info.json; TFDS_DATA_DIR/NAME/VERSION to be found
         by its name.
       name, split: Python names, e.g. "foxes" and "train".
