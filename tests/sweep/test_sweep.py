@@ -16,7 +16,7 @@ from unclip import errors, protocols
 from unclip.cascade import bundle, pipeline
 from unclip.files import images, lock
 from unclip.measure.table import Result
-from unclip.protocols.base import Protocol
+from unclip.protocols.base import EvaluationProtocol
 from unclip.runtime import distributed
 from unclip.sweep import drawing, findings, follow, plan, report, scoring, store
 
@@ -313,7 +313,7 @@ class Paint:
         return pipeline.Pictures(np.stack(images), recipes, {})
 
 
-class Judged(Protocol):
+class Judged(EvaluationProtocol):
     """Five captions; the judge looks at the first pixel."""
 
     def __init__(self, count=5):

@@ -4,7 +4,7 @@ The evaluations of arXiv 2204.06125, section 5, are numbers under a protocol: a 
 of real pictures, a size, a judge. A protocol here has an `id` that goes into the name of every
 number measured under it, so that two numbers are never compared across protocols by accident.
 
-`make("emoji-held-out", size=64)` opens one; `protocols.base.Protocol` says what it can do.
+`make("emoji-held-out", size=64)` opens one; `base.EvaluationProtocol` says what it can do.
 """
 
 import importlib
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from unclip import errors
 
 if TYPE_CHECKING:
-    from unclip.protocols.base import Protocol
+    from unclip.protocols.base import EvaluationProtocol
 
 # Name -> module and class or function that makes it; its keyword arguments are the settings.
 NAMES = {
@@ -30,7 +30,7 @@ NAMES = {
 WITH_FILE = ("geneval", "t2i-compbench")  # that want a prompt file: geneval:FILE
 
 
-def make(name: str, **settings: Any) -> "Protocol":
+def make(name: str, **settings: Any) -> "EvaluationProtocol":
     """A protocol by its name.
 
     Args:

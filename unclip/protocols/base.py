@@ -14,7 +14,7 @@ from unclip.measure.picture_set import PictureSet
 EMOJI = pathlib.Path(__file__).resolve().parents[2] / "data" / "emoji"
 
 
-class Protocol:
+class EvaluationProtocol:
     """Rows to draw, each with a caption and a key, and what the drawings are measured against.
 
     Attributes:

@@ -37,7 +37,7 @@ _SHOWN = 5
 _NUMBER = re.compile(r"(\d{1,12})(?:\.\w+)?$")
 
 
-class Coco(base.Protocol):
+class Coco(base.EvaluationProtocol):
     """A caption list and, where pictures are given, the same images as references."""
 
     def __init__(

@@ -39,7 +39,7 @@ ALL_SIZES = {*SIZES, *(f"{one}, {other}" for one in PAIR_SIZES for other in PAIR
 _COLOURS = {f"{name} on {colour}" for name, colour in WITHHELD_COLOURS}
 
 
-class Scenes(base.Protocol):
+class Scenes(base.EvaluationProtocol):
     """Scenes number 0 to count - 1 of a seed, drawn from their captions.
 
     Args:

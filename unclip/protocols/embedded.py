@@ -25,7 +25,7 @@ def embed(model: Any, pictures: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def decode(
-    protocol: base.Protocol,
+    protocol: base.EvaluationProtocol,
     model: Any,
     z_i: np.ndarray,
     rows: Sequence[int],

@@ -14,7 +14,7 @@ from unclip.protocols import base
 CAPTIONS = ("txt", "name")
 
 
-class EmojiHeldOut(base.Protocol):
+class EmojiHeldOut(base.EvaluationProtocol):
     """Every held-out emoji once.
 
     Args:

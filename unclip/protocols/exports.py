@@ -33,7 +33,7 @@ MAX_PICTURES = 1000  # a prompt
 _NO_NAME = re.compile(r"[\x00-\x1f\x7f/\\_]")
 
 
-class _Export(base.Protocol):
+class _Export(base.EvaluationProtocol):
     """A prompt file, every prompt drawn `pictures` times; the judge runs elsewhere.
 
     Subclasses place row `row` in `path(row)` below the folder that `export` writes.

@@ -31,7 +31,7 @@ FULL = 0  # in `columns`: z_i itself
 MAX_PICTURES = 10_000
 
 
-class Reconstruction(base.Protocol):
+class Reconstruction(base.EvaluationProtocol):
     """Every picture at every number of components; a row is one drawing, picture by picture.
 
     Args:

@@ -34,7 +34,7 @@ LABEL_WIDTH = 0.8  # of the label at most
 FONT_SIZES = (56, 48, 40, 34, 28, 24)  # pixels; the first that fits
 
 
-class Typographic(base.Protocol):
+class Typographic(base.EvaluationProtocol):
     """Attacked pictures, one a row; drawn are variations of them.
 
     Args:

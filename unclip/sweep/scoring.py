@@ -21,7 +21,7 @@ from unclip.files import images
 from unclip.files.moments import StatisticsFile, read_statistics, write_statistics
 from unclip.measure import pictures as picture_sets
 from unclip.measure import table as measure
-from unclip.protocols.base import Protocol
+from unclip.protocols.base import EvaluationProtocol
 from unclip.runtime import collectives, distributed
 from unclip.sweep import plan
 from unclip.sweep.weights import digest, file_hash
@@ -54,7 +54,7 @@ class Scorer:
       DataError: files that cannot be read.
     """
 
-    def __init__(self, config: Mapping, protocol: Protocol, workdir: str | os.PathLike):
+    def __init__(self, config: Mapping, protocol: EvaluationProtocol, workdir: str | os.PathLike):
         self.config, self.protocol, self.workdir = config, protocol, pathlib.Path(workdir)
         self.total = len(protocol.prompts) * config["samples"]
         if config["keep_pictures"] not in KEEP:
@@ -168,7 +168,7 @@ class Scorer:
     def _judge(self, pictures, model) -> tuple[list[dict], list[dict]]:
         """The protocol's own verdicts: (values, averaged over samples; facts of every picture)."""
         samples, rounds = self.config["samples"], []
-        if type(self.protocol).judge is Protocol.judge:  # it has none
+        if type(self.protocol).judge is EvaluationProtocol.judge:  # it has none
             return [], []
         for k in range(samples):
             drawn = [pictures.read(i) for i in range(k, self.total, samples)]
