@@ -29,7 +29,7 @@ from unclip.cascade.pipeline import UnCLIP
 from unclip.files import images, lock
 from unclip.runtime import collectives, distributed, progress, sharding
 from unclip.sweep import plan, store
-from unclip.sweep.scoring import BARRIER_S, Scorer, picture_name, say
+from unclip.sweep.scoring import BARRIER_S, Scorer, announce, picture_name
 from unclip.sweep.weights import digest, load_part
 
 SEED_STRIDE = 1 << 20  # pictures a seed of the sweep has room for
@@ -65,7 +65,7 @@ class Runner:
             )
         self.scorer = Scorer(config, self.protocol, workdir)
         self._model: tuple[Any, UnCLIP | None] = (None, None)
-        self._told: dict[str, None] = {}  # warnings of the loaded model
+        self._warnings: dict[str, None] = {}  # warnings of the loaded model
 
     def cells(self) -> list[plan.Cell]:
         """Every cell of the config, as things lie on disk now."""
@@ -100,7 +100,7 @@ class Runner:
             with self._held(cell) as mine:
                 if not mine:
                     continue
-                say(f"cell {number + 1} of {len(cells)}: {cell.id}")
+                announce(f"cell {number + 1} of {len(cells)}: {cell.id}")
                 try:
                     self._run_cell(cell)
                 except errors.Stopped as error:
@@ -118,7 +118,7 @@ class Runner:
         held = None
         status = self.status(cell) if distributed.is_main() else "finished"
         if status == "damaged":
-            say(f"{store.cell_path(self.workdir, cell.id)} is damaged: drawn again")
+            announce(f"{store.cell_path(self.workdir, cell.id)} is damaged: drawn again")
         if status != "finished":
             folder.mkdir(parents=True, exist_ok=True)
             try:
@@ -126,7 +126,7 @@ class Runner:
                 # Another job may have finished it between the look and the lock.
                 mine = int(self.status(cell) != "finished")
             except errors.DataError as error:
-                say(f"left to another job: {error.message}")
+                announce(f"left to another job: {error.message}")
         try:
             yield bool(collectives.from_main(mine))
         finally:
@@ -155,7 +155,7 @@ class Runner:
         if not distributed.is_main():
             return
         record["kept"] = self.scorer.keep(record, folder)
-        record["warnings"] = [*record["warnings"], *_summary(list(self._told))]
+        record["warnings"] = [*record["warnings"], *_summary(list(self._warnings))]
         scored = time.perf_counter()
         record |= {
             "id": cell.id,
@@ -185,7 +185,10 @@ class Runner:
     def model(self, cell: plan.Cell) -> UnCLIP:
         """The cell's model, loaded once for neighbouring cells of the same weights."""
         if self._model[0] != cell.parts | {"weights": cell.settings["weights"]}:
-            self._model, self._told = (None, None), {}  # the old one goes first: two may not fit
+            self._model, self._warnings = (
+                (None, None),
+                {},
+            )  # the old one goes first: two may not fit
             parts = {
                 part: load_part(path, part, step, cell.settings["weights"])
                 for part, (path, step) in cell.parts.items()
@@ -222,7 +225,7 @@ class Runner:
                 if not rows:
                     continue
                 both = [(i, k) for i in rows for k in range(samples)]
-                with warnings.catch_warnings(record=True) as told:
+                with warnings.catch_warnings(record=True) as caught:
                     warnings.simplefilter("always")
                     made = self.protocol.draw(
                         model,
@@ -231,7 +234,7 @@ class Runner:
                         rows=[i for i, _ in both],
                     )
                 # The model tells each only once, at the first cell.
-                self._told |= dict.fromkeys(str(warning.message) for warning in told)
+                self._warnings |= dict.fromkeys(str(warning.message) for warning in caught)
                 self._recipe = made.recipes[0]
                 names = [picture_name(i * samples + k, samples) for i, k in both]
                 written = [

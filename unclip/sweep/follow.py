@@ -13,7 +13,7 @@ from unclip import errors
 from unclip.cascade import runs
 from unclip.runtime import checkpoint, collectives, distributed
 from unclip.sweep import plan
-from unclip.sweep.drawing import Runner, say
+from unclip.sweep.drawing import Runner, announce
 
 POLL_S = 5.0
 
@@ -60,7 +60,7 @@ def follow(
     """
     runner, seen, scored = None, set(), []
     if not checkpoint.steps(pathlib.Path(run) / "checkpoints"):
-        say(f"{run} has no checkpoint yet: waiting for the first, {timeout_s:g} s at most")
+        announce(f"{run} has no checkpoint yet: waiting for the first, {timeout_s:g} s at most")
     since = time.monotonic()
     while True:
         # One process looks, so that all see the same.
@@ -81,7 +81,7 @@ def follow(
                 return scored
         elif collectives.from_main(int(time.monotonic() - since > timeout_s)):
             latest = f"the latest is step {max(seen)}" if seen else "there is none yet"
-            say(f"no new checkpoint of {run} for {timeout_s:g} s ({latest}): done here")
+            announce(f"no new checkpoint of {run} for {timeout_s:g} s ({latest}): done here")
             return scored
         else:
             if distributed.should_stop():
@@ -95,6 +95,6 @@ def _scored(runner: Runner, run: str, step: int) -> bool:
     except errors.DataError as error:
         if step in checkpoint.steps(pathlib.Path(run) / "checkpoints"):
             raise
-        say(f"step {step} of {run} was deleted before it was loaded ({error.message})")
+        announce(f"step {step} of {run} was deleted before it was loaded ({error.message})")
         return False
     return True

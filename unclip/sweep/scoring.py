@@ -33,7 +33,7 @@ BARRIER_S = 24 * 3600.0  # others wait while one process scores; that may take h
 DECISIVE = ("samples", "stages", "measure_seed", "candidates", "bootstrap")
 
 
-def say(message: str) -> None:
+def announce(message: str) -> None:
     """One line for the user, from process 0."""
     if distributed.is_main():
         print(f"unclip evaluate: {message}", file=sys.stderr, flush=True)
@@ -158,7 +158,7 @@ class Scorer:
         facts = {name: self.measured[name] for name in ("protocol", "metrics", "weights")}
         path = self.workdir / f"reference-{digest(facts)}.npz"
         if not collectives.from_main(int(path.exists())):
-            say(f"measuring the {len(real)} real pictures of {self.protocol.id}")
+            announce(f"measuring the {len(real)} real pictures of {self.protocol.id}")
             found = measure.measure(real, None, wanted, **self.weights, **self._options)
             if distributed.is_main():
                 write_statistics(path, found.statistics, found.features or None)
