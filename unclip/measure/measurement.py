@@ -244,8 +244,8 @@ class Measurement:
             for name, reason in (*pictures.damaged, *found.bad)
         ]
         if bad and "corrupt" not in self.settings.allow:
-            shown = ", ".join(f"{_plain(name)} ({reason})" for name, reason in bad[:_LISTED])
-            table = "\n".join(f"  {_plain(name)}  {reason}" for name, reason in bad)
+            shown = ", ".join(f"{_printable(name)} ({reason})" for name, reason in bad[:_LISTED])
+            table = "\n".join(f"  {_printable(name)}  {reason}" for name, reason in bad)
             raise errors.DataError(
                 f"{len(bad)} of {len(pictures) + len(pictures.damaged)} {which} pictures in "
                 f"{pictures.source} cannot be read: {shown}{', …' if len(bad) > _LISTED else ''}; "
@@ -280,7 +280,7 @@ class Measurement:
             "listing_sha256": listing_hash(pictures),
             "sizes": Counter({_size(size): n for size, n in found.sizes.items()}),
             "notes": notes,
-            "unreadable": [[_plain(name), reason] for name, reason in bad],
+            "unreadable": [[_printable(name), reason] for name, reason in bad],
         }
 
     def _refuse_sizes(self, sizes: Mapping[str, Counter]) -> None:
@@ -411,5 +411,5 @@ def _size(shape) -> str:
     return shape if isinstance(shape, str) else f"{shape[1]}x{shape[0]}"
 
 
-def _plain(name: str) -> str:
+def _printable(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
