@@ -33,7 +33,7 @@ _NEAR_FILTERED = 64  # of them, taken from where the host reads anyway
 Transform = Callable[[Sample, np.random.Generator], dict[str, np.ndarray]]
 
 
-class _Late:
+class _LazyGenerator:
     """`order.generator(*words)`, made when it is first used: many transforms never do."""
 
     __slots__ = ("_made", "_words")
@@ -126,7 +126,7 @@ class _Rows:
                 words = self.seed, g, orders.TRANSFORM + (filtered << 8)
                 sample, reason = self._read(i, words)
                 if not reason:
-                    return self.transform(sample, _Late(*words))
+                    return self.transform(sample, _LazyGenerator(*words))
                 filtered += 1
                 chunk.filtered.append((row, reason))
                 last = reason
@@ -153,7 +153,7 @@ class _Rows:
         if not filters.reads_caption:
             return sample, ""
         choose = getattr(self.transform, "caption", None)
-        text = choose(sample, _Late(*words)) if choose else sample.text
+        text = choose(sample, _LazyGenerator(*words)) if choose else sample.text
         return sample, filters(sample.meta, text)
 
 

@@ -85,7 +85,7 @@ class Blocks:
             return False
 
     @contextlib.contextmanager
-    def flight(self, name: str, seconds: float) -> Iterator[None]:
+    def fetching(self, name: str, seconds: float) -> Iterator[None]:
         """Waits while another process fetches this block, `seconds` at most."""
         stripe = int(name[:8], 16) % _STRIPES
         with contextlib.ExitStack() as stack:
@@ -149,7 +149,7 @@ def _try_lock(descriptor: int) -> bool:
     return True
 
 
-class Flights:
+class SharedCalls:
     """Lets one thread do what several ask for at the same time."""
 
     def __init__(self):

@@ -21,7 +21,7 @@ from unclip.input.storage.address import COUNTERS, PROTOCOLS, shown
 
 _PAUSE_SECONDS, _LONGEST_PAUSE = 0.1, 10.0
 _CHECK_SECONDS = 60.0
-_TRY_AGAIN = {408, 425, 429}  # and all from 500 on: HTTP's words for "later"
+_RETRIED = {408, 425, 429}  # and every status from 500 on: asking again may help
 # What the drivers of fsspec call the tag of an object's version, the most exact first.
 _IDENTITY = (
     "ETag",
@@ -40,7 +40,7 @@ _IDENTITY = (
 )
 
 
-class _Later(OSError):
+class _RetryableError(OSError):
     """An answer that may be better next time; `seconds`: how long the store asks to wait."""
 
     def __init__(self, message: str, seconds: float = 0.0):
@@ -64,7 +64,7 @@ class Objects:
         self._attempts, self._seconds = attempts, timeout_seconds
         self._cache = blocks.Blocks(cache, cache_bytes) if cache else None
         self._block_bytes, self._whole_blocks = block_bytes, whole_blocks and bool(cache)
-        self._flights = blocks.Flights()
+        self._shared_calls = blocks.SharedCalls()
         self._lock, self._counts = threading.Lock(), Counter()
         self._drivers: dict[str, tuple[Any, str]] = {}
         self._versions: dict[str, tuple[int, str]] = {}
@@ -123,7 +123,7 @@ class Objects:
             if expected is not None and _is_http(self._driver(address)[0]):
                 known = expected
             else:
-                known = self._flights.once(f"stat {address}", lambda: self.stat(address))
+                known = self._shared_calls.once(f"stat {address}", lambda: self.stat(address))
             self._versions[address] = known
         if expected is not None:
             _same(address, expected, known)
@@ -153,7 +153,7 @@ class Objects:
             return data
 
         def load() -> bytes:
-            with self._cache.flight(name, self._attempts * self._seconds):
+            with self._cache.fetching(name, self._attempts * self._seconds):
                 block = self._cache.get(name, 0, length, length)  # another process was faster
                 if block is not None:
                     self._count(cache_hits=1)
@@ -163,7 +163,7 @@ class Objects:
                 self._count(cache_misses=1, cache_errors=not kept)
                 return block
 
-        return self._flights.once(name, load)[start:stop]
+        return self._shared_calls.once(name, load)[start:stop]
 
     def _place(self, address: str, version: tuple[int, str], number: int) -> tuple[str, int, int]:
         """(name, offset, bytes) of a block."""
@@ -182,7 +182,7 @@ class Objects:
                 data = bytes(_call(driver, "cat_file", seconds, inner, start=start, end=stop))
             self._count(bytes=len(data))
             if len(data) != stop - start:
-                raise _Later(f"{len(data)} of {stop - start} bytes came")
+                raise _RetryableError(f"{len(data)} of {stop - start} bytes came")
             return data
 
         data = self._retried(f"shard {shown(address)!r}, bytes {start} to {stop - 1}", once)
@@ -316,34 +316,36 @@ async def _http_range(driver: Any, address: str, start: int, stop: int) -> tuple
         if reply.status == 416:
             size = re.fullmatch(r"bytes \*/(\d{1,18})", given)
             if size is None or int(size[1]) > start:
-                raise _Later(f"answered 416 {given!r} to bytes {start}-{stop - 1}")
+                raise _RetryableError(f"answered 416 {given!r} to bytes {start}-{stop - 1}")
             return b"", int(size[1]), identity
         if reply.status in (404, 410):
             raise FileNotFoundError(f"answered {reply.status}")
-        if reply.status in _TRY_AGAIN or reply.status >= 500:
+        if reply.status in _RETRIED or reply.status >= 500:
             wait = reply.headers.get("Retry-After", "")
             seconds = min(int(wait), 60) if re.fullmatch(r"\d{1,6}", wait) else 0.0
-            raise _Later(f"answered {reply.status}", seconds)
+            raise _RetryableError(f"answered {reply.status}", seconds)
         if reply.status >= 400:
             raise PermissionError(f"answered {reply.status}")
         if reply.status != 206:
-            raise _Later(f"answered {reply.status} to a request for a range: it ignores ranges")
+            raise _RetryableError(
+                f"answered {reply.status} to a request for a range: it ignores ranges"
+            )
         if reply.headers.get("Content-Encoding", "identity") != "identity":
-            raise _Later("answered with compressed bytes")
+            raise _RetryableError("answered with compressed bytes")
         match = re.fullmatch(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})", given)
         if match is None:
-            raise _Later(f"answered with the range {given!r}")
+            raise _RetryableError(f"answered with the range {given!r}")
         first, last, size = map(int, match.groups())
         if first != start or last != min(stop, size) - 1:
-            raise _Later(f"answered with {given!r} to bytes {start}-{stop - 1}")
+            raise _RetryableError(f"answered with {given!r} to bytes {start}-{stop - 1}")
         chunks, came, wanted = [], 0, last + 1 - first
         async for chunk in reply.content.iter_any():
             chunks.append(chunk)
             came += len(chunk)
             if came > wanted:
-                raise _Later("sent more bytes than it announced")
+                raise _RetryableError("sent more bytes than it announced")
         if came != wanted:
-            raise _Later(f"sent {came} of {wanted} bytes")
+            raise _RetryableError(f"sent {came} of {wanted} bytes")
         return b"".join(chunks), size, identity
 
 
@@ -368,6 +370,6 @@ def _parts(offset: int, size: int, block_bytes: int) -> list[tuple[int, int, int
 
 def _words(error: BaseException | None) -> str:
     text = str(error).splitlines()[0][:300] if str(error) else ""
-    if isinstance(error, _Later):
+    if isinstance(error, _RetryableError):
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
