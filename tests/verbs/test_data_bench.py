@@ -49,16 +49,16 @@ def test_what_follows_from_the_rates():
     assert json.loads(json.dumps(FOUND.to_json()))["cores_for_a_step_a_second"]["clip"] == 66
 
 
-def test_every_stage_does_its_work_once_a_sample(shards, monkeypatch):
+def test_every_phase_does_its_work_once_a_sample(shards, monkeypatch):
     """Stages are slowed down by a known time; what is measured must show it, in its own row."""
     clock = [0.0]
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: clock[0])
     costs = {"read": 0.25, "decode": 0.5, "resize": 0.125, "tokenise": 1.0}
     collection = open_shards(shards["train"])
 
-    def costly(stage, function):
+    def costly(phase, function):
         def work(*args, **options):
-            clock[0] += costs[stage]
+            clock[0] += costs[phase]
             return function(*args, **options)
 
         return work
@@ -107,7 +107,7 @@ def test_measures_real_work_and_counts_bad_samples(shards, tmp_path, shard_write
     path = pathlib.Path(shard_writer(tmp_path / "bad.tar", 24))
     path.write_bytes(path.read_bytes().replace(b"IHDR", b"XXXX", 1))  # the first picture's header
     found = measure(open_shards(str(path)), ImageText(8, 4, tokenise), batch_size=4, seconds=0.02)
-    assert set(found.seconds) == set(throughput.STAGES) and min(found.seconds.values()) > 0
+    assert set(found.seconds) == set(throughput.PHASES) and min(found.seconds.values()) > 0
     assert found.total == found.one_core > 0 and sum(found.bad.values()) > 0
     assert found.samples == 256
 

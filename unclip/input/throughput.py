@@ -24,7 +24,7 @@ from unclip.input.filters import Filters
 from unclip.input.samples import BadSample, Sample
 from unclip.input.source import make_source
 
-STAGES = ("read", "decode", "resize", "tokenise", "batch")
+PHASES = ("read", "decode", "resize", "tokenise", "batch")
 PAPER = {
     "clip": 32_768,
     "prior": 4096,
@@ -33,7 +33,7 @@ PAPER = {
     "upsampler 256→1024": 512,
 }
 _SAMPLES = 256
-_HELD_BYTES = 256 << 20  # of pictures kept in memory to time one stage alone
+_HELD_BYTES = 256 << 20  # of pictures kept in memory to time one phase alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Throughput:
     Attributes:
       samples: of the collection, looked at; bad: of them, by reason.
       encoded: mean bytes of a picture file; pixels: its mean width x height.
-      seconds: of one sample by stage (`STAGES`), one thread.
+      seconds: of one sample by phase (`PHASES`), one thread.
       one_core: samples a second of the source with one thread; total: with `threads` and `workers`.
       cores: this process may use.
     """
@@ -143,7 +143,7 @@ def measure(
     seed: int = 0,
     tell: Callable[[str], Any] = lambda what: None,
 ) -> Throughput:
-    """Times the stages one by one on this thread, then the source with 1 and with all threads.
+    """Times the phases one by one on this thread, then the source with 1 and with all threads.
 
     What is read a second time comes from the operating system's memory, so "read" is what a page
     cache or a filled block cache gives, not a cold disk.
@@ -153,7 +153,7 @@ def measure(
       transform: what a sample becomes; its picture's size may not be None.
       batch_size: samples a batch, of this host.
       threads, workers: of the source, as in training.
-      seconds: for each of the 7 measurements, the 5 stages and the source twice.
+      seconds: for each of the 7 measurements, the 5 phases and the source twice.
       seed: which samples.
       tell: is given a word on what is measured next.
 
@@ -190,11 +190,11 @@ def measure(
         "tokenise": lambda k: transform.tokenise([texts[k]], transform.context_length),
         "batch": lambda k: {name: np.stack([row[name]] * batch_size) for name in row},
     }
-    stages = {}
-    for stage in STAGES:
-        tell(stage)
-        taken = _each(work[stage], len(usable), seconds)
-        stages[stage] = taken / batch_size if stage == "batch" else taken
+    phases = {}
+    for phase in PHASES:
+        tell(phase)
+        taken = _each(work[phase], len(usable), seconds)
+        phases[phase] = taken / batch_size if phase == "batch" else taken
 
     def through_source(threads: int, workers: int) -> float:
         with make_source(
@@ -218,7 +218,7 @@ def measure(
         bad=dict(bad),
         encoded=statistics.fmean(len(one.sample.image) for one in usable),
         pixels=statistics.fmean(one.pixels for one in usable),
-        seconds=stages,
+        seconds=phases,
         one_core=one_core,
         total=one_core if (threads, workers) == (1, 0) else through_source(threads, workers),
         threads=threads,

@@ -1,4 +1,4 @@
-"""`unclip data-bench`: samples a second of your shards on this machine, by stage and in total.
+"""`unclip data-bench`: samples a second of your shards on this machine, by phase and in total.
 
     unclip data-bench shards/*.tar --size 256
     unclip data-bench 's3://bucket/{0000..0099}.tar' --size 64 --threads 16 --seconds 10
@@ -18,7 +18,7 @@ from unclip.input.decode.text import CONTEXT_LENGTH
 from unclip.input.decode.transforms import ImageText
 from unclip.input.filters import Filters
 from unclip.input.shards.collection import open_shards
-from unclip.input.throughput import STAGES, kept, measure
+from unclip.input.throughput import PHASES, kept, measure
 from unclip.runtime import progress
 
 _SIZE = flags.DEFINE_integer("size", 64, "pixels a side of the training pictures", lower_bound=1)
@@ -64,7 +64,7 @@ def main(argv):
     )
     collection = open_shards(argv[1:])
     threads = _THREADS.value or len(os.sched_getaffinity(0))
-    with progress.progress(len(STAGES) + 3, "data-bench", "measurement") as bar:
+    with progress.progress(len(PHASES) + 3, "data-bench", "measurement") as bar:
         found = measure(
             collection,
             transform,

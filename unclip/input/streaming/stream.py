@@ -2,7 +2,7 @@
 
 For collections of the paper's size (arXiv 2204.06125, section 2: 650 million pairs) that are read
 once or in part, where a walk of all shards beforehand does not pay. Shards are drawn, opened,
-shuffled and batched by webdataset's stages; the samples within a shard are ours (`walk_shard`): its
+shuffled and batched by webdataset's steps; the samples within a shard are ours (`walk_shard`): its
 keys are closed at its end, so no picture meets the caption of another shard.
 
 What streaming cannot promise, and an indexed collection (`make_source`) does:

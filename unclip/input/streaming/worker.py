@@ -1,6 +1,6 @@
 """One decoding process's part of a stream: shards drawn, walked, shuffled, read and batched.
 
-The stages are webdataset's (`DataPipeline`, its shard lists and its shuffle buffer), the samples of
+The steps are webdataset's (`DataPipeline`, its shard lists and its shuffle buffer), the samples of
 a shard are ours (`walk_shard`), so that a pair (x, y) of the paper (arXiv 2204.06125) is always of
 one key of one shard. What goes through the shuffle buffer are rows of an index and not samples: ten
 thousand of them are a few megabytes, and a shard's own rows are fully shuffled before.
@@ -163,7 +163,7 @@ class _Stream(grain.DatasetIterator):
         word = int(np.random.default_rng(self._seed).integers(1 << 31))
         if plan.passes is None:
             # Every stream draws from all shards: nothing to split, and none is left without any.
-            stages = [
+            steps = [
                 webdataset.ResampledShards(
                     plan.paths, seed=word, worker_seed=lambda: 0, deterministic=True
                 )
@@ -177,20 +177,20 @@ class _Stream(grain.DatasetIterator):
                 for n in range(plan.passes)
             ]
             passes = [webdataset.SimpleShardList(plan.paths, seed=seed) for seed in seeds]
-            stages = [
+            steps = [
                 lambda: itertools.chain.from_iterable(passes),
                 lambda shards: itertools.islice(shards, plan.worker, None, plan.workers),
             ]
-        stages.append(self._rows)
+        steps.append(self._rows)
         if plan.shuffle_samples:
-            stages.append(
+            steps.append(
                 webdataset.shuffle(
                     plan.shuffle_samples,
                     initial=min(1000, plan.shuffle_samples),
                     rng=random.Random(word),
                 )
             )
-        return webdataset.DataPipeline(*stages)
+        return webdataset.DataPipeline(*steps)
 
     def _rows(self, shards: Iterable[dict[str, str]]) -> Iterator[_Row]:
         """The rows of one shard after the other, each shard's in an order of its own."""
