@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 
-from lanes import ROOT, Lanes, Stage, train_stages
+from lanes import ROOT, Job, Lanes, training_jobs
 
 SCENES = 20_000  # of which a fifth are of one object, large or huge
 SIZE = 16
@@ -66,18 +66,18 @@ def scenes(out: pathlib.Path, count: int) -> dict[str, str]:
     return found
 
 
-def stages(out: pathlib.Path, shards: dict[str, str], scale: float) -> list[list[Stage]]:
+def trainings(out: pathlib.Path, shards: dict[str, str], scale: float) -> list[list[Job]]:
     """The lanes of `LANES` as commands."""
     lanes = [[(name, f"{c},theme=scenes", *rest) for name, c, *rest in lane] for lane in LANES]
     options = [f"--config.input.{name}=('{glob}',)" for name, glob in shards.items()]
     options += ["--config.input.captions=('txt',)", "--config.metric_examples=64"]
     options.append(f"--config.compilation_cache={out / 'compiled'}")
-    return train_stages(out, lanes, scale, warmup=100, options=options)
+    return training_jobs(out, lanes, scale, warmup=100, options=options)
 
 
 def evaluations(
     out: pathlib.Path, count: int, jobs: int, guidance: list[float] | None = None
-) -> list[list[Stage]]:
+) -> list[list[Job]]:
     """The sweep as the jobs of an array, one a lane."""
     command = ["evaluate", "--config=configs/evaluate.py:ablation"]
     command += [f"--workdir={out / 'evaluation'}", f"--config.protocol.count={count}"]
@@ -90,7 +90,7 @@ def evaluations(
     for model, parts in MODELS.items():
         command += [f"--config.models.{model}.{p}={out / run}" for p, run in parts.items()]
     job = lambda i: [*command, f"--array_index={i}", f"--array_count={jobs}"]
-    return [[Stage(f"evaluate_{i}", job(i))] for i in range(jobs)]
+    return [[Job(f"evaluate_{i}", job(i))] for i in range(jobs)]
 
 
 def main() -> None:
@@ -105,7 +105,7 @@ def main() -> None:
     shards = scenes(out, max(400, round(SCENES * arguments.scale)))
     lanes = Lanes(out)
     print(f"training in {out}; logs in {out / 'logs'}", file=sys.stderr)
-    lanes.run(stages(out, shards, arguments.scale))
+    lanes.run(trainings(out, shards, arguments.scale))
     pictures = max(8, round(400 * arguments.scale))
     lanes.run(evaluations(out, pictures, 2, arguments.guidance))
     minutes = (time.monotonic() - lanes.started) / 60

@@ -13,10 +13,10 @@ import sys
 import time
 
 import numpy as np
-from lanes import ROOT, Lanes, Stage, train_stages
+from lanes import ROOT, Job, Lanes, training_jobs
 
 PROMPTS = 32
-# (stage folder, config, steps, flags). A lane's stages run one after another.
+# (run's folder, config, steps, flags). A lane's trainings run one after another.
 LANES = (
     (
         ("clip", "clip.py:emoji,theme={theme}", 100, ("--config.batch_size=82",)),
@@ -35,11 +35,11 @@ LANES = (
 )
 
 
-def stages(out: pathlib.Path, theme: str, scale: float) -> list[list[Stage]]:
+def trainings(out: pathlib.Path, theme: str, scale: float) -> list[list[Job]]:
     """The lanes of `LANES` as commands."""
     lanes = [[(name, c.format(theme=theme), *rest) for name, c, *rest in lane] for lane in LANES]
     # The report measures the cascade itself.
-    return train_stages(out, lanes, scale, warmup=30, options=("--config.metric_examples=0",))
+    return training_jobs(out, lanes, scale, warmup=30, options=("--config.metric_examples=0",))
 
 
 def export(demo: Lanes) -> pathlib.Path:
@@ -48,7 +48,7 @@ def export(demo: Lanes) -> pathlib.Path:
     command = ["export", f"--out={bundle}"]
     for name in ("clip", "prior", "decoder", "upsampler_0", "upsampler_1"):
         command.append(f"--{name.partition('_')[0]}={demo.out / name}")
-    demo.run([[Stage("export", command)]])
+    demo.run([[Job("export", command)]])
     return bundle
 
 
@@ -245,7 +245,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     demo = Lanes(out, split=arguments.threads == "split")
     print(f"training in {out}; logs in {out / 'logs'}", file=sys.stderr)
-    demo.run(stages(out, arguments.theme, arguments.scale))
+    demo.run(trainings(out, arguments.theme, arguments.scale))
     bundle = export(demo)
     print("drawing", file=sys.stderr)
     found = draw(demo, bundle, arguments.theme)

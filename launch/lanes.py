@@ -1,4 +1,4 @@
-"""Stages that train side by side as children, each lane on its share of the processors.
+"""Jobs that run side by side as children, each lane on its share of the processors.
 
 A small network uses one core better than two, so the cascade of the paper (arXiv 2204.06125), whose
 stages hardly depend on one another, trains in lanes. Used by the demo and the ablation.
@@ -19,13 +19,13 @@ import psutil
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-class Stage(NamedTuple):
+class Job(NamedTuple):
     """A child of a lane: `unclip` with these arguments.
 
     Attributes:
       name: of its log and, for others, of what they wait for.
       command: arguments of `unclip`.
-      after: stages that must have ended first, also those of other lanes.
+      after: jobs that must have ended first, also those of other lanes.
     """
 
     name: str
@@ -33,21 +33,21 @@ class Stage(NamedTuple):
     after: tuple[str, ...] = ()
 
 
-def train_stages(
+def training_jobs(
     out: pathlib.Path,
     lanes: Sequence[Sequence[tuple[str, str, int, Sequence[str]]]],
     scale: float,
     *,
     warmup: int,
     options: Sequence[str] = (),
-) -> list[list[Stage]]:
+) -> list[list[Job]]:
     """`unclip train` of every (folder, config, steps, flags) of some lanes.
 
     Priors and decoders read the run in the folder "clip", and wait for it.
 
     Args:
       out: holds the folders; scale: multiplies steps, of which two stay at least.
-      warmup: steps of warm-up, at most a quarter of all; options: flags of every stage.
+      warmup: steps of warm-up, at most a quarter of all; options: flags of every job.
     """
     found = []
     for lane in lanes:
@@ -59,12 +59,12 @@ def train_stages(
             command += [f"--config.optim.warmup_steps={min(warmup, steps // 4)}"]
             after = ("clip",) if config.startswith(("prior", "decoder")) else ()
             command += [f"--config.clip={out / 'clip'}" for _ in after]
-            found[-1].append(Stage(name, [*command, *options, *flags], after))
+            found[-1].append(Job(name, [*command, *options, *flags], after))
     return found
 
 
 class Lanes:
-    """Runs stages and notes what they used.
+    """Runs jobs and notes what they used.
 
     Args:
       out: folder; logs go to its `logs`.
@@ -84,9 +84,9 @@ class Lanes:
         self._failed = threading.Event()
         self._code = 0
 
-    def run(self, lanes: Sequence[Collection[Stage]]) -> None:
-        """Every lane's stages one after another; SystemExit with the first failing stage's code."""
-        names = [stage.name for lane in lanes for stage in lane]
+    def run(self, lanes: Sequence[Collection[Job]]) -> None:
+        """Every lane's jobs one after another; SystemExit with the first failing job's code."""
+        names = [job.name for lane in lanes for job in lane]
         self._ended = {name: threading.Event() for name in names}
         cores = sorted(os.sched_getaffinity(0))
         share = max(1, len(cores) // len(lanes))
@@ -114,27 +114,27 @@ class Lanes:
         end = "\r" if sys.stderr.isatty() else "\n"
         print(line[: shutil.get_terminal_size((160, 24)).columns - 1], end=end, file=sys.stderr)
 
-    def _lane(self, stages: Collection[Stage], cores: list[int]) -> None:
-        for stage in stages:
-            for name in stage.after:
+    def _lane(self, jobs: Collection[Job], cores: list[int]) -> None:
+        for job in jobs:
+            for name in job.after:
                 self._ended[name].wait()
             if not self._failed.is_set():
-                code = self._child(stage, cores)
+                code = self._child(job, cores)
                 if code and not self._failed.is_set():
                     self._code = code
                     self._failed.set()
-                    log = (self.out / "logs" / f"{stage.name}.log").read_text().splitlines()
-                    said = f"\n{stage.name} failed with exit code {code}:"
+                    log = (self.out / "logs" / f"{job.name}.log").read_text().splitlines()
+                    said = f"\n{job.name} failed with exit code {code}:"
                     print(said, *log[-5:], sep="\n", file=sys.stderr)
-            self._ended[stage.name].set()
+            self._ended[job.name].set()
 
-    def _child(self, stage: Stage, cores: list[int]) -> int:
-        self.commands.append(["unclip", *stage.command])
-        log = self.out / "logs" / f"{stage.name}.log"
+    def _child(self, job: Job, cores: list[int]) -> int:
+        self.commands.append(["unclip", *job.command])
+        log = self.out / "logs" / f"{job.name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "w") as file:
             child = subprocess.Popen(
-                [sys.executable, "-m", "unclip", *stage.command],
+                [sys.executable, "-m", "unclip", *job.command],
                 cwd=ROOT,
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -143,9 +143,9 @@ class Lanes:
             os.sched_setaffinity(child.pid, cores)
             while child.poll() is None:
                 lines = log.read_text(errors="replace").splitlines()
-                self._status[stage.name] = lines[-1] if lines else f"{stage.name}: starting"
+                self._status[job.name] = lines[-1] if lines else f"{job.name}: starting"
                 time.sleep(1)
-        self._status.pop(stage.name, None)
+        self._status.pop(job.name, None)
         return child.returncode
 
     def measure(self) -> None:
