@@ -27,7 +27,7 @@ HOSTS, WORKERS = (1, 2, 4), (0, 1, 2)
 ORDERS = {
     "global": {},
     "streamed": {"order": "streamed", "streams": 4, "window": 8},
-    "weighted": {"order": "streamed", "streams": 4, "window": 8, "weights": (3, 1)},
+    "mixed": {"order": "streamed", "streams": 4, "window": 8, "proportions": (3, 1)},
 }
 
 
@@ -127,15 +127,15 @@ def complete(reference, samples, options) -> bool:
     keys = np.concatenate([b["key"] for b in reference])
     if not np.array_equal(numbers, np.arange(BATCH * STEPS)):
         return False
-    groups = samples.groups if options.get("weights") else np.array([0, len(samples)])
+    groups = samples.groups if options.get("proportions") else np.array([0, len(samples)])
     for low, end in itertools.pairwise(groups):
         own = keys[(keys >= low) & (keys < end)]
         n, seen = end - low, np.bincount(own - low, minlength=end - low)
         # A mixture's streams are not all at the same place of a part's epoch; without one they are.
-        slack = 1 if options.get("weights") or len(own) % n else 0
+        slack = 1 if options.get("proportions") or len(own) % n else 0
         if seen.max() - seen.min() > slack:
             return False
-        if not options.get("weights") and any(
+        if not options.get("proportions") and any(
             len(set(own[e : e + n].tolist())) != n for e in range(0, len(own) - n + 1, n)
         ):
             return False

@@ -434,8 +434,8 @@ def test_finite_epochs_end_and_resume(collection):
         ({"workers": -1}, "workers -1"),
         ({"num_epochs": 0}, "num_epochs 0"),
         ({"max_consecutive_bad": -1}, "consecutive_bad -1"),
-        ({"num_epochs": 1, "weights": (1,)}, "weights"),
-        ({"weights": (1, 2)}, "2 weights"),
+        ({"num_epochs": 1, "proportions": (1,)}, "proportions"),
+        ({"proportions": (1, 2)}, "2 proportions"),
         ({"order": "streamed", "streams": 2, "process_count": 4}, "2 streams for 4 processes"),
         ({"order": "streamed", "shuffle": False}, "without shuffling"),
         ({"order": "sorted"}, "unknown order"),
@@ -449,8 +449,8 @@ def test_sizes_that_do_not_fit(collection, options, message):
 KINDS = {
     "global": {},
     "streamed": {"order": "streamed", "streams": 4, "window": 4},
-    "weighted": {"weights": (2, 1, 1, 1, 1, 3)},
-    "both": {"order": "streamed", "streams": 4, "weights": (2, 1, 1, 1, 1, 3)},
+    "mixed": {"proportions": (2, 1, 1, 1, 1, 3)},
+    "both": {"order": "streamed", "streams": 4, "proportions": (2, 1, 1, 1, 1, 3)},
 }
 
 
@@ -462,7 +462,7 @@ def test_any_order_resumes_on_any_process_count(several, kind):
         rest = take(several, 8 - step, start=16 * step, process_count=process_count, **options)
         assert equal(whole[step:], rest), (step, process_count)
     assert [g for b in whole for g in numbers(b)] == list(range(128))
-    if "weights" not in options:
+    if "proportions" not in options:
         with make_source(
             several, lambda sample, rng: {"i": np.int64(sample.key)}, seed=5, **options
         ) as batches:

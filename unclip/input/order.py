@@ -6,8 +6,8 @@ has come. Nothing is stored that grows with the samples, so any process can ask 
 time: a run goes on at g on any number of hosts, workers and threads.
 
 `global` permutes all samples, for shards on fast disks. `streamed` walks V canonical streams, each
-through its own shards, so that a host reads long runs of a few shards and no others. Weights mix
-several collections in fixed proportions.
+through its own shards, so that a host reads long runs of a few shards and no others. `Mixed` draws
+from several collections in fixed proportions.
 """
 
 import math
@@ -19,7 +19,7 @@ from grain.experimental import index_shuffle
 from unclip.errors import ConfigError, unknown
 
 ORDERS = ("global", "streamed")
-_PERIOD = 1 << 16  # rows after which a mixture repeats: weights are rounded to parts of it
+_PERIOD = 1 << 16  # rows after which a mixture repeats: proportions are rounded to parts of it
 ORDER, REPLACEMENT, TRANSFORM = 0, 1, 2  # streams of randomness of one sample number
 _SHARDS, _WINDOW, _COMPONENT = 1, 2, 3  # what a word of randomness is for
 
@@ -187,7 +187,7 @@ class Mixed:
 
     Args:
       orders: one a component; first: int64 [K], where each begins in the collection.
-      weights: [K], above 0, in any unit.
+      proportions: [K], above 0, in any unit.
       streams, batch_size: of the orders; 1 stream for `global`.
     """
 
@@ -195,26 +195,26 @@ class Mixed:
         self,
         orders: Sequence[Order | Streamed],
         first: Sequence[int],
-        weights: Sequence[float],
+        proportions: Sequence[float],
         *,
         streams: int,
         batch_size: int,
     ):
         self.orders, self.first = tuple(orders), tuple(map(int, first))
         self.batch_size, self._rows = batch_size, batch_size // streams
-        self.parts = _parts(weights)
-        at = np.concatenate([(np.arange(part) + 0.5) / part for part in self.parts])
-        owner = np.repeat(np.arange(len(self.parts)), self.parts)
+        self.rows_of_period = _rows_of_period(proportions)
+        at = np.concatenate([(np.arange(n) + 0.5) / n for n in self.rows_of_period])
+        owner = np.repeat(np.arange(len(self.rows_of_period)), self.rows_of_period)
         self._pattern = owner[np.argsort(at, kind="stable")].astype(np.int16)
         self._rank = np.zeros(_PERIOD, np.int32)
-        for k, part in enumerate(self.parts):
-            self._rank[self._pattern == k] = np.arange(part)
+        for k, n in enumerate(self.rows_of_period):
+            self._rank[self._pattern == k] = np.arange(n)
         # 40503 / 65536 is nearly the golden ratio: beginnings that are never close together.
         self._begin = np.arange(streams) * 40503 % _PERIOD
         self._skip = np.stack(
             [
                 np.searchsorted(np.flatnonzero(self._pattern == k), self._begin)
-                for k in range(len(self.parts))
+                for k in range(len(self.rows_of_period))
             ],
             1,
         )
@@ -236,25 +236,27 @@ class Mixed:
         stream, within = divmod(row, self._rows)
         turn, slot = divmod(batch * self._rows + within + int(self._begin[stream]), _PERIOD)
         k = int(self._pattern[slot])
-        m = turn * self.parts[k] + int(self._rank[slot]) - int(self._skip[stream, k])
+        m = turn * self.rows_of_period[k] + int(self._rank[slot]) - int(self._skip[stream, k])
         batch, within = divmod(m, self._rows)
         return k, batch * self.batch_size + stream * self._rows + within
 
 
-def _parts(weights: Sequence[float]) -> list[int]:
-    """The rows each weight gets of a period, by largest remainder."""
-    weights = [float(weight) for weight in weights]
-    if not weights or not all(0 < weight < math.inf for weight in weights):
+def _rows_of_period(proportions: Sequence[float]) -> list[int]:
+    """How many rows of a period each component gets, by largest remainder."""
+    proportions = [float(proportion) for proportion in proportions]
+    if not proportions or not all(0 < proportion < math.inf for proportion in proportions):
         raise ConfigError(
-            f"weights {tuple(weights)}: expected a number above 0 for each pattern "
+            f"proportions {tuple(proportions)}: expected a number above 0 for each pattern "
             "of shards; leave out what has none"
         )
-    exact = np.array(weights) / sum(weights) * _PERIOD
-    parts = np.floor(exact).astype(int)
-    parts[np.argsort(parts - exact, kind="stable")[: _PERIOD - parts.sum()]] += 1
-    if parts.min() < 1:
-        raise ConfigError(f"weights {tuple(weights)}: the smallest is below 1/{_PERIOD} of all")
-    return parts.tolist()
+    exact = np.array(proportions) / sum(proportions) * _PERIOD
+    rows = np.floor(exact).astype(int)
+    rows[np.argsort(rows - exact, kind="stable")[: _PERIOD - rows.sum()]] += 1
+    if rows.min() < 1:
+        raise ConfigError(
+            f"proportions {tuple(proportions)}: the smallest is below 1/{_PERIOD} of all"
+        )
+    return rows.tolist()
 
 
 def make_order(
@@ -263,7 +265,7 @@ def make_order(
     *,
     order: str = "global",
     groups: Sequence[int] | None = None,
-    weights: Sequence[float] = (),
+    proportions: Sequence[float] = (),
     streams: int = 0,
     batch_size: int = 1,
     window: int = 8192,
@@ -274,8 +276,8 @@ def make_order(
       counts: int [S], samples of each shard.
       seed: 0 <= seed < 2**64; None keeps the collection's own order.
       order: one of `ORDERS`.
-      groups: int [K + 1], where the samples of each weighted collection begin, and their number.
-      weights: [K], the part of the rows each collection gets; () takes the samples as they are.
+      groups: int [K + 1], where the samples of each mixed collection begin, and the number of all.
+      proportions: [K], the part of the rows each collection gets; () takes the samples as they are.
       streams: V of `streamed`, a divisor of `batch_size` and a multiple of the processes; 0: the
         largest such power of two up to 64. Another V is another order, another number of hosts is
         not.
@@ -283,12 +285,12 @@ def make_order(
       window: of `streamed`, the samples shuffled among each other.
 
     Raises:
-      ConfigError: an unknown order, sizes or weights that do not fit.
+      ConfigError: an unknown order, sizes or proportions that do not fit.
     """
     if order not in ORDERS:
         raise unknown("order", order, ORDERS)
-    if seed is None and (order != "global" or len(weights)):
-        raise ConfigError("without shuffling there are no streams and no weights")
+    if seed is None and (order != "global" or len(proportions)):
+        raise ConfigError("without shuffling there are no streams and no proportions")
     counts = np.asarray(counts, np.int64)
     streams = default_streams(batch_size, streams) if order == "streamed" else 1
     if batch_size < 1 or batch_size % streams or window < 1:
@@ -302,23 +304,26 @@ def make_order(
             return Order(int(counts.sum()), seed)
         return Streamed(counts, seed, streams=streams, batch_size=batch_size, window=window)
 
-    if not len(weights):
+    if not len(proportions):
         return single(counts, seed)
     groups = np.asarray([0, counts.sum()] if groups is None else groups, np.int64)
-    if len(weights) != len(groups) - 1:
+    if len(proportions) != len(groups) - 1:
         raise ConfigError(
-            f"{len(weights)} weights for {len(groups) - 1} patterns of shards: expected one each"
+            f"{len(proportions)} proportions for {len(groups) - 1} patterns of shards: expected "
+            "one each"
         )
     if np.diff(groups).min() < 1:
         empty = int(np.diff(groups).argmin())
-        raise ConfigError(f"weights {tuple(weights)}: pattern {empty} of the shards has no sample")
+        raise ConfigError(
+            f"proportions {tuple(proportions)}: pattern {empty} of the shards has no sample"
+        )
     begin = np.cumsum(counts) - counts
-    seeds = [int(_word(seed, _COMPONENT, k)[0]) for k in range(len(weights))]
+    seeds = [int(_word(seed, _COMPONENT, k)[0]) for k in range(len(proportions))]
     orders = [
         single(counts[(begin >= low) & (begin < end)], own)
         for low, end, own in zip(groups, groups[1:], seeds)
     ]
-    return Mixed(orders, groups[:-1], weights, streams=streams, batch_size=batch_size)
+    return Mixed(orders, groups[:-1], proportions, streams=streams, batch_size=batch_size)
 
 
 def default_streams(batch_size: int, streams: int = 0) -> int:

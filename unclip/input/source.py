@@ -330,7 +330,7 @@ def make_source(
     order: str = "global",
     streams: int = 0,
     window: int = 8192,
-    weights: Sequence[float] = (),
+    proportions: Sequence[float] = (),
     filters: Filters | None = None,
     num_epochs: int | None = None,
     replace: bool = True,
@@ -357,7 +357,7 @@ def make_source(
       start: the global sample number to begin with, `Batches.position` of an earlier run.
       shuffle: permute every epoch anew; False: the collection's own order.
       order, streams, window: see `order.make_order`; `streams` a multiple of `process_count`.
-      weights: the part of the rows for each of the patterns that the collection was opened by.
+      proportions: the part of the rows for each of the patterns that the collection was opened by.
       filters: which samples to use; judged before a picture is decoded, and by the JSON alone, if
         that is enough, before it is read.
       num_epochs: None for ever; otherwise the last batch is filled up with rows of `valid` False.
@@ -391,20 +391,20 @@ def make_source(
             f"{max_attempts}, max_consecutive_bad {max_consecutive_bad}: expected "
             "none below 0 and at least one attempt"
         )
-    if num_epochs is not None and (num_epochs < 1 or len(weights)):
+    if num_epochs is not None and (num_epochs < 1 or len(proportions)):
         raise ConfigError(
-            f"num_epochs {num_epochs}, weights {tuple(weights)}: expected at least "
-            "1, or None for ever, as with weights, where each part has its epochs"
+            f"num_epochs {num_epochs}, proportions {tuple(proportions)}: expected at least "
+            "1, or None for ever, as with proportions, where each part has its epochs"
         )
     if not len(collection):
         raise DataError("the collection is empty")
-    plain = order == "global" and not len(weights)  # needs to know of no shards
+    plain = order == "global" and not len(proportions)  # needs to know of no shards
     make = orders.make_order(
         [len(collection)] if plain else collection.counts,
         seed if shuffle else None,
         order=order,
-        groups=collection.groups if len(weights) else None,
-        weights=weights,
+        groups=collection.groups if len(proportions) else None,
+        proportions=proportions,
         streams=streams,
         batch_size=batch_size,
         window=window,

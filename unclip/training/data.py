@@ -95,7 +95,7 @@ def check_order(config: ConfigDict, data) -> None:
         order=config.input.order,
         streams=config.input.streams,
         groups=data.groups if weights else None,
-        weights=weights,
+        proportions=weights,
         batch_size=config.batch_size,
         window=config.input.window_examples,
     )
@@ -134,7 +134,7 @@ def batches(config: ConfigDict, data, transform, *, start: int = 0, **rows):
         transform,
         order=given.order,
         streams=given.streams,
-        weights=given.weights,
+        proportions=given.weights,
         window=given.window_examples,
         **rows,
     )
