@@ -95,9 +95,9 @@ def read_open_clip(paths: list[pathlib.Path], options: dict) -> dict[str, bundle
     # A folder of the hub often holds the same model for transformers, under the usual names.
     named = [path / name for name in ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")]
     config = path / "open_clip_config.json"
-    told = open_clip_arch(files.read_object(config), str(config)) if config.is_file() else None
+    stated = open_clip_arch(files.read_object(config), str(config)) if config.is_file() else None
     source = _source(path, next((file for file in named if file.is_file()), path))
-    arch = told or shape_arch(source, str(path), HEAD_WIDTHS) | {"activation": "gelu"}
+    arch = stated or shape_arch(source, str(path), HEAD_WIDTHS) | {"activation": "gelu"}
     arch = _preset(arch, options.get("preset"), str(path))
     if "logit_bias" in source:
         arch["logit_bias"] = True

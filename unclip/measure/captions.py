@@ -130,14 +130,14 @@ def match(
         return [list(texts) for texts in found]
     bare = [name for name, texts in zip(names, found) if not texts]
     spare = sorted(captions.keys() - set(names) - (set(stems) - twice))
-    told = " and ".join(
+    unmatched = " and ".join(
         f"{len(some)} {kind} ({', '.join(some[:_SHOWN])}{', …' if len(some) > _SHOWN else ''})"
         for some, kind in ((bare, "pictures without caption"), (spare, "captions without picture"))
         if some
     )
     raise ConfigError(
         f"{what} and {pictures.source} do not match by name: "
-        f"{told or 'some pictures have captions by two names'}"
+        f"{unmatched or 'some pictures have captions by two names'}"
     )
 
 
@@ -150,8 +150,8 @@ def own(pictures: PictureSet) -> list[list[str]] | None:
     try:
         found = [pictures.caption(i) for i in range(len(pictures))]
     except BadSample as error:
-        told = ": ".join(str(error).splitlines())
-        raise DataError(f"{pictures.source}: a caption cannot be read: {told}") from error
+        reason = ": ".join(str(error).splitlines())
+        raise DataError(f"{pictures.source}: a caption cannot be read: {reason}") from error
     if not any(found):
         return None
     bare = [pictures.name(i) for i, text in enumerate(found) if not text]

@@ -287,7 +287,7 @@ class Measurement:
         every = sum(sizes.values(), Counter())
         if len(every) < 2:
             return
-        told = "; ".join(
+        listed = "; ".join(
             f"{which} "
             + ", ".join(f"{size} ({n})" for size, n in found.most_common(_LISTED))
             + (", …" if len(found) > _LISTED else "")
@@ -296,11 +296,11 @@ class Measurement:
         tried = "" if self._facts else f", of {every.total()} looked at first"
         if "sizes" not in self.settings.allow:
             raise errors.ConfigError(
-                f"pictures have different sizes{tried}: {told}; --crop N makes the centre squares "
-                "one size, --allow sizes measures them as they are"
+                f"pictures have different sizes{tried}: {listed}; --crop N makes the centre "
+                "squares one size, --allow sizes measures them as they are"
             )
         if self._facts:  # all were read, not only some tried
-            self.warnings.append(f"pictures have different sizes: {told}")
+            self.warnings.append(f"pictures have different sizes: {listed}")
 
     def _aligned(self, captions) -> list[list[str]]:
         """A list of texts for every fake picture; [] where nothing needs them."""

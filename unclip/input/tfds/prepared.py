@@ -158,7 +158,7 @@ def array_record() -> Any:
     return array_record_module
 
 
-def told(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """The first line of what another package says."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
@@ -274,7 +274,9 @@ def open_spec(spec: str, text: bool, caption: str) -> tuple[list[File], list[int
         ValueError,
         ImportError,
     ) as error:
-        raise DataError(f"{spec}: {folder} cannot be read by number: {told(error)}") from error
+        raise DataError(
+            f"{spec}: {folder} cannot be read by number: {first_line(error)}"
+        ) from error
     if not found:
         raise DataError(f"{spec}: no samples there")
     return found, [part.take for part in instructions]
@@ -295,7 +297,7 @@ def open_file(file: File) -> Any:
         if not reader.ok():
             reader.read([0])  # says why
     except (OSError, RuntimeError) as error:
-        raise DataError(f"{file.path} cannot be read: {told(error)}") from error
+        raise DataError(f"{file.path} cannot be read: {first_line(error)}") from error
     if reader.num_records() != file.records:
         raise DataError(
             f"{file.path} has {reader.num_records()} records, its dataset_info.json "

@@ -231,10 +231,10 @@ class RecordCollection:
             data = self._reader(file).read([row])[0]
             return _Record(where, row, file.layout, prepared.example_type().FromString(data))
         except RuntimeError as error:  # array_record's only one
-            told = prepared.told(error)
-            if "orrupted" in told:
-                raise BadSample("checksum", f"{where}: {told}") from error
-            raise DataError(f"{file.path} cannot be read: {told}") from error
+            message = prepared.first_line(error)
+            if "orrupted" in message:
+                raise BadSample("checksum", f"{where}: {message}") from error
+            raise DataError(f"{file.path} cannot be read: {message}") from error
         except DecodeError as error:
             raise BadSample("corrupt", f"{where}: not an example") from error
 

@@ -81,15 +81,15 @@ def write_array_record(
     state_path = folder / f"unclip-{split}.json"
     if state_path.exists():
         state = files.read_object(state_path)
-        told = [
+        differences = [
             f"{field} {state.get(field)!r}, now {value!r}"
             for field, value in settings.items()
             if state.get(field) != value
         ]
-        if told:
+        if differences:
             raise ConfigError(
                 f"{folder} holds split {split!r} of another collection: "
-                f"{', '.join(told)}; give another folder"
+                f"{', '.join(differences)}; give another folder"
             )
         if not isinstance(state.get("files"), dict):
             state["files"] = {}
@@ -147,16 +147,18 @@ def _description(folder: pathlib.Path, name: str, version: str) -> dict[str, Any
     if not path.exists():
         return {**mine, "description": "Pictures and captions, written by unclip.", "splits": []}
     info = files.read_object(path)
-    told = [
+    differences = [
         f"{field} {info.get(field)!r}, not {value!r}"
         for field, value in mine.items()
         if info.get(field) != value
     ]
     features = files.read_object(folder / "features.json")
     if features != _features_json():
-        told.append("other features")
-    if told or not isinstance(info.get("splits", []), list):
-        raise ConfigError(f"{folder} holds another data set: {', '.join(told) or 'damaged splits'}")
+        differences.append("other features")
+    if differences or not isinstance(info.get("splits", []), list):
+        raise ConfigError(
+            f"{folder} holds another data set: {', '.join(differences) or 'damaged splits'}"
+        )
     return {**info, "splits": info.get("splits", [])}
 
 
@@ -203,7 +205,7 @@ def _write_file(
                     progress((done - 1) % _PROGRESS + 1)
             writer.close()
         except RuntimeError as error:  # array_record's only one
-            raise DataError(f"cannot write {path}: {prepared.told(error)}") from error
+            raise DataError(f"cannot write {path}: {prepared.first_line(error)}") from error
     return {"samples": count, "bytes": total, "size": path.stat().st_size, "left_out": left_out}
 
 
