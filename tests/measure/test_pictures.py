@@ -168,7 +168,7 @@ def test_arrays_that_are_no_pictures(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("spec", "error", "told"),
+    ("spec", "error", "message"),
     [
         ("absent", DataError, "no such file or folder"),
         ("pics", DataError, "did you mean .*/pix"),
@@ -178,12 +178,12 @@ def test_arrays_that_are_no_pictures(tmp_path):
         ("x-{0..3}.tar", DataError, "is not there"),
     ],
 )
-def test_wrong_sources_are_told(tmp_path, spec, error, told):
+def test_wrong_sources_are_reported(tmp_path, spec, error, message):
     for name in ("pix", "empty", "tars"):
         (tmp_path / name).mkdir()
     (tmp_path / "tars" / "a.tar").write_bytes(b"")
     save(tmp_path / "a.png", PICTURES[0])
-    with pytest.raises(error, match=told) as caught:
+    with pytest.raises(error, match=message) as caught:
         pictures.open_pictures(str(tmp_path / spec))
     assert "\n" not in caught.value.message
 
@@ -286,7 +286,7 @@ def test_several_captions_of_a_picture_stay_in_order(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "error", "told"),
+    ("name", "text", "error", "message"),
     [
         ("c.txt", "one", ConfigError, "expected .jsonl"),
         ("c.json", "[1]", DataError, "expected an object"),
@@ -299,10 +299,10 @@ def test_several_captions_of_a_picture_stay_in_order(tmp_path):
         ("absent.csv", None, DataError, "cannot be read"),
     ],
 )
-def test_wrong_caption_files_are_told(tmp_path, name, text, error, told):
+def test_wrong_caption_files_are_reported(tmp_path, name, text, error, message):
     if text is not None:
         (tmp_path / name).write_text(text)
-    with pytest.raises(error, match=told):
+    with pytest.raises(error, match=message):
         captions.read_captions(tmp_path / name)
 
 
@@ -310,8 +310,8 @@ def test_captions_and_pictures_that_do_not_match_are_listed():
     given = {"a.png": ["one"], "c.png": ["three"]}
     with pytest.raises(ConfigError) as caught:
         captions.match(given, named("a.png", "b.png"), "c.csv")
-    told = caught.value.message
-    assert "1 pictures without caption (b.png) and 1 captions without picture (c.png)" in told
+    message = caught.value.message
+    assert "1 pictures without caption (b.png) and 1 captions without picture (c.png)" in message
     # A name without extension that two pictures share belongs to neither.
     with pytest.raises(ConfigError, match="2 pictures without caption"):
         captions.match({"a": ["one"]}, named("a.png", "a.jpg"), "c.csv")

@@ -549,17 +549,17 @@ def test_every_checkpoint_is_scored_once(paint, tmp_path):
     """New ones as they appear, to the run's end; a second follower finds all done."""
     model, _, config = paint
     run = write_run(tmp_path / "run", "decoder", [10], total=30, draw=DRAW)
-    told = []
+    counts = []
 
     def finish():
-        told.append(len(store.read_cells(tmp_path / "eval")[0]))
-        if len(told) < 3:
-            write_run(tmp_path / "run", "decoder", [10 * len(told) + 10], total=30, draw=DRAW)
+        counts.append(len(store.read_cells(tmp_path / "eval")[0]))
+        if len(counts) < 3:
+            write_run(tmp_path / "run", "decoder", [10 * len(counts) + 10], total=30, draw=DRAW)
 
     steps = follow.follow(
         config({"decoder": run}), str(tmp_path / "eval"), run, 60.0, finish, poll_s=0.01
     )
-    assert steps == [10, 20, 30] and told == [2, 4, 6]
+    assert steps == [10, 20, 30] and counts == [2, 4, 6]
     records, _ = store.read_cells(tmp_path / "eval")
     assert sorted({r["settings"]["step"] for r in records}) == [10, 20, 30]
     calls = model.calls

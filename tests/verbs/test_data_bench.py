@@ -88,19 +88,19 @@ def test_every_phase_does_its_work_once_a_sample(shards, monkeypatch):
     )
     monkeypatch.setattr(throughput, "make_source", make)
     monkeypatch.setattr(throughput.np, "stack", costly("read", np.stack))
-    told = []
+    announced = []
     found = measure(
         collection,
         ImageText(8, 4, costly("tokenise", tokenise)),
         batch_size=8,
         threads=3,
         seconds=20.0,
-        tell=told.append,
+        tell=announced.append,
     )
     assert {n: found.seconds[n] for n in costs} == costs
     assert found.seconds["batch"] == 3 * 0.25 / 8  # image, tokens and mask are stacked
     assert (found.one_core, found.total) == (2.0, 8.0) and options["batch_size"] == 8
-    assert found.pixels == 32 * 32 and found.bad == {} and len(told) == 8
+    assert found.pixels == 32 * 32 and found.bad == {} and len(announced) == 8
 
 
 def test_measures_real_work_and_counts_bad_samples(shards, tmp_path, shard_writer):
@@ -121,7 +121,7 @@ def test_filters_are_counted(shards):
     assert 0.5 < found["kept"] < 0.8
 
 
-def test_mistakes_are_told(shards, tmp_path, shard_writer):
+def test_mistakes_are_reported(shards, tmp_path, shard_writer):
     collection = open_shards(shards["train"])
     with pytest.raises(ConfigError, match="no picture"):
         measure(collection, ImageText(None, 4, tokenise))

@@ -57,9 +57,9 @@ def tars(tmp_path):
 def test_written_sets_are_read_back_by_both(tars, tmp_path):
     collection = open_shards(tars)
     folder = tmp_path / "sets" / "foxes" / "1.0.0"
-    told = []
+    counts = []
     info = records.write_array_record(
-        collection, folder, name="foxes", split="train", shard_samples=4, progress=told.append
+        collection, folder, name="foxes", split="train", shard_samples=4, progress=counts.append
     )
     good = [i for i in range(10) if collection.key(i) != "k/007"]
     assert info == {
@@ -70,7 +70,7 @@ def test_written_sets_are_read_back_by_both(tars, tmp_path):
         "bytes": info["bytes"],
         "left_out": {"json": 1},
     }
-    assert sum(told) == 10
+    assert sum(counts) == 10
     ours = records.RecordCollection(f"tfds:{folder}:train")
     expected = [collection.read(i) for i in good]
     assert [ours.read(i) for i in range(9)] == expected
@@ -173,7 +173,7 @@ def test_writing_is_resumed_by_file_to_the_same_bits(tars, tmp_path):
     write(half, "cut", split="held_out")
     both = tfds.builder_from_directory(str(tmp_path / "cut")).info.splits
     assert {name: split.num_examples for name, split in both.items()} == {"train": 9, "held_out": 3}
-    for given, options, told in (
+    for given, options, message in (
         (half, {}, "of another collection: source"),
         (collection, {"shard_samples": 5}, "shard_samples 4, now 5"),
         (half, {"name": "cats", "split": "x"}, "another data set: name"),
@@ -181,7 +181,7 @@ def test_writing_is_resumed_by_file_to_the_same_bits(tars, tmp_path):
         (half, {"version": "1"}, "expected such as 1.0.0"),
         (half, {"shard_samples": 0}, "at least 1"),
     ):
-        with pytest.raises(ConfigError, match=told):
+        with pytest.raises(ConfigError, match=message):
             write(given, "cut", **options)
 
 

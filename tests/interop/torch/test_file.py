@@ -228,7 +228,7 @@ def test_code_in_a_file_is_not_run(tmp_path, write):
 
 @LAYOUTS
 @pytest.mark.parametrize(
-    ("body", "told"),
+    ("body", "message"),
     [
         (table(w=tensor(shape=(2, 4), stride=(4, 1))), "reaches beyond its storage of 24"),
         (table(w=tensor(offset=1)), "reaches beyond"),
@@ -262,9 +262,9 @@ def test_code_in_a_file_is_not_run(tmp_path, write):
         (table(w=storage("0", "FloatStorage", 6)), "holds no tensors"),
     ],
 )  # fmt: skip
-def test_damage_is_one_line(tmp_path, write, body, told):
+def test_damage_is_one_line(tmp_path, write, body, message):
     path = write(tmp_path / "x.pt", body, [SIX])
-    with pytest.raises(errors.DataError, match=told) as caught:
+    with pytest.raises(errors.DataError, match=message) as caught:
         torch_file.open_torch(path)
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
 
@@ -369,7 +369,7 @@ def _bytes_of_zip():
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (pickle.dumps({"w": [1.0]}), "a plain pickle, which is never read"),
         (b"version http...\noid sha256:0", "a Git LFS pointer"),
@@ -379,9 +379,9 @@ def _bytes_of_zip():
         (b"", "of an unknown kind"),
     ],
 )
-def test_other_files_are_named(tmp_path, content, told):
+def test_other_files_are_named(tmp_path, content, message):
     (tmp_path / "x.pt").write_bytes(content)
-    with pytest.raises(errors.DataError, match=f"no torch file: (it is )?{told}"):
+    with pytest.raises(errors.DataError, match=f"no torch file: (it is )?{message}"):
         torch_file.open_torch(tmp_path / "x.pt")
 
 
