@@ -90,8 +90,8 @@ def test_what_a_file_was_is_noted(tmp_path):
     [
         ("a.png", encoded(PICTURES[0])[:60], "truncated|corrupt"),
         ("a.png", b"GIF89a nothing", "format"),
-        ("a.bmp", b"BM nothing", "corrupt"),
-        ("a.tif", encoded(PICTURES[0]), "corrupt"),
+        ("a.bmp", b"BM nothing", "format"),
+        ("a.tif", encoded(PICTURES[0]), "format"),
     ],
 )
 def test_unreadable_pictures_say_why(tmp_path, name, data, reason):

@@ -5,6 +5,7 @@ and many tools read, and `unclip`, our recipe as JSON, which is exact. The recip
 cascade of arXiv 2204.06125 needs to repeat the picture: prompt, seed, sampler, steps and guidance.
 """
 
+import contextlib
 import itertools
 import json
 import math
@@ -14,19 +15,17 @@ import re
 import tempfile
 import unicodedata
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from unclip import errors
+from unclip.files import picture as pictures
 from unclip.files import replacing
 
-MAX_PIXELS = 64 << 20
-MAX_BYTES = 64 << 20
 MAX_RECIPE_CHARS = 256 << 10
-FORMATS = ("JPEG", "PNG", "WEBP")
 
 # Recipe field -> the name AUTOMATIC1111 gives it, in its order.
 _KNOWN = {
@@ -77,7 +76,7 @@ def read_recipe(path: str | os.PathLike) -> dict[str, Any] | None:
     Raises:
       DataError: the file cannot be read, is no PNG, or its text is beyond the limits.
     """
-    with _opened(path, ("PNG",)) as picture:
+    with _reported(path, ("PNG",)), pictures.opened(path, formats=("PNG",)) as picture:
         # `.info` holds the chunks before the pixels; `.text` would decode the whole picture.
         texts = [picture.info.get(key) for key in ("unclip", "parameters")]
     text, parameters = (
@@ -284,7 +283,7 @@ def read_image(path: str | os.PathLike, size: int | None = None) -> np.ndarray:
     first frame is taken.
 
     Args:
-      path: a file of at most `MAX_BYTES` bytes and `MAX_PIXELS` pixels.
+      path: a file within the limits of `unclip.files.picture`.
       size: crop the centre square and resize it to size x size (bicubic, antialiased); None keeps
         the picture as it is.
 
@@ -294,20 +293,11 @@ def read_image(path: str | os.PathLike, size: int | None = None) -> np.ndarray:
     Raises:
       DataError: not there, too large, damaged or of another format.
     """
-    with _opened(path, FORMATS) as picture:
-        try:
-            picture.load()
-            picture = ImageOps.exif_transpose(picture)
-            if picture.mode.startswith("I"):
-                # Pillow clips 16-bit grey at 255 instead of scaling it.
-                picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-            if picture.has_transparency_data:
-                picture = picture.convert("RGBA")
-                white = Image.new("RGBA", picture.size, "white")
-                picture = Image.alpha_composite(white, picture)
-            picture = picture.convert("RGB")
-        except (OSError, ValueError, SyntaxError, EOFError) as error:
-            raise errors.DataError(f"cannot read picture {path}: {error}") from error
+    with _reported(path, pictures.FORMATS), pictures.upright(path) as picture:
+        if picture.mode.startswith("I"):
+            # Pillow clips 16-bit grey at 255 instead of scaling it.
+            picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+        picture = pictures.on_white(picture)
     if size is not None:
         side = min(picture.size)
         left, top = (picture.width - side) // 2, (picture.height - side) // 2
@@ -317,27 +307,25 @@ def read_image(path: str | os.PathLike, size: int | None = None) -> np.ndarray:
     return np.array(picture)
 
 
-def _opened(path: str | os.PathLike, formats: Sequence[str]) -> Image.Image:
-    """Opens a picture's header under our limits; every failure is a one-line `DataError`."""
+@contextlib.contextmanager
+def _reported(path: str | os.PathLike, formats: Sequence[str]) -> Iterator[None]:
+    """Names the file in what `unclip.files.picture` refuses: a one-line `DataError`."""
     try:
-        if os.path.getsize(path) > MAX_BYTES:
-            raise errors.DataError(f"picture {path} is larger than {MAX_BYTES >> 20} MiB")
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = Image.open(path, formats=formats)
-    except Image.UnidentifiedImageError as error:
-        raise errors.DataError(f"{path} is no {'/'.join(formats)} picture") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        limit = MAX_PIXELS >> 20
-        raise errors.DataError(f"picture {path} is larger than {limit} megapixels") from error
-    except OSError as error:
-        raise errors.DataError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, SyntaxError) as error:
-        raise errors.DataError(f"cannot read picture {path}: {error}") from error
-    if picture.width * picture.height > MAX_PIXELS:
-        picture.close()
-        raise errors.DataError(f"picture {path} is larger than {MAX_PIXELS >> 20} megapixels")
-    return picture
+            # Pillow warns of broken EXIF, which costs nothing, and of sizes, which are checked.
+            warnings.simplefilter("ignore")
+            yield
+    except pictures.PictureError as error:
+        what = {
+            "unreadable": f"cannot read {path}: {error.detail}",
+            "format": f"{path} is no {'/'.join(formats)} picture",
+            "too-many-bytes": f"picture {path} is larger than {pictures.MAX_BYTES >> 20} MiB",
+            "too-many-pixels": (
+                f"picture {path} is larger than {pictures.MAX_PIXELS >> 20} megapixels"
+            ),
+        }
+        usual = f"cannot read picture {path}: {error.detail}"
+        raise errors.DataError(what.get(error.reason, usual)) from error
 
 
 def _checked(image: np.ndarray) -> np.ndarray:

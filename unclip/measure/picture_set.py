@@ -6,21 +6,18 @@ Pictures are decoded as in training, under the same limits. What a file was befo
 noted, because a Fréchet distance depends on it.
 """
 
-import contextlib
 import hashlib
 import io
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import BmpImagePlugin, ExifTags, Image, TiffImagePlugin
+from PIL import BmpImagePlugin, Image, TiffImagePlugin
 
 from unclip.errors import ConfigError
+from unclip.files import picture as pictures
 from unclip.input.decode import image
 
-_PLUGINS = (
-    BmpImagePlugin,
-    TiffImagePlugin,
-)  # imported once and here, see `unclip.input.decode.image`
+_PLUGINS = (BmpImagePlugin, TiffImagePlugin)  # imported once, as in `unclip.files.picture`
 MAX_BYTES = 64 << 20
 MAX_PIXELS = 1 << 26
 GREY, ALPHA, TURNED, DEEP, LOSSY = 1, 2, 4, 8, 16
@@ -105,10 +102,9 @@ def decode(data: bytes, format: str | None = None) -> tuple[np.ndarray, int]:
     """
     if format is not None:
         data = _as_png(data, format)
-    picture = image.decode(
-        data, max_bytes=2 * MAX_BYTES if format else MAX_BYTES, max_pixels=MAX_PIXELS
-    )
-    with Image.open(io.BytesIO(data), formats=image.FORMATS) as header:
+    limits = {"max_bytes": 2 * MAX_BYTES if format else MAX_BYTES, "max_pixels": MAX_PIXELS}
+    picture = image.decode(data, **limits)
+    with image.refusing(), pictures.opened(data, **limits) as header:
         mode = header.mode
         deep = mode == "F" or mode.startswith("I")
         notes = GREY * (deep or mode in ("1", "L", "LA", "La"))
@@ -116,30 +112,18 @@ def decode(data: bytes, format: str | None = None) -> tuple[np.ndarray, int]:
         # WebP says so in the name of the chunk that holds the pixels.
         lossless = header.format == "PNG" or b"VP8L" in data[:4096]
         notes |= LOSSY * (not lossless)
-        # Broken EXIF says nothing about the pixels.
-        with contextlib.suppress(SyntaxError, ValueError, TypeError, LookupError, OSError):
-            notes |= TURNED * (header.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9))
+        notes |= TURNED * (pictures.orientation(header) > 1)
     return picture, notes
 
 
 def _as_png(data: bytes, format: str) -> bytes:
     """BMP and TIFF become PNG, bit for bit, so that one decoder makes RGB of everything."""
-    if len(data) > MAX_BYTES:
-        raise image.BadPicture("too-many-bytes", f"{len(data)} bytes, at most {MAX_BYTES}")
-    try:
-        with Image.open(io.BytesIO(data), formats=(format,)) as picture:
-            if picture.width * picture.height > MAX_PIXELS:
-                size = f"{picture.width}x{picture.height}"
-                raise image.BadPicture("too-many-pixels", f"{size}, at most {MAX_PIXELS} pixels")
-            exif = picture.getexif()
-            plain = picture.convert("RGB") if picture.mode in ("CMYK", "YCbCr", "LAB") else picture
-            file = io.BytesIO()
-            plain.save(file, "PNG", compress_level=0, exif=exif)
-            return file.getvalue()
-    except image.BadPicture:
-        raise
-    except Exception as error:  # Pillow promises no closed set of exceptions for damaged files
-        raise image.BadPicture("corrupt", f"{type(error).__name__}: {error}") from error
+    limits = {"formats": (format,), "max_bytes": MAX_BYTES, "max_pixels": MAX_PIXELS}
+    with image.refusing(), pictures.upright(data, **limits) as picture:
+        plain = picture.convert("RGB") if picture.mode in ("CMYK", "YCbCr", "LAB") else picture
+        file = io.BytesIO()
+        plain.save(file, "PNG", compress_level=0)
+        return file.getvalue()
 
 
 # ============================================================ in memory, and views of a set
