@@ -92,19 +92,6 @@ def predict_eps(
     return (x_t - signal * output) / noise
 
 
-def predict_v(
-    schedule: Schedule, x_t: jax.Array, t: jax.Array, output: jax.Array, parametrisation: str
-) -> jax.Array:
-    """v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 from a network's output (2202.00512)."""
-    _known(parametrisation)
-    if parametrisation == "v":
-        return output
-    signal, noise = signal_and_noise(schedule, t, x_t)
-    if parametrisation == "x0":
-        return (signal * x_t - output) / noise
-    return (output - noise * x_t) / signal
-
-
 def target(
     schedule: Schedule, x_0: jax.Array, t: jax.Array, eps: jax.Array, parametrisation: str
 ) -> jax.Array:

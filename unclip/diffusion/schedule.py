@@ -82,10 +82,6 @@ class Schedule:
         table[self.timesteps] = values
         return jnp.asarray(table).at[t].get(mode="fill", fill_value=np.nan)
 
-    def at_step(self, values: np.ndarray, position: jax.Array) -> jax.Array:
-        """Looks per-step constants up by position 0..n-1: float32 of position's shape."""
-        return jnp.asarray(values, jnp.float32).at[position].get(mode="fill", fill_value=np.nan)
-
     def position(self, t: jax.Array) -> jax.Array:
         """Position of original timesteps t (int32 [B]) among the kept steps; -1 if not kept."""
         table = np.full(self.total, -1, np.int32)
@@ -99,10 +95,6 @@ class Schedule:
     def snr(self, t: jax.Array) -> jax.Array:
         """Signal-to-noise ratio alpha_bar / (1 - alpha_bar), float32 [B]."""
         return self.at(self.signal_to_noise, t)
-
-    def log_snr(self, t: jax.Array) -> jax.Array:
-        """Natural logarithm of `snr`, float32 [B]."""
-        return self.at(np.log(self.signal_to_noise), t)
 
     def respace(
         self, n: int | None = None, *, timesteps: Sequence[int] | None = None

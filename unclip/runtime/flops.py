@@ -4,12 +4,8 @@ Peaks are the makers' dense bfloat16 figures for one JAX device. The paper (arXi
 no hardware figures; these are for `unclip doctor`, `unclip compile` and the training log.
 """
 
-import time
 from collections.abc import Sequence
 from typing import Any
-
-import jax
-import jax.numpy as jnp
 
 # (substring of device_kind in lower case, bf16 FLOP/s, bytes of HBM); the first match wins, so the
 # more special name comes first. TPU v2 and v3 show each core as a device: half a chip.
@@ -94,50 +90,17 @@ def chip_memory(device: Any) -> int | None:
     return chip[2] if chip else None
 
 
-def step_flops(compiled: Any, device_count: int = 1) -> float | None:
-    """Floating-point operations of one run of a compiled function.
-
-    XLA's own count of one device's program times the devices. A multiplication and an addition
-    count two. XLA counts the body of a loop once, so folded layers and accumulated microbatches
-    must be multiplied by the caller.
-
-    Args:
-      compiled: `jit(f).lower(…).compile()`.
-      device_count: devices the program runs on.
-
-    Returns:
-      The count, or None where the backend gives none.
-    """
-    cost = compiled.cost_analysis()
-    cost = cost[0] if isinstance(cost, list) and cost else cost
-    flops = (cost or {}).get("flops", 0.0)
-    return float(flops) * device_count if flops > 0 else None
-
-
-def measured_peak(device: Any = None, size: int = 1024, dtype: Any = jnp.float32) -> float:
-    """FLOP/s of a size³ matrix product on one device, for machines that are in no table."""
-    device = jax.devices()[0] if device is None else device
-    a = jax.device_put(jnp.ones((size, size), dtype), device)
-    product = jax.jit(lambda x: x @ x).lower(a).compile()
-    product(a).block_until_ready()
-    best = float("inf")
-    for _ in range(3):
-        start = time.perf_counter()
-        product(a).block_until_ready()
-        best = min(best, time.perf_counter() - start)
-    return 2.0 * size**3 / best
-
-
 def utilisation(
     flops: float | None, seconds: float, devices: Sequence, *, peak: float | None = None
 ) -> float | None:
     """The fraction of the devices' peak that a step reached, in [0, 1].
 
     Args:
-      flops: of the whole step on all devices, from `step_flops`.
+      flops: floating-point operations of the whole step on all devices, a multiplication and an
+        addition counted as two.
       seconds: how long the step took.
       devices: what it ran on.
-      peak: FLOP/s of one device; default from the table. Give `measured_peak()` on a CPU.
+      peak: FLOP/s of one device; default from the table, which knows no CPU.
 
     Returns:
       The fraction, or None where flops or the peak are not known.
