@@ -1,8 +1,7 @@
 """How fast pairs are read, decoded, resized, tokenised and batched, and what training that feeds.
 
-The stages of the paper (arXiv 2204.06125, appendix C) train on 512 to 32,768 pairs a step, so its
-input must deliver so many in every step's time. Here each part of that work is timed by itself on
-one thread, then all of it together through the source that training uses.
+Each phase of that work is timed by itself on one thread, then all of it together through the source
+that training uses.
 """
 
 import dataclasses
@@ -25,7 +24,7 @@ from unclip.input.samples import BadSample, Sample
 from unclip.input.source import make_source
 
 PHASES = ("read", "decode", "resize", "tokenise", "batch")
-PAPER = {
+PAPER = {  # stage: global batch size, appendix C of arXiv 2204.06125
     "clip": 32_768,
     "prior": 4096,
     "decoder": 2048,
@@ -41,7 +40,7 @@ class Throughput:
     """What was measured.
 
     Attributes:
-      samples: of the collection, looked at; bad: of them, by reason.
+      samples: how many were looked at; bad: of them, by reason.
       encoded: mean bytes of a picture file; pixels: its mean width x height.
       seconds: of one sample by phase (`PHASES`), one thread.
       one_core: samples a second of the source with one thread; total: with `threads` and `workers`.
@@ -60,21 +59,21 @@ class Throughput:
     cores: int
 
     def sustained(self, batch: int) -> float:
-        """Seconds a step of `batch` samples a host takes at least."""
+        """The least seconds a step of `batch` samples per host can take."""
         return batch / self.total
 
     def cores_for(self, batch: int, step_seconds: float) -> int:
-        """Cores, of all hosts together, that feed a global batch in so many seconds."""
+        """Cores, of all hosts together, that feed a global batch in `step_seconds`."""
         return math.ceil(batch / step_seconds / self.one_core)
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, with the paper's batches."""
+        """All fields, and the cores that the batch sizes of `PAPER` need."""
         return dataclasses.asdict(self) | {
             "cores_for_a_step_a_second": {n: self.cores_for(b, 1.0) for n, b in PAPER.items()}
         }
 
     def table(self) -> str:
-        """The same for people."""
+        """The same as text."""
         whole = sum(self.seconds.values())  # of a sample
         rows = [("stage", "ms a sample", "samples/s a core", "share")]
         rows += [
@@ -155,7 +154,7 @@ def measure(
       threads, workers: of the source, as in training.
       seconds: for each of the 7 measurements, the 5 phases and the source twice.
       seed: which samples.
-      tell: is given a word on what is measured next.
+      tell: called with the name of what is measured next.
 
     Raises:
       ConfigError: sizes that do not fit.
@@ -206,7 +205,7 @@ def measure(
             workers=workers,
             max_bad_fraction=1.0,
         ) as batches:
-            for _ in range(2 + 2 * workers):  # not what was prefetched while it started
+            for _ in range(2 + 2 * workers):  # leaves out what was prefetched while it started
                 next(batches)
             return batch_size / _each(lambda k: next(batches), 1, seconds)
 
@@ -254,7 +253,7 @@ def _usable(collection: Any, transform: ImageText, seed: int) -> tuple[list[_Usa
 
 
 def _each(work: Callable[[int], Any], count: int, seconds: float) -> float:
-    """Mean seconds of work(0), work(1), … up to count - 1 and round again, for so long."""
+    """Mean seconds of work(0), …, work(count - 1), repeated until `seconds` have passed."""
     start = time.perf_counter()
     for done in itertools.count(1):
         work(done % count)

@@ -177,8 +177,8 @@ def test_writing_is_resumed_by_file_to_the_same_bits(tars, tmp_path):
         (half, {}, "of another collection: source"),
         (collection, {"shard_samples": 5}, "shard_samples 4, now 5"),
         (half, {"name": "cats", "split": "x"}, "another data set: name"),
-        (half, {"name": "a-b"}, "expected such as foxes"),
-        (half, {"version": "1"}, "expected such as 1.0.0"),
+        (half, {"name": "a-b"}, "expected something like foxes"),
+        (half, {"version": "1"}, "expected something like 1.0.0"),
         (half, {"shard_samples": 0}, "at least 1"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -1,10 +1,10 @@
 """Pictures on the host: safe decoding, crops, and the degradations that train the upsamplers.
 
-The paper's preprocessing (arXiv 2204.06125, appendix C): pictures are resized and cropped to a
-square; the first upsampler's conditioning is blurred with a 3 x 3 Gaussian of sigma 0.6, the
-second's degraded by BSR (Zhang et al. 2021, arXiv 2103.14006): JPEG, sensor noise, resizing by
-different kernels and blur, in random order. Everything here is NumPy and Pillow, uint8 RGB; plain
-JPEGs are decoded by `unclip.input.decode.jpeg`, to the same bits.
+As in appendix C of arXiv 2204.06125, pictures are resized and cropped to a square; the first
+upsampler's conditioning is blurred with a 3 x 3 Gaussian of sigma 0.6, the second's degraded by BSR
+(Zhang et al. 2021, arXiv 2103.14006): JPEG, sensor noise, resizing by different kernels and blur,
+in random order. Everything here is NumPy and Pillow, uint8 RGB; plain JPEGs are decoded by
+`unclip.input.decode.jpeg`, to the same bits.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from unclip.files import picture as pictures
 from unclip.input.decode import jpeg as jpegs
 from unclip.input.samples import BadSample
 
-_STRIP = 32  # sides in this proportion: only the part that is wanted is resized
+_STRIP = 32  # longer side by shorter: beyond it only the part that is needed is resized
 Box = tuple[int, int, int, int]  # left, upper, right, lower in pixels
 
 
@@ -61,13 +61,13 @@ def decode(
       min_side: the least width and height.
       target: the side it will be resized to; lets a JPEG decode at 1/2, 1/4 or 1/8 of its size, as
         long as both sides stay at least `margin` x target. None: full size.
-      margin: at 2, photographs differ from a full decode by 44 to 50 dB once resized, less than by
-        another resampling filter; at 1 by 34 to 43 dB, as by a bilinear instead of a bicubic one,
-        for up to 2.3 times the speed (docs/input.md).
+      margin: at 2, photographs differ from a full decode by 44 to 50 dB (PSNR) once resized, less
+        than another resampling filter would change them. At 1 they differ by 34 to 43 dB, as much
+        as between a bilinear and a bicubic filter, for up to 2.3 times the speed (docs/input.md).
 
     Returns:
-      uint8 [H, W, 3] RGB, perhaps read-only. At its peak, decoding holds 3 bytes a pixel of a plain
-      JPEG, 10 of an RGB PNG, 18 of a WebP and up to 28 of one with alpha.
+      uint8 [H, W, 3] RGB, which may be read-only. At its peak, decoding holds 3 bytes per pixel of
+      a plain JPEG, 10 of an RGB PNG, 18 of a WebP and up to 28 of a WebP with alpha.
 
     Raises:
       BadPicture: with the reason.
@@ -91,7 +91,7 @@ def decode(
 
 def _rgb(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith("I") or picture.mode == "F":
-        # 16-bit grey: Pillow's own conversion would clip it at 255.
+        # 16-bit grey: Pillow's own conversion would clip values at 255 instead of scaling them.
         grey = np.clip(np.asarray(picture), 0, 65535).astype(np.uint32)
         if isinstance(picture.info.get("transparency"), int):
             grey[grey == picture.info["transparency"]] = 65535
@@ -177,7 +177,8 @@ def for_clip(image: np.ndarray, size: int, *, half: str = "down") -> np.ndarray:
     if max(width, height) <= _STRIP * size:
         resized = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
         return np.array(resized.crop((left, top, left + size, top + size)))
-    # Resized whole, a strip could fill the memory: what the crop sees is taken first.
+    # A long strip resized as a whole could fill the memory: the part that the crop needs, with a
+    # margin for the filter, is cut out first.
     margin = 2 * max(shorter // size, 1) + 4
     edges, slices = [], []
     for at, new, old in ((top, height, image.shape[0]), (left, width, image.shape[1])):
@@ -274,7 +275,7 @@ def _sensor_noise(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def jpeg(image: np.ndarray, quality: int) -> np.ndarray:
-    """Through JPEG and back: uint8 [H, W, 3], quality 1 to 95."""
+    """A picture compressed as JPEG and decoded again: uint8 [H, W, 3], quality 1 to 95."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "JPEG", quality=quality)
     with Image.open(buffer, formats=("JPEG",)) as picture:
