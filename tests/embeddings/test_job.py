@@ -152,11 +152,11 @@ def test_a_stopped_job_goes_on_to_the_same_bits(after, whole, job, tmp_path, mon
     """The four shards are 2, 3, 1 and 2 batches; a batch waits on the devices while one is read."""
     with monkeypatch.context() as patch:
         patch.setattr(distributed, "should_stop", stopping(after))
-        with pytest.raises(errors.Stopped, match="the same command goes on"):
+        with pytest.raises(errors.Stopped, match="the same command continues"):
             embed_shards(job(tmp_path))
     there = rows(tmp_path)
     assert len(there) == 2 * sum(after > batches for batches in (2, 5, 6))
-    with pytest.raises(errors.DataError, match="the same command goes on"):
+    with pytest.raises(errors.DataError, match="the same command continues"):
         Store(tmp_path).attach(job(tmp_path).collection)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.npy")}
     embed_shards(job(tmp_path))
@@ -238,7 +238,7 @@ def test_half_precision(whole, job, tmp_path):
 
 
 def test_the_first_caption_there_is():
-    """In the order asked for; of a list its first string; whatever else is there is no caption."""
+    """In the order asked for; of a list its first string; other fields are not captions."""
     choose = Pair(16, 16, ("json:alt", "txt", "json:more")).caption
     meta = {"alt": [" ", "second"], "more": "third"}
     assert choose(Sample("k", b"", "first", meta)) == "second"

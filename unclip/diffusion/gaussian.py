@@ -1,10 +1,9 @@
-"""The Gaussian diffusion process, and a network seen as a denoiser of it.
+"""The Gaussian diffusion process, and a network used as a denoiser of it.
 
-unCLIP (arXiv 2204.06125, section 2) uses one process four times: over CLIP embeddings in the
-prior (which predicts x_0) and over pictures in the decoder and upsamplers (which predict eps; the
-decoder also its variance). Equations: DDPM (arXiv 2006.11239) for the process, Improved DDPM
-(2102.09672, eq. 15) for the learned variance, Progressive Distillation (2202.00512, appendix D)
-for v.
+The process runs over CLIP embeddings in the prior (which predicts x_0) and over pictures in the
+decoder and the upsamplers (which predict eps; the decoder also its variance). Equations: DDPM
+(arXiv 2006.11239) for the process, Improved DDPM (2102.09672, eq. 15) for the learned variance,
+Progressive Distillation (2202.00512, appendix D) for v.
 
 Arrays are float32 [B, H, W, C] pictures or [B, D] vectors; t is int32 [B], original indices.
 """
@@ -95,7 +94,7 @@ def predict_eps(
 def target(
     schedule: Schedule, x_0: jax.Array, t: jax.Array, eps: jax.Array, parametrisation: str
 ) -> jax.Array:
-    """What the network should have said, given x_0 and the eps that was added: [B, ...]."""
+    """What the network should have predicted, given x_0 and the eps that was added: [B, ...]."""
     _known(parametrisation)
     if parametrisation == "v":
         signal, noise = signal_and_noise(schedule, t, x_0)
@@ -219,7 +218,7 @@ def make_denoise(
     Args:
       model_fn: (x_t, t) -> raw output, guidance included; see `predict` for its shape and for the
         other arguments.
-      schedule: the one that is sampled, respaced already: learned and fixed variances are its own.
+      schedule: the one that is sampled, already respaced, from which the variances are computed.
 
     Raises:
       ConfigError: unknown parametrisation or variance.

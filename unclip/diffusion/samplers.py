@@ -91,8 +91,9 @@ def _dpm_coefficients(s: Schedule) -> Coefficients:
     half_log_snr = 0.5 * np.log(s.signal_to_noise)
     # The last step, to infinite signal-to-noise, is the prediction itself: see `sample`.
     h = np.append(np.inf, half_log_snr[:-1] - half_log_snr[1:])
-    # First order at the start, which has nothing before it, and into the first timestep: with
-    # timesteps even in t that step is so long in log-SNR that extrapolating would overshoot.
+    # First order at the first step, which has no step before it, and at the one into the first
+    # timestep: with timesteps evenly spaced in t that step is so long in log-SNR that extrapolating
+    # would overshoot.
     slope = np.zeros(len(s))
     slope[2:-1] = h[2:-1] / (2 * h[3:])
     return {
@@ -132,7 +133,7 @@ def draw_noise(keys: jax.Array, shape: tuple[int, ...], draw: int | jax.Array = 
     """Standard normal noise, row k from keys[k] alone.
 
     Args:
-      keys: typed PRNG keys [B], one a picture.
+      keys: typed PRNG keys [B], one per picture.
       shape: of one picture, e.g. (H, W, C).
       draw: which draw of each key; 0 is meant for x_T, and `sample` takes 1 to n.
 
@@ -152,10 +153,10 @@ def sample(
     eta: float | jax.Array = 0.0,
     noise: jax.Array | None = None,
 ) -> jax.Array:
-    """Runs the reverse process from x_T to x_0, one call of denoise a step.
+    """Runs the reverse process from x_T to x_0, with one call of denoise per step.
 
-    Works under jit with denoise, schedule and sampler closed over; nothing is clamped but by
-    denoise. The last step returns the predicted x_0, without noise, in every sampler.
+    Works under jit with denoise, schedule and sampler closed over; only denoise clamps. The last
+    step returns the predicted x_0, without noise, in every sampler.
 
     Args:
       denoise: (x_t [B, ...], t int32 [B]) -> Prediction; t are original indices.
@@ -195,7 +196,8 @@ def sample(
         if noisy:
             z = draw_noise(keys, x.shape[1:], step["draw"]) if noise is None else step["noise"]
         x_next = method.step(_Step(x, prediction, x0_before, z, eta, step["c"]))
-        # Selected, not multiplied by zero: whatever the first timestep's noise is, it is gone.
+        # Selected, not multiplied by zero, so that not even NaN in the last step's noise has
+        # effect.
         x_next = jnp.where(step["draw"] == n, prediction.x0, x_next)
         return (x_next, prediction.x0), None
 
@@ -222,10 +224,10 @@ def ddim_invert(
     x_t = x_prev: once is the usual first-order inversion; a few times is nearly exact.
 
     Args:
-      denoise: as in `sample`; give it the guidance that sampling will have.
+      denoise: as in `sample`, with the guidance that sampling will have.
       schedule: the respaced one that sampling will use.
       x_0: float32 [B, ...].
-      iterations: calls of denoise a step.
+      iterations: calls of denoise per step.
 
     Returns:
       x_T, float32 [B, ...], for `sample(..., sampler="ddim")`.

@@ -28,7 +28,7 @@ class Schedule:
 
     Attributes:
       betas: float64 [n], variance added between consecutive kept steps.
-      alpha_bar: float64 [n], the paper's alpha_bar_t: x_t keeps sqrt(alpha_bar) of x_0.
+      alpha_bar: float64 [n], alpha_bar_t: x_t keeps sqrt(alpha_bar) of x_0.
       alpha_bar_prev: float64 [n], alpha_bar of the kept step below; 1 for the first.
       timesteps: int32 [n], original indices, ascending.
       total: number of steps the network was trained with.
@@ -75,8 +75,8 @@ class Schedule:
           t: int32 [B], original indices.
 
         Returns:
-          float32 [B]. A t that this schedule does not keep gives NaN: traced code cannot raise,
-          and a neighbour's value would be wrong in silence.
+          float32 [B]. A t that this schedule does not keep gives NaN: traced code cannot raise an
+          error, and a neighbour's value would be wrong without a sign of it.
         """
         table = np.full(self.total, np.nan, np.float32)
         table[self.timesteps] = values
@@ -117,7 +117,8 @@ class Schedule:
             raise errors.ConfigError("respace needs either a number of steps or timesteps")
         if timesteps is None:
             n = _count(n, "number of sampling steps", len(self))
-            # Rounding the stride before multiplying settles some halves (n = 27) as diffusers does.
+            # The stride is rounded before it is multiplied, as in diffusers; this decides how some
+            # halves (n = 27) are rounded.
             stride = (len(self) - 1) / max(n - 1, 1)
             keep = np.round(np.arange(n) * stride).astype(int) if n > 1 else np.array([-1])
         else:

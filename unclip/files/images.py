@@ -1,8 +1,8 @@
 """Pictures in and out: PNG files that carry the recipe to make them again, grids, user input.
 
 A generated PNG holds two text chunks: `parameters`, the text that AUTOMATIC1111's web UI writes
-and many tools read, and `unclip`, our recipe as JSON, which is exact. The recipe has what the
-cascade of arXiv 2204.06125 needs to repeat the picture: prompt, seed, sampler, steps and guidance.
+and many tools read, and `unclip`, our recipe as JSON, which is exact. The recipe has what is needed
+to draw the picture again: prompt, seed, sampler, steps and guidance.
 """
 
 import contextlib
@@ -74,7 +74,7 @@ def read_recipe(path: str | os.PathLike) -> dict[str, Any] | None:
     in it can be trusted: values have any JSON type and any content.
 
     Raises:
-      DataError: the file cannot be read, is no PNG, or its text is beyond the limits.
+      DataError: the file cannot be read, is not a PNG, or its text is beyond the limits.
     """
     with _reported(path, ("PNG",)), pictures.opened(path, formats=("PNG",)) as picture:
         # `.info` holds the chunks before the pixels; `.text` would decode the whole picture.
@@ -134,7 +134,8 @@ def parse_parameters(text: str) -> dict[str, Any]:
     """
     lines = text.strip("\n").split("\n")
     pairs = _PAIR.findall(lines[-1])
-    # The web UI takes the last line as settings by the same rule of three; ours always has "Size".
+    # The web UI takes the last line as settings where it has at least three pairs; ours always has
+    # "Size".
     is_settings = len(pairs) >= 3 or any(key.strip() == "Size" for key, _ in pairs)
     if is_settings:
         lines.pop()
@@ -175,7 +176,7 @@ def grid(
     images = [_checked(image) for image in images]
     if not images or len({image.shape for image in images}) != 1:
         shapes = sorted({image.shape for image in images})
-        raise ValueError(f"a grid wants one or more pictures of one shape, got {shapes}")
+        raise ValueError(f"a grid needs one or more pictures of one shape, got {shapes}")
     if labels is not None and len(labels) != len(images):
         raise ValueError(f"{len(images)} pictures but {len(labels)} labels")
     height, width = images[0].shape[:2]
@@ -207,8 +208,8 @@ def save_pictures(
 ) -> list[pathlib.Path]:
     """Saves pictures as `0000-seed1234.png`, … and a `grid-0000.png`; nothing is overwritten.
 
-    Numbers go on from the highest in the folder, and names never come from a prompt. Two processes
-    may write to one folder.
+    Numbering continues from the highest in the folder, and names never come from a prompt. Two
+    processes may write to one folder.
 
     Args:
       pictures: uint8 [N, H, W, 3] or a list of uint8 [H, W, 3].
@@ -261,7 +262,7 @@ def save_grid(
 
 
 def writable_folder(path: str | os.PathLike) -> pathlib.Path:
-    """Makes a folder and tries to write in it: to be called before hours of sampling, not after.
+    """Makes a folder and tests that it can be written; call it before hours of sampling.
 
     Raises:
       DataError: it cannot be made, or no file can be made in it.
@@ -284,8 +285,8 @@ def read_image(path: str | os.PathLike, size: int | None = None) -> np.ndarray:
 
     Args:
       path: a file within the limits of `unclip.files.picture`.
-      size: crop the centre square and resize it to size x size (bicubic, antialiased); None keeps
-        the picture as it is.
+      size: crop the centre square and resize it to size x size (bicubic, antialiased); None leaves
+        the picture's size.
 
     Returns:
       uint8 [H, W, 3] RGB.

@@ -79,7 +79,7 @@ def opened(
         raise PictureError("too-many-pixels", str(error)) from error
     except Image.UnidentifiedImageError as error:
         raise PictureError("format", f"expected {', '.join(formats)}") from error
-    except Exception as error:  # Pillow promises no closed set of exceptions for damaged files
+    except Exception as error:  # Pillow documents no list of exceptions for damaged files
         if isinstance(error, OSError) and error.strerror:
             raise PictureError("unreadable", error.strerror) from error
         reason = "truncated" if "truncat" in str(error).lower() else "corrupt"
@@ -99,7 +99,7 @@ def upright(
       limits: `formats`, `max_bytes`, `max_pixels` and `min_side` of `opened`.
 
     Raises:
-      PictureError: as `opened`. Broken EXIF is no reason: it says nothing about the pixels.
+      PictureError: as `opened`, but never for broken EXIF, which does not affect the pixels.
     """
     with opened(source, **limits) as picture:
         if least:
@@ -117,7 +117,7 @@ def orientation(picture: Image.Image) -> int:
     try:
         found = picture.getexif().get(ExifTags.Base.Orientation, 1)
         return int(found) if found in _UPRIGHT else 1
-    except Exception:  # Pillow promises no closed set of exceptions for damaged EXIF either
+    except Exception:  # Pillow documents no list of exceptions for damaged EXIF either
         return 1
 
 

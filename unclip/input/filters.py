@@ -171,6 +171,6 @@ def _read(text: str) -> dict[str, Any]:
             rules[name] = tuple(float(end) if end.strip() else None for end in (low, high))
         except ValueError:
             raise ConfigError(
-                f"filter {part!r}: {value!r} is no range of numbers LOW:HIGH"
+                f"filter {part!r}: {value!r} is not a range of numbers LOW:HIGH"
             ) from None
     return rules

@@ -1,14 +1,14 @@
 """How fast the hardware could be: peak FLOP/s and memory by chip, and how much of it a step uses.
 
-Peaks are the makers' dense bfloat16 figures for one JAX device. The paper (arXiv 2204.06125) gives
-no hardware figures; these are for `unclip doctor`, `unclip compile` and the training log.
+Peaks are the makers' dense bfloat16 figures for one JAX device. `unclip doctor`, `unclip compile`
+and the training log use them.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 # (substring of device_kind in lower case, bf16 FLOP/s, bytes of HBM); the first match wins, so the
-# more special name comes first. TPU v2 and v3 show each core as a device: half a chip.
+# more specific name comes first. TPU v2 and v3 show each core as a device: half a chip.
 _GIB = 2**30
 _CHIPS: tuple[tuple[str, float, int], ...] = (
     ("tpu v2", 22.5e12, 8 * _GIB),
@@ -52,13 +52,13 @@ def _timing(device: Any) -> tuple[str, float, float] | None:
 
 
 def chip_clock(device: Any) -> float | None:
-    """Cycles a second of a TPU (or device_kind string); None for what is in no table."""
+    """Cycles per second of a TPU (or device_kind string); None where it is not known."""
     found = _timing(device)
     return found[1] if found else None
 
 
 def chip_links(device: Any) -> float | None:
-    """Bytes a second between a TPU chip and its neighbours, all links together; None: not known."""
+    """Bytes per second between a TPU chip and its neighbours, all links together; None: unknown."""
     found = _timing(device)
     return (found[2] or None) if found else None
 
@@ -82,7 +82,10 @@ def chip_memory(device: Any) -> int | None:
     if not isinstance(device, str):
         try:
             stats = device.memory_stats() or {}
-        except (RuntimeError, NotImplementedError):  # descriptions of devices that are not there
+        except (
+            RuntimeError,
+            NotImplementedError,
+        ):  # a description of a device that this machine does not have
             stats = {}
         if stats.get("bytes_limit"):
             return int(stats["bytes_limit"])

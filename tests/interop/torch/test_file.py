@@ -161,7 +161,7 @@ def test_a_lightning_checkpoint_gives_its_state_dict(tmp_path):
     callback = named("lightning.callbacks", "ModelCheckpoint")
     callback += b")\x81" + table(best=plain(1)) + b"b"
     state = named("collections", "OrderedDict") + b")R(" + plain("w") + tensor() + b"u"
-    # An OrderedDict's own attributes (torch keeps versions there) are no entries.
+    # An OrderedDict's own attributes (torch keeps versions there) are not entries.
     state += table(_metadata=plain({"": {"version": 1}})) + b"b"
     body = table(
         epoch=plain(7),
@@ -240,7 +240,7 @@ def test_code_in_a_file_is_not_run(tmp_path, write):
         (table(w=tensor(shape=(True,), stride=(1,))), "no sizes"),
         (table(w=tensor(shape=(1,) * 40, stride=(0,) * 40)), "40 axes"),
         (table(w=tensor(shape=(2,))), "1 axes and 2 strides"),
-        (table(w=tensor(shape=7, stride=7)), "shape is no list"),
+        (table(w=tensor(shape=7, stride=7)), "shape is not a list"),
         (table(w=tensor(count=-1)), "no storage"),
         (table(ok=tensor(), w=rebuilt(plain(3), 0, (2,), (1,))), "'w' is of a kind"),
         (table(ok=tensor(), w=rebuilt(storage("0", "NewStorage", 6), 0, (2,), (1,))),
@@ -381,7 +381,7 @@ def _bytes_of_zip():
 )
 def test_other_files_are_named(tmp_path, content, message):
     (tmp_path / "x.pt").write_bytes(content)
-    with pytest.raises(errors.DataError, match=f"no torch file: (it is )?{message}"):
+    with pytest.raises(errors.DataError, match=f"not a torch file: (it is )?{message}"):
         torch_file.open_torch(tmp_path / "x.pt")
 
 

@@ -60,8 +60,8 @@ def open_shards(
     Raises:
       ConfigError: an unsupported address, or an index made for another caption field.
       DataError: nothing matches; a shard is missing, unreadable, or has changed since it was
-        indexed; an index is damaged; a remote shard has none; one that had to be walked is no tar
-        or has no captions at all; or there is no complete sample.
+        indexed; an index is damaged; a remote shard has none; one that had to be walked is not a
+        tar or has no captions at all; or there is no complete sample.
     """
     patterns = [patterns] if isinstance(patterns, str | os.PathLike) else list(patterns)
     prepared = [os.fspath(pattern).startswith("tfds:") for pattern in patterns]

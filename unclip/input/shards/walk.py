@@ -24,7 +24,7 @@ from unclip.input.shards.index import ShardIndex, checksum
 
 MAX_LISTED = 10_000  # faults of a shard that are listed; all are counted
 MAX_MEMBERS = 1 << 22  # of one shard: a tar of empty members must not fill the memory
-NOT_TARS = ("not-a-tar", "compressed")  # faults by which a whole file is no shard
+NOT_TARS = ("not-a-tar", "compressed")  # faults by which a whole file is not a shard
 _PICKLES = ("pkl", "pickle", "pyd", "pth", "pt")  # what other readers would unpickle
 _PIECE, _FULL_BLOCK = 1 << 20, 2 << 20  # bytes
 _EXAMPLES = 5
