@@ -365,7 +365,7 @@ def test_missing_sets_are_reported(sets, clip):
     real, fake = sets
     with pytest.raises(errors.ConfigError, match="fid compares with real pictures"):
         measure(None, fake, ["fid"], inception="w")
-    with pytest.raises(errors.ConfigError, match="is is of fake pictures alone"):
+    with pytest.raises(errors.ConfigError, match="is is computed from fake pictures"):
         measure(real, None, ["is"], inception="w")
     with pytest.raises(errors.ConfigError, match="1 fake picture; at least 2"):
         measure(real, pictures.First(fake, 1), ["fid"], inception="w")

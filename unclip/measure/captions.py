@@ -1,8 +1,8 @@
 """Captions from files, matched to pictures by name.
 
-Text alignment (CLIP score and R-precision, beside the paper's Table 1 and Figures 9 to 11, arXiv
-2204.06125) needs the caption of every picture, and a shifted list gives numbers that look right.
-So captions and pictures meet by name alone, and what stands without the other is an error.
+Text alignment (CLIP score, R-precision) needs the caption of every picture, and a list shifted by
+one gives numbers that look right. So captions and pictures are matched by name only, and a caption
+or picture without its counterpart is an error.
 """
 
 import csv
@@ -28,7 +28,7 @@ def read_captions(path: str | os.PathLike) -> dict[str, list[str]]:
     """{name: captions} of a file.
 
     Args:
-      path: `.jsonl`, an object a line with a name (one of `NAMES`) and a caption (one of
+      path: `.jsonl`, an object per line with a name (one of `NAMES`) and a caption (one of
         `CAPTIONS`); `.csv` or `.tsv` with such a header; `.json`, {name: caption or list of
         captions} or COCO's {"images": …, "annotations": …}. A name may come several times.
 
@@ -142,7 +142,7 @@ def match(
 
 
 def own(pictures: PictureSet) -> list[list[str]] | None:
-    """The captions that a set brings along, or None where no picture has one.
+    """The captions that a set itself has, or None where no picture has one.
 
     Raises:
       ConfigError: some pictures have one and others not. DataError: one cannot be read.

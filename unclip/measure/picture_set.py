@@ -1,7 +1,6 @@
-"""A set of pictures to be measured: what it must know, pictures in memory, and views of a set.
+"""A set of pictures to be measured: its interface, pictures in memory, and views of a set.
 
-The paper's evaluations (arXiv 2204.06125, section 5) compare drawn pictures with real ones. A set
-is N pictures with names and, where it has them, captions; `measure.pictures` opens them.
+A set is N pictures with names and, where it has them, captions; `measure.pictures` opens them.
 Pictures are decoded as in training, under the same limits. What a file was before it became RGB is
 noted, because a Fréchet distance depends on it.
 """
@@ -34,10 +33,10 @@ class PictureSet:
     """N pictures by number; safe to read from several threads.
 
     Attributes:
-      source: what the set is, for people and for provenance.
-      notes: uint8 [N], bits of `NOTES`, filled in as pictures are read.
-      damaged: (name, reason) of samples that the source lost before they got a number.
-      left_out: names of files in the source that are no pictures of the set.
+      source: what the set is, for messages and provenance.
+      notes: uint8 [N], bits of `NOTES`, set as pictures are read.
+      damaged: (name, reason) of samples that the source left out before numbering.
+      left_out: names of files in the source that are not pictures of the set.
     """
 
     def __init__(self, source: str, count: int):
@@ -79,7 +78,7 @@ def listing_hash(pictures: PictureSet) -> str:
 
 
 def describe_notes(notes: np.ndarray) -> dict[str, int]:
-    """{what: how many pictures} of `PictureSet.notes`, without what none has."""
+    """{what: how many pictures} of `PictureSet.notes`, where there are any."""
     counts = {text: int(np.count_nonzero(notes & bit)) for bit, text in NOTES.items()}
     return {text: count for text, count in counts.items() if count}
 
@@ -169,12 +168,12 @@ class ArrayPictures(PictureSet):
 
 
 class _View(PictureSet):
-    """Another set's pictures, changed on the way; notes are the other set's."""
+    """Another set's pictures, changed when they are read; notes are the other set's."""
 
     def __init__(self, base: PictureSet, source: str, count: int):
         super().__init__(source, 0)
         self.base = base
-        self.notes = base.notes[:count]  # a view: what is noted below is seen here
+        self.notes = base.notes[:count]  # a view of the base's array, so both have the same notes
         self.damaged, self.left_out = base.damaged, base.left_out
 
     def read(self, i: int) -> np.ndarray:
@@ -205,7 +204,7 @@ class Prepared(_View):
 
     Args:
       base: any set; crop: the side in pixels.
-      filter: "bicubic" or "box", Pillow's; a picture of the right size is left as it is.
+      filter: "bicubic" or "box", Pillow's; a picture of the right size is not changed.
     """
 
     def __init__(self, base: PictureSet, crop: int, filter: str = "bicubic"):

@@ -1,8 +1,6 @@
 """Pictures to be measured, opened by name: folders, shards, prepared data sets and arrays.
 
-The paper's evaluations (arXiv 2204.06125, section 5) compare drawn pictures with real ones, each
-side from where it lies: drawn ones in a folder or an array, real ones in shards or in a data set
-that tensorflow-datasets prepared. `PictureSet` says what they all can do.
+`PictureSet` is their common interface.
 """
 
 import difflib
@@ -162,7 +160,7 @@ class ShardPictures(PictureSet):
         source = patterns if isinstance(patterns, str) else ",".join(patterns)
         super().__init__(source, len(collection))
         names = [collection.key(i) for i in range(len(collection))]
-        if len(set(names)) < len(names):  # a key is unique in its shard alone
+        if len(set(names)) < len(names):  # a key is unique only within its shard
             stems = [os.path.basename(path).removesuffix(".tar") for path in collection.shards]
             of = np.repeat(np.arange(len(stems)), collection.counts)
             names = [f"{stems[shard]}/{name}" for shard, name in zip(of, names)]
