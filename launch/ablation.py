@@ -1,8 +1,8 @@
 """The paper's ablation at small scale: what the decoder is given, and which prior draws it.
 
-Sections 5.1 to 5.3 of arXiv 2204.06125 compare a decoder given nothing but the caption, z_t in
-place of z_i, and z_i drawn by an autoregressive or a diffusion prior, over guidance. Here the same
-is trained and swept on captioned scenes of one emoji on a coloured background, 16 pixels wide:
+Sections 5.1 to 5.3 of arXiv 2204.06125 compare, over guidance, a decoder given only the caption,
+given z_t in place of z_i, and given z_i drawn by an autoregressive or a diffusion prior. Here the
+same is trained and swept on captioned scenes of one emoji on a coloured background, 16 pixels wide:
 
     python launch/ablation.py --out runs/ablation
 
@@ -26,7 +26,7 @@ CLIP = ("--config.arch.image_size=16", "--config.arch.patch_size=4", "--config.a
 CLIP += ("--config.batch_size=128",)
 DECODER = ("--config.batch_size=64",)
 PRIOR = ("--config.batch_size=64", "--config.arch.context=16", "--config.stored_embeddings")
-# (folder, config, steps, flags). Lanes last about equally long on two processors.
+# (folder, config, steps, flags). The lanes take about equally long on two processors.
 LANES = (
     (
         ("clip", "clip.py:emoji", 200, CLIP),
@@ -78,7 +78,7 @@ def trainings(out: pathlib.Path, shards: dict[str, str], scale: float) -> list[l
 def evaluations(
     out: pathlib.Path, count: int, jobs: int, guidance: list[float] | None = None
 ) -> list[list[Job]]:
-    """The sweep as the jobs of an array, one a lane."""
+    """The sweep as the jobs of an array, one per lane."""
     command = ["evaluate", "--config=configs/evaluate.py:ablation"]
     command += [f"--workdir={out / 'evaluation'}", f"--config.protocol.count={count}"]
     command += [f"--config.{part}={out / part}" for part in ("clip", "prior", "decoder")]
@@ -98,7 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "runs" / "ablation")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies steps and pictures")
-    parser.add_argument("--guidance", type=float, nargs="+", help="scales; else the config's")
+    parser.add_argument("--guidance", type=float, nargs="+", help="scales; default: the config's")
     arguments = parser.parse_args()
     out = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)

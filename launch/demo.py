@@ -80,7 +80,7 @@ def squared_error(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def draw(demo: Lanes, bundle: pathlib.Path, theme: str) -> dict:
-    """Draws the prompts and measures them; everything the report shows."""
+    """Draws the prompts and measures the pictures; returns everything the report shows."""
     from unclip.cascade.pipeline import UnCLIP
     from unclip.files import images
 
@@ -149,7 +149,7 @@ def report(demo: Lanes, found: dict, summary: dict, theme: str) -> None:
         "What was drawn",
         "Each row is one caption: the decoder's picture, each upsampler's, the true picture, and "
         "the training picture nearest to the decoder's (mean squared error at base resolution). "
-        "The cascade has seen these pictures: the test is whether a caption leads to its picture "
+        "These are training pictures: the test is whether a caption leads to its picture "
         "through the prior, not whether it generalises.",
     )
     columns = [f"{side} × {side}" for side in sizes] + ["true picture", "nearest"]
@@ -172,9 +172,9 @@ def report(demo: Lanes, found: dict, summary: dict, theme: str) -> None:
     page.gallery(rows, columns)
     if found["unseen"] is not None:
         page.section(
-            "Captions it never saw",
+            "Captions that training never showed",
             "Held-out emoji of the same theme. A few dozen training pictures teach no general "
-            "picture of food; what comes out is a neighbour or a blend.",
+            "idea of food; what is drawn resembles one training picture or a blend of several.",
         )
         stages = found["unseen"].stages.values()
         near = found["unseen_nearest"]
@@ -215,7 +215,7 @@ def report(demo: Lanes, found: dict, summary: dict, theme: str) -> None:
                 }
             )
     page.table(table)
-    page.section("Scores", "Honest ones: by this demo's own CLIP and by pixels.")
+    page.section("Scores", "By this demo's own CLIP and by pixels.")
     page.table(
         [
             {"score": "mean squared error to the prompted picture", "value": summary["mse_own"]},
@@ -236,7 +236,7 @@ def main() -> None:
     parser.add_argument("--theme", default="food", help="a theme of configs/common.py")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies every stage's steps")
     parser.add_argument("--threads", choices=("split", "shared"), default="split")
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted demo")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted demo")
     arguments = parser.parse_args()
     out = arguments.out.resolve()
     if not arguments.resume:

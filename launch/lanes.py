@@ -1,7 +1,7 @@
 """Jobs that run side by side as children, each lane on its share of the processors.
 
-A small network uses one core better than two, so the cascade of the paper (arXiv 2204.06125), whose
-stages hardly depend on one another, trains in lanes. Used by the demo and the ablation.
+A small network uses one core better than two, so a small cascade, whose stages hardly depend on one
+another, trains in lanes. Used by the demo and the ablation.
 """
 
 import os
@@ -23,9 +23,9 @@ class Job(NamedTuple):
     """A child of a lane: `unclip` with these arguments.
 
     Attributes:
-      name: of its log and, for others, of what they wait for.
+      name: of its log; other jobs give it in `after`.
       command: arguments of `unclip`.
-      after: jobs that must have ended first, also those of other lanes.
+      after: names of jobs, also of other lanes, that must have ended first.
     """
 
     name: str
@@ -46,7 +46,7 @@ def training_jobs(
     Priors and decoders read the run in the folder "clip", and wait for it.
 
     Args:
-      out: holds the folders; scale: multiplies steps, of which two stay at least.
+      out: holds the folders; scale: multiplies steps, but never to less than two.
       warmup: steps of warm-up, at most a quarter of all; options: flags of every job.
     """
     found = []
@@ -64,11 +64,11 @@ def training_jobs(
 
 
 class Lanes:
-    """Runs jobs and notes what they used.
+    """Runs jobs and records what they used.
 
     Args:
       out: folder; logs go to its `logs`.
-      split: each lane has its own share of the processors; else all lanes have all.
+      split: each lane has its own share of the processors; False: all lanes share all.
 
     Attributes:
       commands: every command that was run; peak: resident bytes of all processes together.
@@ -96,19 +96,19 @@ class Lanes:
             threads.append(threading.Thread(target=self._lane, args=(lane, own or cores)))
         for thread in threads:
             thread.start()
-        said = 0.0
+        printed = 0.0
         while any(thread.is_alive() for thread in threads):
             self.measure()
-            if time.monotonic() - said > (1 if sys.stderr.isatty() else 15):
-                said = time.monotonic()
-                self._say()
+            if time.monotonic() - printed > (1 if sys.stderr.isatty() else 15):
+                printed = time.monotonic()
+                self._print_status()
             time.sleep(0.5)
         if sys.stderr.isatty():
             print(file=sys.stderr)
         if self._failed.is_set():
             raise SystemExit(self._code)
 
-    def _say(self) -> None:
+    def _print_status(self) -> None:
         minutes, seconds = divmod(round(time.monotonic() - self.started), 60)
         line = f"[{minutes}:{seconds:02}] " + " | ".join(self._status.values())
         end = "\r" if sys.stderr.isatty() else "\n"
@@ -124,8 +124,8 @@ class Lanes:
                     self._code = code
                     self._failed.set()
                     log = (self.out / "logs" / f"{job.name}.log").read_text().splitlines()
-                    said = f"\n{job.name} failed with exit code {code}:"
-                    print(said, *log[-5:], sep="\n", file=sys.stderr)
+                    message = f"\n{job.name} failed with exit code {code}:"
+                    print(message, *log[-5:], sep="\n", file=sys.stderr)
             self._ended[job.name].set()
 
     def _child(self, job: Job, cores: list[int]) -> int:
@@ -149,7 +149,7 @@ class Lanes:
         return child.returncode
 
     def measure(self) -> None:
-        """Notes the resident memory of this process and its children, bytes."""
+        """Records the resident memory of this process and its children, bytes."""
         total = 0
         for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
             try:

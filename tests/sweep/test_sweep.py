@@ -217,8 +217,12 @@ def test_models_of_runs(plain, tmp_path):
             "sweep.sampler 'dimm': did you mean 'ddim'",
         ),
         ({"sweep.embed": ("prio",)}, errors.ConfigError, "did you mean 'prior'"),
-        ({"sweep.guidance": ("high",)}, errors.ConfigError, "sweep.guidance: 'high' is no float"),
-        ({"sweep.steps": (2.5,)}, errors.ConfigError, "sweep.steps: 2.5 is no int"),
+        (
+            {"sweep.guidance": ("high",)},
+            errors.ConfigError,
+            "sweep.guidance: 'high', expected a number",
+        ),
+        ({"sweep.steps": (2.5,)}, errors.ConfigError, "sweep.steps: 2.5, expected a whole number"),
         ({"sweep.steps": (0,)}, errors.ConfigError, "sweep.steps: 0, expected at least 1"),
         ({"sweep.seed": (5000,)}, errors.ConfigError, "less than 4096"),
         ({"sweep.model": ("modle",)}, errors.ConfigError, "model 'modle': did you mean 'model'"),
@@ -280,7 +284,7 @@ def test_jobs_of_an_array(env, flags, job):
 @pytest.mark.parametrize(
     ("env", "flags", "said"),
     [
-        ({}, (1, None), "go together"),
+        ({}, (1, None), "given together"),
         ({}, (2, 2), "array job 2 of 2"),
         ({"SLURM_ARRAY_TASK_ID": "1"}, (None, None), "array variables cannot be read"),
     ],

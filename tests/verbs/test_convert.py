@@ -100,7 +100,7 @@ def test_wrong_commands_are_one_line(clip_bundle, hf_folder, tmp_path):
         (["--from", "karlo", "--out", out], "expected the path of a karlo file or folder"),
         (["--to", "hf-clip", "--out", out], "expected the path of a bundle"),
         (["--to", "hf-clip", clip_bundle, hf_folder, "--out", out], "takes one bundle, given 2"),
-        (["--to", "hf-clip", clip_bundle, "--dtype=float32", "--out", out], "go with --from"),
+        (["--to", "hf-clip", clip_bundle, "--dtype=float32", "--out", out], "with --from only"),
     ]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         finished = list(pool.map(lambda case: verb(*case[0]), cases))

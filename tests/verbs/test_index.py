@@ -88,7 +88,7 @@ def test_to_array_record(index, folder):
         (["FOLDER/a-3.tar"], 74, "no usable picture in 1 shards"),
         (["FOLDER/a-0.tar", "--check"], 74, "there is no index in"),
         (["pipe:cat a.tar"], 78, "never run"),
-        (["s3://bucket/a.tar"], 78, "say with --out"),
+        (["s3://bucket/a.tar"], 78, "folder of the index with --out"),
         (["FOLDER/a-0.tar", "--job=0"], 78, "jobs"),
         (["FOLDER/a-0.tar", "--out=FOLDER/a-1.tar"], 74, "a-1.tar"),
     ],

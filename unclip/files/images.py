@@ -319,7 +319,7 @@ def _reported(path: str | os.PathLike, formats: Sequence[str]) -> Iterator[None]
     except pictures.PictureError as error:
         what = {
             "unreadable": f"cannot read {path}: {error.detail}",
-            "format": f"{path} is no {'/'.join(formats)} picture",
+            "format": f"{path} is not a {'/'.join(formats)} picture",
             "too-many-bytes": f"picture {path} is larger than {pictures.MAX_BYTES >> 20} MiB",
             "too-many-pixels": (
                 f"picture {path} is larger than {pictures.MAX_PIXELS >> 20} megapixels"

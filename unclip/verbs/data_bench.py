@@ -1,11 +1,10 @@
-"""`unclip data-bench`: samples a second of your shards on this machine, by phase and in total.
+"""`unclip data-bench`: samples per second of your shards on this machine, by phase and in total.
 
     unclip data-bench shards/*.tar --size 256
     unclip data-bench 's3://bucket/{0000..0099}.tar' --size 64 --threads 16 --seconds 10
 
-Reads, decodes, resizes, tokenises and batches as training does, says what each costs, and what
-global batch and step time that sustains; the paper's batches (arXiv 2204.06125, appendix C) are
-among them.
+Reads, decodes, resizes, tokenises and batches as training does, and prints what each costs and
+which global batches and step times that can feed.
 """
 
 import json
@@ -29,7 +28,7 @@ _FRACTION = flags.DEFINE_float(
 _MARGIN = flags.DEFINE_float(
     "margin",
     2.0,
-    "JPEGs are decoded at no less than so many times --size; 1 is fastest",
+    "JPEGs are decoded at no less than this many times --size; 1 is fastest",
     lower_bound=1.0,
     upper_bound=8.0,
 )
