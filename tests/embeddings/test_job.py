@@ -317,7 +317,7 @@ def test_shards_that_are_not_embedded_are_named(whole, tars, tmp_path):
     with pytest.raises(errors.DataError, match=r"of 1 of 5 shards \(new\.tar\)"):
         Store(whole).attach(other)
     write_tar(tmp_path / "s-2.tar", range(3))  # the name alone is not enough
-    with pytest.raises(errors.DataError, match=r"\(s-2\.tar\): it has others, or these were"):
+    with pytest.raises(errors.DataError, match=r"\(s-2\.tar\): it has other shards, or these were"):
         Store(whole).attach(shards.open_shards(str(tmp_path / "s-2.tar")))
 
 

@@ -189,7 +189,7 @@ def test_hostile_and_damaged_files(tmp_path, monkeypatch):
     with pytest.raises(errors.DataError, match="compressed in a way"):
         read_statistics(_npz(path, {"mu": mu, "sigma": sigma}, zipfile.ZIP_LZMA))
     path.write_bytes(b"PK\x03\x04 no")
-    with pytest.raises(errors.DataError, match="no statistics file"):
+    with pytest.raises(errors.DataError, match="not a statistics file"):
         read_statistics(path)
     with pytest.raises(errors.DataError, match="No such file"):
         read_statistics(tmp_path / "none.npz")

@@ -1,4 +1,4 @@
-"""The Fréchet distance between two sets of pictures: FID, sFID, and its kin on other features.
+"""The Fréchet distance between two sets of pictures: FID, sFID, and the same on other features.
 
 FID is this distance on Inception's pool3 features (1706.08500), sFID on its spatial ones
 (2103.03841); on features of CLIP or DINOv2 the formula is the same but the name must differ.

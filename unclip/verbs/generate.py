@@ -3,7 +3,7 @@
     unclip generate --model DIR --prompt "a red fox" --n 4 --seed 0 --out DIR
 
 Writes numbered PNG files, each with its prompt, seed, every setting and the model's hash inside
-(readable by `unclip.images.read_recipe`, Automatic1111 and any PNG tool), and a grid.
+(readable by `unclip.files.images.read_recipe`, Automatic1111 and any PNG tool), and a grid.
 """
 
 import sys
