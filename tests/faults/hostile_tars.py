@@ -52,7 +52,7 @@ def links(archive, rng):
         rng.choice([0, 0, 1 << 20]),
         "x.txt",
         target,
-    )  # a link carries no data, whatever its size says
+    )  # a link has no data, even if its size is not 0
     return {"refused-link": 1}
 
 
@@ -69,7 +69,7 @@ def names(archive, rng):
 
 
 def devices(archive, rng):
-    """Devices, fifos and types that nobody knows."""
+    """Devices, fifos and unknown types."""
     kind = rng.choice([tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, b"Z", b"D", b"M"])
     add(archive, "x.jpg", type=kind, devmajor=1, devminor=5)
     return {"refused-type": 1}
@@ -207,7 +207,7 @@ KINDS = {
     texts: 0.3,
 }
 # Where damage ends the walk what comes after it is not found: the first sample remains, and that is
-# told; where the odd header was harmless after all, both do.
+# reported; where the odd header was harmless, both do.
 ENDING = (long_names, pax_records, sizes)
 
 

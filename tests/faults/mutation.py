@@ -1,4 +1,4 @@
-"""Mutated pictures, captions and JSON through the whole source: each is used as it is or named."""
+"""Mutated pictures, captions and JSON through the whole source: each is used unchanged or named."""
 
 import io
 import json

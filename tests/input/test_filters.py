@@ -1,4 +1,4 @@
-"""Filters: what passes, what is rejected and by which word, and how a mistake is told."""
+"""Filters: what passes, what is rejected and by which word, and how a mistake is reported."""
 
 import json
 import math

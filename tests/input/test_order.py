@@ -23,7 +23,7 @@ def shards_of(numbers, counts):
 
 @pytest.mark.parametrize("n, seed", [(1009, 3), (3000, 2**63)])
 def test_the_global_order_is_grains_shuffle(n, seed):
-    """Runs that began before there were other orders go on with the same bits."""
+    """The order is fixed: a run resumed by another version sees the same samples."""
     word = int(generator(seed, 0, 0).integers(1 << 32))
     theirs = grain.MapDataset.range(n).shuffle(seed=word).repeat()
     ours = make_order([n], seed)

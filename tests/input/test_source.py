@@ -246,7 +246,7 @@ def test_worker_processes_change_nothing(partly_bad, workers):
 
 
 class Slow:
-    """A transform that tells when it has begun a sample, and takes its time."""
+    """A transform that reports when it has begun a sample, and is slow."""
 
     def __init__(self, folder, ends_at=-1):
         self.folder, self.ends_at = str(folder), ends_at
@@ -559,7 +559,7 @@ def test_a_streamed_host_opens_only_its_own_shards(several):
                 max_bad_fraction=1.0,
                 prefetch=1,
             ) as batches:
-                for _ in range(3):  # one epoch, with stand-ins for three bad samples
+                for _ in range(3):  # one epoch, with replacements of three bad samples
                     next(batches)
             opened.append(recorded.shards)
             assert len(recorded.shards) <= allowed

@@ -1,4 +1,5 @@
-"""Metrics by name: the plumbing from pictures to keyed values, on small stand-ins for networks."""
+"""Metrics by name: the plumbing from pictures to keyed values, on small substitutes for
+networks."""
 
 import io
 import json
@@ -293,7 +294,7 @@ def test_sizes_are_refused_unless_allowed_or_cropped(sets):
 
 
 def test_sizes_that_show_late_are_refused_too(sets, tmp_path, clip):
-    # None of the few that are looked at first is the odd one.
+    # The picture of another size is not among the few that are probed first.
     for i in range(40):
         side = 7 if i == 1 else 6
         Image.fromarray(np.full((side, side, 3), i * 5, np.uint8)).save(tmp_path / f"{i:02}.png")

@@ -228,7 +228,7 @@ def test_prepared_is_the_centre_square_resized_once():
     want = ramp[:, 4:12].reshape(4, 2, 4, 2, 3).mean((1, 3))
     np.testing.assert_allclose(box.read(0), want, atol=1)
     assert "box 4x4" in box.source
-    # Nothing outside of the square may reach in, whatever the filter's support.
+    # Nothing outside of the square may have an effect, whatever the filter's support.
     outside = ramp.copy()
     outside[:, :4], outside[:, 12:] = 255, 255
     cubic = [pictures.Prepared(pictures.ArrayPictures(p[None]), 4).read(0) for p in (ramp, outside)]

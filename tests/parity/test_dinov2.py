@@ -188,7 +188,7 @@ def test_presets_take_the_published_tensors(name):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """(their model with 37 x 37 positions, its folder): the sizes that FD-DINOv2 meets."""
+    """(their model with 37 x 37 positions, its folder): the sizes of FD-DINOv2."""
     folder = tmp_path_factory.mktemp("dinov2_518")
     model = random_model(transformers.Dinov2Model, image_size=518)
     model.save_pretrained(folder)

@@ -331,7 +331,8 @@ class Judged(EvaluationProtocol):
 
 @pytest.fixture
 def paint(monkeypatch, plain):
-    """(paint, runner(changes, workdir)): a runner that draws with paint and measures a stand-in."""
+    """(paint, runner(changes, workdir)): a runner that draws with paint and measures with a
+    substitute."""
     model = Paint()
     monkeypatch.setattr(protocols, "make", lambda name, **settings: Judged(**settings))
     monkeypatch.setattr(drawing.Runner, "model", lambda self, cell: model)

@@ -1,4 +1,4 @@
-"""`unclip convert` as a user meets it: the verb, its errors and its exit codes."""
+"""`unclip convert` as a user sees it: the verb, its errors and its exit codes."""
 
 import concurrent.futures
 import json

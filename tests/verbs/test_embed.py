@@ -1,4 +1,4 @@
-"""`unclip embed` as a user meets it: output, a stop half way, and every mistake in one line."""
+"""`unclip embed` as a user sees it: output, a stop half way, and every mistake in one line."""
 
 import os
 import pathlib

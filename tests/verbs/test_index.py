@@ -1,4 +1,4 @@
-"""`unclip index` as a user meets it: totals, exit codes, one line for every mistake."""
+"""`unclip index` as a user sees it: totals, exit codes, one line for every mistake."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""`unclip metrics` as a user meets it: output, files, and every mistake in one line."""
+"""`unclip metrics` as a user sees it: output, files, and every mistake in one line."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Two sets of pictures compared by name: FID and related distances, fidelity and diversity, text alignment.
+"""Sets of pictures compared by name: FID and related distances, fidelity, diversity, text fit.
 
 Such numbers have a meaning only together with the features, the resize, the number of pictures and
 the protocol, so a value's key contains all of these, and the result has warnings and provenance for

@@ -1,4 +1,4 @@
-"""The index: mapped and walked are the same, damage is told, staleness too."""
+"""The index: mapped and walked are the same, damage and staleness are reported."""
 
 import io
 import json

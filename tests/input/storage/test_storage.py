@@ -333,7 +333,7 @@ def test_a_driver_that_stalls_or_falls_short(memory, monkeypatch):
 
 @pytest.mark.parametrize("whole_blocks", [False, True])
 def test_a_remote_collection_equals_the_local_one(shard_writer, tmp_path, whole_blocks):
-    """Indexed and read over a server that fails now and then; same samples, same fingerprint."""
+    """Indexed and read over a server that sometimes fails; same samples, same fingerprint."""
     for n in range(2):
         shard_writer(tmp_path / f"{n}.tar", 6, first=6 * n)
     local = open_shards(f"{tmp_path}/{{0,1}}.tar")

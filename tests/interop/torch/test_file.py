@@ -150,7 +150,7 @@ def test_the_oldest_streams(tmp_path):
     view = storage("140", "FloatStorage", 6, view=("141", 2, 3))
     other = b"](" + plain("v") + rebuilt(view, 1, (2,), (1,)) + b"e"
     body = named("collections", "OrderedDict") + b"(](" + pair + other + b"etR"
-    # The first mention of a storage tells its length.
+    # The first mention of a storage gives its length.
     body = body.replace(plain(2) + b"tQ", plain(6) + b"tQ")
     found = torch_file.open_torch(write_stream(tmp_path / "x.pth", body, [SIX], ["140"]))
     np.testing.assert_array_equal(found["w"].read(), SIX[:2])
