@@ -279,7 +279,9 @@ def main() -> None:
     """Reads the arguments and prints what is measured."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shards", type=int, default=1000)
-    parser.add_argument("--rows", type=int, default=10_000, help="samples a shard, at most 10,000")
+    parser.add_argument(
+        "--rows", type=int, default=10_000, help="samples per shard, at most 10,000"
+    )
     parser.add_argument("--lookups", type=int, default=100_000)
     parser.add_argument("--walk_samples", type=int, default=10_000)
     parser.add_argument("--picture_bytes", type=int, default=30_000)

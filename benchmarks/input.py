@@ -80,7 +80,7 @@ WORDS = [
 def picture(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
     """uint8 [height, width, 3] with a photograph's falling spectrum, and a few edges.
 
-    At quality 95 it takes about 3.5 bits a pixel, as photographs of that size do (3.0 to 4.2).
+    At quality 95 it takes about 3.5 bits per pixel, as photographs of that size do (3.0 to 4.2).
     """
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     frequency[0, 0] = 1
@@ -100,7 +100,8 @@ def picture(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
 
 
 def write_tar(path: pathlib.Path, side: int, count: int, distinct: int = 64) -> float:
-    """Writes `count` samples of `distinct` pictures of shorter side `side`; bits a pixel."""
+    """Writes `count` samples of `distinct` pictures of shorter side `side`; returns bits per
+    pixel."""
     rng = np.random.default_rng(side)
     encoded = []
     for _ in range(distinct):

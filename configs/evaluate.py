@@ -105,7 +105,7 @@ def get_config(arg=None):
         }
     )
     config.cells = ()  # dicts {axis: value}: cells beside the product
-    config.samples = 1  # pictures a caption
+    config.samples = 1  # pictures per caption
     config.stages = 0  # how many of decoder and upsamplers run; 0 = all
     config.batch_size = 64  # pictures on this process's devices at once
     config.mesh = ConfigDict({"data": -1, "fsdp": 1})  # of this process's devices

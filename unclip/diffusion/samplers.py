@@ -182,11 +182,11 @@ def sample(
     x_T = jnp.asarray(x_T, jnp.float32)
     n, batch = len(schedule), x_T.shape[0]
     if noise is not None and noise.shape != (n, *x_T.shape):
-        raise errors.ConfigError(f"noise {noise.shape}: expected {(n, *x_T.shape)}, one a step")
+        raise errors.ConfigError(f"noise {noise.shape}: expected {(n, *x_T.shape)}, one per step")
     if noisy and noise is None and (keys is None or keys.shape != (batch,)):
         given = "None" if keys is None else f"shape {keys.shape}"
         raise errors.ConfigError(
-            f"keys {given}: sampler {sampler!r} needs {batch} typed PRNG keys, one a picture"
+            f"keys {given}: sampler {sampler!r} needs {batch} typed PRNG keys, one per picture"
         )
 
     def body(carry, step):

@@ -213,7 +213,7 @@ def save_pictures(
 
     Args:
       pictures: uint8 [N, H, W, 3] or a list of uint8 [H, W, 3].
-      recipes: one a picture; its integer `seed`, when there, becomes part of the name.
+      recipes: one per picture; its integer `seed`, when there, becomes part of the name.
       out_dir: made when missing.
       grid_columns: pictures in a row of the grid.
       labels: lines of text below the pictures of the grid.

@@ -122,7 +122,7 @@ def orientation(picture: Image.Image) -> int:
 
 
 def on_white(picture: Image.Image) -> Image.Image:
-    """A picture of 8 bits a channel as RGB, its transparency laid on white."""
+    """A picture of 8 bits per channel as RGB, its transparency laid on white."""
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")

@@ -36,7 +36,7 @@ class Row:
 
     Attributes:
       caption: the text beside the pictures.
-      images: uint8 [H, W, 3] pictures, one a column; None leaves a cell empty.
+      images: uint8 [H, W, 3] pictures, one per column; None leaves a cell empty.
       badges: (text, good) pairs: good True is green, False red, None neutral.
       note: a smaller second line.
     """
@@ -128,7 +128,7 @@ class Report:
         """Adds a plot of one or more lines, {name: [(x, y), …]}; neighbours share a row.
 
         Args:
-          labels: {name: one text a point}, written beside the points of that line.
+          labels: {name: one text per point}, written beside the points of that line.
         """
         for name, texts in (labels or {}).items():
             if len(texts) != len(series[name]):

@@ -84,7 +84,7 @@ class Streamed:
     """V streams side by side, each through its own part of the epoch's shards.
 
     Row r of a global batch of B always belongs to stream r // (B / V). The shards of epoch e,
-    permuted by (seed, e) and laid end to end, are cut into V runs, one a stream, as long as that
+    permuted by (seed, e) and laid end to end, are cut into V runs, one per stream, as long as that
     stream has rows in the epoch; a stream walks its run in windows of `window` samples, shuffled
     inside. So a process that delivers whole streams reads its own run of shards and no other, apart
     from the shards at its two ends.
@@ -188,7 +188,7 @@ class Mixed:
     once.
 
     Args:
-      orders: one a component; first: int64 [K], where each begins in the collection.
+      orders: one per component; first: int64 [K], where each begins in the collection.
       proportions: [K], above 0, in any unit.
       streams, batch_size: of the orders; 1 stream for `global`.
     """

@@ -150,7 +150,7 @@ def measure(
     Args:
       collection: of `shards.open_shards`.
       transform: what a sample becomes; its picture's size may not be None.
-      batch_size: samples a batch, of this host.
+      batch_size: samples per batch, of this host.
       threads, workers: of the source, as in training.
       seconds: for each of the 7 measurements, the 5 phases and the source twice.
       seed: which samples.

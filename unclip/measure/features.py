@@ -30,7 +30,7 @@ from unclip.runtime.progress import progress
 
 __all__ = ["Extracted", "Extractor", "extract", "inception_extractor"]
 
-ROWS = {"cpu": 8}  # rows a device computes at a time, by platform; on others
+ROWS = {"cpu": 8}  # rows that a device computes at once, by platform; on others
 ACCELERATOR_ROWS = 64
 IN_FLIGHT = 2  # calls that the devices have to do while the next one is prepared
 MOMENT_ROWS = 512  # added up at a time: one large product in place of many small ones

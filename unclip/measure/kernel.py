@@ -27,7 +27,7 @@ def kid(
 
     Args:
       fake: [N, D] features of its first input, the generated pictures; real: [M, D].
-      subsets: how many; size: rows a side in each.
+      subsets: how many; size: rows of each side in each.
 
     Returns:
       (mean, standard deviation) over the subsets; times 1000 in many papers.

@@ -24,7 +24,7 @@ NOTES = {
     GREY: "greyscale, converted to RGB",
     ALPHA: "with transparency, laid on white (pytorch-fid and torch-fidelity drop the alpha)",
     TURNED: "turned upright by their EXIF orientation (pytorch-fid and torch-fidelity do not)",
-    DEEP: "of more than 8 bits a channel, rounded to 8",
+    DEEP: "of more than 8 bits per channel, rounded to 8",
     LOSSY: "lossy (JPEG or WebP): compression itself changes a Fréchet distance",
 }
 

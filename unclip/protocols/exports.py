@@ -42,7 +42,7 @@ class _Export(base.EvaluationProtocol):
     def __init__(self, id: str, source: str, prompts: list[str], pictures: int, size: int):
         if not 1 <= pictures <= MAX_PICTURES:
             raise errors.ConfigError(
-                f"{id}: {pictures} pictures a prompt, expected 1 to {MAX_PICTURES}"
+                f"{id}: {pictures} pictures per prompt, expected 1 to {MAX_PICTURES}"
             )
         if not 16 <= size <= 4096:
             raise errors.ConfigError(f"{id}: size {size}, expected 16 to 4096 pixels")

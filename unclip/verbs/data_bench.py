@@ -36,7 +36,9 @@ _CAPTIONS = flags.DEFINE_list("captions", ["txt", "json:caption"], "of txt and j
 _FILTERS = flags.DEFINE_string(
     "filters", "", "also say what part of the samples they keep, e.g. similarity=0.28:,aspect=:2"
 )
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "samples a batch of this host", lower_bound=1)
+_BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 64, "samples per batch of this host", lower_bound=1
+)
 _THREADS = flags.DEFINE_integer(
     "threads", None, "decoding threads; as many as there are cores if not given", lower_bound=1
 )

@@ -203,7 +203,7 @@ class Collection:
     ):
         """
         Args:
-          entries: one a shard.
+          entries: one per shard.
           patterns: how many of the shards each pattern gave.
           limit: only this many samples, the first ones.
           chosen: int64, ascending: only these samples.

@@ -207,7 +207,7 @@ def index_folder(
       checksums: read every byte and keep a checksum of each sample; False: read only headers and
         JSON.
       caption: the JSON field that stands in for a missing KEY.txt.
-      jobs: processes; None: one a core.
+      jobs: processes; None: one per core.
       force: index every shard again.
       progress: called with the number of shards; returns a bar with `update()` and `close()`.
 

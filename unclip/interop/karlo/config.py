@@ -410,7 +410,7 @@ def _number(options: Mapping[str, Any], name: str, where: str) -> float:
 def _list(options: Mapping[str, Any], name: str, where: str) -> Sequence[Any]:
     values = options[name]
     if not isinstance(values, (list, tuple)) or not 1 <= len(values) <= MAX_LEVELS:
-        raise errors.ConfigError(f"{where}: {name}={values!r}; expected a list, one a level")
+        raise errors.ConfigError(f"{where}: {name}={values!r}; expected a list, one per level")
     return values
 
 
