@@ -45,19 +45,20 @@ def expand(values: jax.Array, like: jax.Array) -> jax.Array:
     return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
 
 
-def signal_and_noise(
-    schedule: Schedule, t: jax.Array, like: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """(sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t)), each [B, 1, ...] to broadcast against like."""
+def scales(schedule: Schedule, t: jax.Array, like: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(signal, sigma) of x_t = signal x_0 + sigma eps, each [B, 1, ...], to broadcast against like.
+
+    signal = sqrt(alpha_bar_t), sigma = sqrt(1 - alpha_bar_t).
+    """
     signal = schedule.at(np.sqrt(schedule.alpha_bar), t)
-    noise = schedule.at(np.sqrt(1 - schedule.alpha_bar), t)
-    return expand(signal, like), expand(noise, like)
+    sigma = schedule.at(np.sqrt(1 - schedule.alpha_bar), t)
+    return expand(signal, like), expand(sigma, like)
 
 
 def q_sample(schedule: Schedule, x_0: jax.Array, t: jax.Array, eps: jax.Array) -> jax.Array:
     """x_t ~ q(x_t | x_0) from standard normal eps (DDPM eq. 4): [B, ...]."""
-    signal, noise = signal_and_noise(schedule, t, x_0)
-    return signal * x_0 + noise * eps
+    signal, sigma = scales(schedule, t, x_0)
+    return signal * x_0 + sigma * eps
 
 
 def _known(parametrisation: str) -> None:
@@ -72,10 +73,10 @@ def predict_x0(
     _known(parametrisation)
     if parametrisation == "x0":
         return output
-    signal, noise = signal_and_noise(schedule, t, x_t)
+    signal, sigma = scales(schedule, t, x_t)
     if parametrisation == "v":
-        return signal * x_t - noise * output
-    return (x_t - noise * output) / signal
+        return signal * x_t - sigma * output
+    return (x_t - sigma * output) / signal
 
 
 def predict_eps(
@@ -85,10 +86,10 @@ def predict_eps(
     _known(parametrisation)
     if parametrisation == "eps":
         return output
-    signal, noise = signal_and_noise(schedule, t, x_t)
+    signal, sigma = scales(schedule, t, x_t)
     if parametrisation == "v":
-        return noise * x_t + signal * output
-    return (x_t - signal * output) / noise
+        return sigma * x_t + signal * output
+    return (x_t - signal * output) / sigma
 
 
 def target(
@@ -97,8 +98,8 @@ def target(
     """What the network should have predicted, given x_0 and the eps that was added: [B, ...]."""
     _known(parametrisation)
     if parametrisation == "v":
-        signal, noise = signal_and_noise(schedule, t, x_0)
-        return signal * eps - noise * x_0
+        signal, sigma = scales(schedule, t, x_0)
+        return signal * eps - sigma * x_0
     return x_0 if parametrisation == "x0" else eps
 
 

@@ -71,7 +71,7 @@ def _ddim_coefficients(s: Schedule) -> Coefficients:
     fraction = s.betas / (1 - s.alpha_bar)
     return {
         "x0": np.sqrt(s.alpha_bar_prev),
-        "noise": np.sqrt(1 - s.alpha_bar_prev),
+        "eps": np.sqrt(1 - s.alpha_bar_prev),
         "fraction": np.append(0.0, fraction[1:]),
         "rest": np.append(1.0, 1 - fraction[1:]),  # 4e-8 at the noisiest step: no float32 1 - f
     }
@@ -80,11 +80,11 @@ def _ddim_coefficients(s: Schedule) -> Coefficients:
 def _ddim_step(s: _Step) -> jax.Array:
     """DDIM eq. 12, with sigma = eta sqrt(beta_tilde) (eq. 16)."""
     if s.noise is None:
-        return s.c["x0"] * s.prediction.x0 + s.c["noise"] * s.prediction.eps
+        return s.c["x0"] * s.prediction.x0 + s.c["eps"] * s.prediction.eps
     random = s.eta * jnp.sqrt(s.c["fraction"])
     kept = jnp.sqrt(1 - s.eta**2 + s.eta**2 * s.c["rest"])
     direction = kept * s.prediction.eps + random * s.noise
-    return s.c["x0"] * s.prediction.x0 + s.c["noise"] * direction
+    return s.c["x0"] * s.prediction.x0 + s.c["eps"] * direction
 
 
 def _dpm_coefficients(s: Schedule) -> Coefficients:
@@ -243,11 +243,11 @@ def ddim_invert(
 
     def body(x, step):
         t = jnp.full(x.shape[0], step["t"], jnp.int32)
-        signal, noise = gaussian.signal_and_noise(schedule, t, x)
+        signal, sigma = gaussian.scales(schedule, t, x)
 
         def solve(_, guess):
             prediction = denoise(guess, t)
-            v = signal * prediction.eps - noise * prediction.x0
+            v = signal * prediction.eps - sigma * prediction.x0
             return (x + step["sin"] * v) / step["cos"]
 
         return jax.lax.fori_loop(0, iterations, solve, x), None

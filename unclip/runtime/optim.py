@@ -91,7 +91,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_schedule(
+def make_learning_rate(
     learning_rate: float,
     total_steps: int,
     *,
@@ -117,16 +117,18 @@ def make_schedule(
       step (int or int32 array) -> float32 scalar.
 
     Raises:
-      ConfigError: an unknown schedule or a value out of range.
+      ConfigError: an unknown learning rate schedule or a value out of range.
     """
     if schedule not in SCHEDULES:
-        raise unknown("schedule", schedule, SCHEDULES)
+        raise unknown("learning rate schedule", schedule, SCHEDULES)
     if not 0 <= warmup_steps <= total_steps:
         raise ConfigError(f"warmup_steps is {warmup_steps}, expected 0 … total_steps={total_steps}")
     if not 0 <= end_fraction <= 1:
         raise ConfigError(f"end_fraction is {end_fraction}, expected 0 … 1")
     if schedule == "rsqrt" and warmup_steps == 0:
-        raise ConfigError("schedule 'rsqrt' needs warmup_steps > 0, which is also its time scale")
+        raise ConfigError(
+            "learning rate schedule 'rsqrt' needs warmup_steps > 0, which is also its time scale"
+        )
 
     def rate(step):
         t = jnp.asarray(step, jnp.float32)
@@ -197,7 +199,7 @@ def make_optimizer(
 
     Args:
       params: the parameter tree (arrays or ShapeDtypeStructs), for the masks.
-      learning_rate, total_steps, schedule, warmup_steps, end_fraction: see `make_schedule`.
+      learning_rate, total_steps, schedule, warmup_steps, end_fraction: see `make_learning_rate`.
       b1, b2, eps: of Adam; both moments are bias-corrected.
       weight_decay: decoupled, scaled by the rate.
       no_decay: path patterns of parameters without decay, beside arrays of at most one dimension.
@@ -205,7 +207,7 @@ def make_optimizer(
       freeze: path patterns of parameters that are never updated and have no moments.
 
     Returns:
-      (transformation, schedule function).
+      (transformation, learning rate as a function of the step).
 
     Raises:
       ConfigError: a freeze pattern matches nothing, everything is frozen, or a value out of range.
@@ -218,7 +220,7 @@ def make_optimizer(
             f"learning_rate={learning_rate}, weight_decay={weight_decay}, eps={eps}, "
             f"clip_norm={clip_norm}: expected none negative and eps > 0"
         )
-    rate = make_schedule(
+    rate = make_learning_rate(
         learning_rate,
         total_steps,
         schedule=schedule,

@@ -192,7 +192,7 @@ def decoder_settings(
       arch: of the network; found: what `scheduler` gave for `where`.
 
     Raises:
-      ConfigError: a schedule that does not fit the network.
+      ConfigError: a noise schedule that does not fit the network.
     """
     draw = {"steps": 25, "guidance": 8.0, "sampler": "ddpm", "eta": 0.0, "threshold": "static"}
     return {

@@ -61,8 +61,8 @@ def read(paths: list[pathlib.Path], options: Mapping[str, Any]) -> dict[str, bun
       "clip", "prior", "decoder", "upsampler_0", "upsampler_0_last": those that are there.
 
     Raises:
-      ConfigError: an architecture or schedule that ours do not have, or tensors that are not the
-        architecture's (with their table).
+      ConfigError: an architecture or noise schedule that ours do not have, or tensors that are not
+        the architecture's (with their table).
       DataError: nothing there, or files that cannot be read.
     """
     if options.get("preset"):
@@ -97,10 +97,10 @@ def read(paths: list[pathlib.Path], options: Mapping[str, Any]) -> dict[str, bun
 
 
 def prior_part(folder: pathlib.Path, schedule: str = "prior_scheduler") -> bundle.Part:
-    """The prior of a folder prior/, with the folder of its schedule beside it.
+    """The prior of a folder prior/, with the folder of its noise schedule beside it.
 
     Raises:
-      ConfigError: an option or schedule that ours does not have, or other tensors.
+      ConfigError: an option or noise schedule that ours does not have, or other tensors.
     """
     arch = karlo_config.prior_arch(*_config(folder))
     settings = karlo_config.prior_settings(*_scheduler(folder, schedule))
@@ -117,8 +117,8 @@ def decoder_part(folder: pathlib.Path | None, text_proj: pathlib.Path | None) ->
     """The decoder of folders decoder/ and text_proj/, with the decoder_scheduler/ beside them.
 
     Raises:
-      ConfigError: one of the two is missing, an option or schedule that ours does not have, or
-        other tensors.
+      ConfigError: one of the two is missing, an option or noise schedule that ours does not have,
+        or other tensors.
     """
     if folder is None or text_proj is None:
         absent = "decoder" if folder is None else "text_proj"
@@ -148,7 +148,7 @@ def upsampler_parts(
       low: side of the pictures it is given, pixels; None takes a quarter of its own.
 
     Raises:
-      ConfigError: no first network, an option or schedule that ours does not have, or other
+      ConfigError: no first network, an option or noise schedule that ours does not have, or other
         tensors.
     """
     if first is None:

@@ -32,8 +32,8 @@ def read(paths: list[pathlib.Path], options: Mapping[str, Any]) -> dict[str, bun
       paths: the folder; options: none apply.
 
     Raises:
-      ConfigError: another pipeline, an option or schedule that ours do not have, or tensors that
-        are not the architecture's (with their table).
+      ConfigError: another pipeline, an option or noise schedule that ours do not have, or tensors
+        that are not the architecture's (with their table).
       DataError: files that are missing or damaged.
     """
     if options.get("preset"):
