@@ -440,7 +440,7 @@ def test_benchmarks_get_their_layout(paint, tmp_path, monkeypatch):
     job.run([cell])
     folder = store.cell_folder(tmp_path, cell.id)
     assert set(files_of(folder)) == {f"export/k{i}.png" for i in range(5)}
-    with pytest.raises(errors.ConfigError, match="samples 2: protocol five5 says itself"):
+    with pytest.raises(errors.ConfigError, match="samples 2: protocol five5 itself decides"):
         runner(tmp_path, {"samples": 2})
 
 
