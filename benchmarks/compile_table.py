@@ -5,7 +5,7 @@
 Each cell is one run of `unclip compile` in a process of its own, so that its memory is returned,
 and one JSON file in --out; a cell whose file exists is not compiled again. --stages and --chips
 choose cells; --parallel runs several at once; --quick leaves out code generation and with it the
-estimated seconds. The table of all cells there are is printed last.
+estimated seconds. The table of all finished cells is printed last.
 """
 
 import argparse
@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 SLICES = {"v4": "v4:4x4x4", "v5e": "v5e:8x8", "v5p": "v5p:4x4x4", "v6e": "v6e:8x8"}
 # stage -> (config, {generation: slices of a batch}); "" is for the others. The batch is the
-# paper's; where a chip cannot hold its rows at once, they are worked on in slices.
+# paper's; where a chip cannot hold its rows at once, they are processed in slices.
 STAGES = {
     "CLIP ViT-H/16": ("configs/clip.py:paper", {"v5e": 8, "v5p": 2, "": 4}),
     "diffusion prior": ("configs/prior.py:paper", {"v5e": 8, "v5p": 1, "": 4}),
@@ -29,7 +29,7 @@ STAGES = {
     "upsampler 256": ("configs/upsampler.py:paper-256", {"v5e": 4, "v5p": 1, "": 2}),
     "upsampler 1024": ("configs/upsampler.py:paper-1024", {"v5e": 4, "v5p": 1, "": 2}),
 }
-# Compile in a third less time; a step is estimated a few percent slower. See docs/compile.md.
+# These compile in a third less time; a step is estimated a few percent slower. See docs/compile.md.
 OPTIONS = (
     "xla_tpu_scoped_vmem_limit_kib=12288",
     "xla_jf_use_multi_colors_in_all_reduce_if_supported=false",
@@ -37,7 +37,7 @@ OPTIONS = (
 
 
 def compile_cell(out: pathlib.Path, stage: str, chip: str, limit: float, quick: bool) -> str:
-    """Runs one cell unless its file is there; returns a line about it."""
+    """Runs one cell unless its file exists; returns a line about it."""
     path = out / f"{stage.replace(' ', '-').replace('/', '-')}_{chip}.json"
     if path.exists():
         return f"{path.name}: there already"
@@ -62,7 +62,7 @@ def compile_cell(out: pathlib.Path, stage: str, chip: str, limit: float, quick: 
 
 
 def table(out: pathlib.Path) -> str:
-    """Markdown: a row a cell that was compiled, in the order of STAGES and SLICES."""
+    """Markdown: a row per compiled cell, in the order of STAGES and SLICES."""
     lines = [
         "| stage | slice | batch / slices | trained | arguments | temporaries | fits | "
         "model FLOPs | estimate s | utilisation | collectives GiB (s) | compile s (CPU) |",

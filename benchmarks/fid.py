@@ -3,13 +3,13 @@
     python benchmarks/fid.py --count 5000
 
 Needs what `make parity` installs. Half of the pictures are the real ones. Every tool runs in a
-process of its own with a thread a core and its own defaults for batches and readers; they take
-turns, slice by slice, so that what else the machine does meets all of them. Weights are random: no
-value means anything, but the tools must agree on it (pytorch-fid resizes differently).
+process of its own with a thread per core and its own defaults for batches and readers; they take
+turns, slice by slice, so that other load of the machine affects all of them. Weights are random, so
+values have no meaning, but the tools must agree on them (pytorch-fid resizes differently).
 
-Prints JSON lines: what is measured, a line a tool (seconds of features and of the distance), and
-a line a peer with our speed over its: `features` is the median over slices, `total` of the sums.
-Imports, compilation and a first call are `start_s`, outside the rest.
+Prints JSON lines: what is measured, a line per tool (seconds of features and of the distance), and
+a line per peer with our speed divided by its speed: `features` is the median over slices, `total`
+of the sums. Imports, compilation and a first call are `start_s`, which is not part of the rest.
 """
 
 import argparse
@@ -107,8 +107,8 @@ def pytorch_fid(weights):
 
 
 def work(tool, weights):
-    """One tool: a line of folder names a request, an answer of JSON each."""
-    say, sys.stdout = sys.stdout, sys.stderr  # the tools print too
+    """One tool: reads requests, lines of folder names, and answers each with a line of JSON."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # the tools print, too
     begun = time.perf_counter()
     prepare = {"unclip": unclip, "torch-fidelity": torch_fidelity, "pytorch-fid": pytorch_fid}
     features, distance, version = prepare[tool](weights)
@@ -125,7 +125,7 @@ def work(tool, weights):
             if kind in kept:
                 kept[kind].append(found)
         answer |= {"seconds": time.perf_counter() - begun, "version": version}
-        print(json.dumps(answer), file=say, flush=True)
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 def ask(process, kind, folder=None):
@@ -134,7 +134,7 @@ def ask(process, kind, folder=None):
     process.stdin.flush()
     answer = process.stdout.readline()
     if not answer:
-        sys.exit(f"{process.args[-1]} ended with code {process.wait()}; its own words are above")
+        sys.exit(f"{process.args[-1]} ended with code {process.wait()}; its own messages are above")
     return json.loads(answer)
 
 
@@ -193,11 +193,11 @@ def main():
 
 
 def compare(tools, folders, count):
-    """Asks the tools in turn and prints a line each, then the ratios."""
+    """Runs the tools in turn and prints a line for each, then the ratios."""
     started = {tool: ask(process, "start", folders[0][1]) for tool, process in tools.items()}
     seconds = {tool: [] for tool in tools}
     for i, (kind, folder) in enumerate(folders):
-        # Nobody is always the first to meet a slice.
+        # The tools take turns in being the first to read a slice.
         order = list(tools)[i % len(tools) :] + list(tools)[: i % len(tools)]
         for tool in order:
             seconds[tool].append(ask(tools[tool], kind, folder)["seconds"])

@@ -1,14 +1,13 @@
-"""What an index of very many samples costs, and how fast shards are indexed.
+"""The cost of an index of very many samples, and how fast shards are indexed.
 
     python benchmarks/index.py --shards 1000 --rows 10000
 
-First, of `shards` x `rows` synthetic entries, written by unclip's own writer over tars that are
-holes in the file system: bytes a sample; then in a fresh process the seconds until sample 0 is
-known, how much memory has grown at that point and after random look-ups of key and place, and how
-many of these a second. Second, on one real tar of random pictures: samples indexed a second, with
-and without checksums, beside tarfile and webdataset going through the same tar, by turns. Prints
-JSON lines; memory is split in what is the process's own and pages of mapped files, which the
-system takes back when it needs them.
+First, with `shards` x `rows` synthetic entries, written by unclip's own writer over sparse tars:
+bytes per sample; then in a fresh process the seconds until sample 0 is found, by how much memory
+has grown at that point and after random look-ups of key and place, and look-ups per second.
+Second, on one real tar of random pictures: samples indexed per second, with and without checksums,
+in turn with tarfile and webdataset reading the same tar. Prints JSON lines; memory is split into
+the process's own and pages of mapped files, which the system reclaims when it needs them.
 """
 
 import argparse
@@ -29,8 +28,8 @@ import numpy as np
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-# unclip itself is imported where it is used: how long that takes is a part of what is measured.
-PAPER = 650_000_000  # pairs that the paper's CLIP was trained on (arXiv 2204.06125, appendix C)
+# unclip itself is imported where it is used, because the time of the import is measured too.
+PAPER = 650_000_000  # pairs that CLIP was trained on in appendix C of arXiv 2204.06125
 
 
 def make_entries(folder: pathlib.Path, shards: int, rows: int) -> None:
@@ -64,7 +63,7 @@ def make_entries(folder: pathlib.Path, shards: int, rows: int) -> None:
 
 
 def memory() -> dict[str, float]:
-    """This process's resident MiB: its own, and of files."""
+    """This process's resident MiB: its own memory, and pages of mapped files."""
     with open("/proc/self/status") as file:
         fields = dict(line.split(":", 1) for line in file)
     return {
@@ -74,17 +73,17 @@ def memory() -> dict[str, float]:
 
 
 def load(folder: str, lookups: int) -> None:
-    """In a process of its own: opens the index, looks samples up, prints what it took."""
+    """In a process of its own: opens the index, looks samples up, prints time and memory."""
     start = time.perf_counter()
-    from unclip.input.shards.collection import index_shards
+    from unclip.input.shards.collection import open_shards
 
     imported, at_import = time.perf_counter() - start, memory()
     start = time.perf_counter()
-    collection = index_shards(folder)
+    collection = open_shards(folder)
     collection.key(0)
     opened, at_open = time.perf_counter() - start, memory()
     numbers = np.random.default_rng(0).integers(len(collection), size=lookups).tolist()
-    # The first round opens and checks every index file; the second is what training goes on with.
+    # The first round opens and checks every index file; the second is as during training.
     rates = []
     for _ in range(2):
         start = time.perf_counter()
@@ -121,7 +120,7 @@ def entries(shards: int, rows: int, lookups: int) -> None:
         make_entries(folder, shards, rows)
         written = time.perf_counter() - start
         start = time.perf_counter()
-        # Every index file fits its tar: what is measured is how long a resumed run looks around.
+        # Every index file fits its tar, so this measures the checks of a resumed indexing alone.
         summary = index_folder.index_folder(
             str(folder / "*.tar"), folder / "index", jobs=1, checksums=True
         )
@@ -241,7 +240,7 @@ def walks(samples: int, size: int, rounds: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "a.tar")
         write_tar(path, samples, size)
-        for _ in range(rounds + 1):  # the first warms up
+        for _ in range(rounds + 1):  # the first round is a warm-up
             for name, count in contenders.items():
                 start = time.perf_counter()
                 if count(path) != samples:
@@ -280,7 +279,9 @@ def main() -> None:
     """Reads the arguments and prints what is measured."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shards", type=int, default=1000)
-    parser.add_argument("--rows", type=int, default=10_000, help="samples a shard, at most 10,000")
+    parser.add_argument(
+        "--rows", type=int, default=10_000, help="samples per shard, at most 10,000"
+    )
     parser.add_argument("--lookups", type=int, default=100_000)
     parser.add_argument("--walk_samples", type=int, default=10_000)
     parser.add_argument("--picture_bytes", type=int, default=30_000)

@@ -1,15 +1,15 @@
-"""Pictures a second: ours, webdataset with torch's DataLoader doing the same work, the bare limit.
+"""Pictures per second: ours, webdataset with torch's DataLoader at the same work, and the limit.
 
     python benchmarks/input.py --rounds 3 --seconds 3
 
-Two cases: pictures of 256 pixels to crops of 64, and of 512 to crops of 256. The contenders run by
+Two cases: pictures of 256 pixels to crops of 64, and of 512 to crops of 256. The contenders take
 turns, each in a fresh process pinned to one core (or to --cores), on the same tar of synthetic
 JPEGs as img2dataset writes them (quality 95, 4:2:0, a third wider than high): read, decode, centre
 crop, Pillow's antialiased bicubic resize, CLIP's tokens, a batch of 64. The limit is a loop that
-reads, decodes by libjpeg-turbo and resizes, without captions or batches; once more with
-captions. Prints a table of medians,
-the ratios, and the memory (PSS) of each process. The peers decode as webdataset does, by Pillow at
-full size, and once more with Pillow's reduced decode, which webdataset does not do by itself.
+reads, decodes by libjpeg-turbo and resizes, without captions or batches; a second one has captions.
+Prints a table of medians, the ratios, and the memory (PSS) of each process. The peers decode as
+webdataset does, by Pillow at full size, and a second time with Pillow's reduced decode, which
+webdataset does not do by itself.
 """
 
 import argparse
@@ -80,7 +80,7 @@ WORDS = [
 def picture(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
     """uint8 [height, width, 3] with a photograph's falling spectrum, and a few edges.
 
-    At quality 95 it takes about 3.5 bits a pixel, as photographs of that size do (3.0 to 4.2).
+    At quality 95 it takes about 3.5 bits per pixel, as photographs of that size do (3.0 to 4.2).
     """
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     frequency[0, 0] = 1
@@ -100,7 +100,8 @@ def picture(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
 
 
 def write_tar(path: pathlib.Path, side: int, count: int, distinct: int = 64) -> float:
-    """Writes `count` samples of `distinct` pictures of shorter side `side`; bits a pixel."""
+    """Writes `count` samples of `distinct` pictures of shorter side `side`; returns bits per
+    pixel."""
     rng = np.random.default_rng(side)
     encoded = []
     for _ in range(distinct):
@@ -124,21 +125,21 @@ def write_tar(path: pathlib.Path, side: int, count: int, distinct: int = 64) -> 
     return 8 * sum(map(len, encoded)) / distinct / (side * (side * 4 // 3))
 
 
-# ========================================================================= contenders: iterators of
-# how many samples were made ready, once they were.
+# ========================================================================= contenders: iterators
+# that yield the number of samples of each finished batch.
 
 
 def ours(
     tars: list[str], size: int, threads: int, workers: int, margin: float = 2.0
 ) -> Iterator[int]:
-    """Our source with random order, as a stage of the cascade trains on it."""
+    """Our source with random order, as in training."""
     from unclip.input.decode.transforms import ImageText
-    from unclip.input.shards.collection import index_shards
+    from unclip.input.shards.collection import open_shards
     from unclip.input.source import make_source
 
     transform = ImageText(size, CONTEXT, margin=margin)
     with make_source(
-        index_shards(tars), transform, batch_size=BATCH, seed=0, threads=threads, workers=workers
+        open_shards(tars), transform, batch_size=BATCH, seed=0, threads=threads, workers=workers
     ) as batches:
         for batch in batches:
             assert batch["image"].shape == (BATCH, size, size, 3)
@@ -266,7 +267,7 @@ def memory() -> list[float]:
 
 
 def cpu_seconds() -> float:
-    """Of all our processes since they began."""
+    """CPU seconds of all our processes since they started."""
     fields = [
         pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         for pid in processes()
@@ -275,11 +276,11 @@ def cpu_seconds() -> float:
 
 
 def turn(name: str, tars: list[str], size: int, seconds: float, cores: int) -> dict:
-    """One contender for so long: samples a second, samples a CPU second, MiB of each process."""
+    """Runs one contender: samples per second, samples per CPU second, MiB of each process."""
     make, options, used = contenders(cores)[name]
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-used:])
     samples = make(tars, size, **options)
-    # What was prefetched while it started must not count: as many batches first.
+    # Batches that were prefetched during the start must not count, so as many are skipped.
     for _ in range(2 + 2 * max(1, options.get("workers", 0))):
         next(samples)
     start, cpu, count = time.perf_counter(), cpu_seconds(), 0
@@ -367,7 +368,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             tars = [pathlib.Path(folder) / f"{n:05d}.tar" for n in range(SHARDS)]
             bits = write_tar(tars[0], CASES[case][0], count=1000)
-            for link in tars[1:]:  # as many samples as a collection has, read from memory
+            for link in tars[1:]:  # a collection of realistic length, read from memory
                 link.symlink_to(tars[0])
             print(
                 f"{case}: {SHARDS} shards of {tars[0].stat().st_size >> 20} MiB, "

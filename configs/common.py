@@ -18,7 +18,7 @@ EMOJI_TRAIN = str(DATA / "emoji" / "train-*.tar")
 EMOJI_HELD_OUT = str(DATA / "emoji" / "held-out-*.tar")
 
 
-# Pictures of one kind, few enough for a CPU to learn by heart: `theme=food`.
+# Pictures of one kind, few enough for a CPU to memorise: `theme=food`.
 THEMES = {
     "": {},
     "food": {"subgroup": ("fruit", "vegetables", "sweets & candy", "drink", "asian")},
@@ -82,7 +82,7 @@ def arch(module: type, name: str, presets: dict, stage: str) -> ConfigDict:
 
 
 def base(stage: str, args: ConfigDict) -> ConfigDict:
-    """Every field a run has, with the values that hold for all stages.
+    """Every field of a run, with the values that are common to all stages.
 
     Durations carry their unit in the suffix. `optim` follows `runtime.optim`.
     """
@@ -105,7 +105,7 @@ def base(stage: str, args: ConfigDict) -> ConfigDict:
             "filters": "",  # such as "similarity=0.28:,aspect=:2,min_side?=256:"
             "captions": ("txt", "json:name"),  # one of these, by the sample's number
             "crop": "center",
-            "margin": 2.0,  # JPEGs are decoded at so many times the size needed, at least
+            "margin": 2.0,  # JPEGs are decoded at no less than this many times the size needed
             "order": "global",  # global | streamed: a host reads shards of its own
             "streams": 0,  # of the streamed order: a multiple of the hosts; 0 = up to 64, by batch
             "window_examples": 8192,  # shuffled together in a stream
@@ -152,7 +152,8 @@ def theme(config: ConfigDict, name: str) -> None:
 
 
 def optimiser(config: ConfigDict, name: str) -> None:
-    """The paper's settings of a stage (Table 3) as `config.optim` and `config.ema`."""
+    """The settings of a stage in Table 3 of arXiv 2204.06125, as `config.optim` and
+    `config.ema`."""
     values = {
         "schedule": "constant",
         "warmup_steps": 1000,
@@ -186,10 +187,10 @@ def scale(config: ConfigDict, *, batch_size: int, total_steps: int) -> None:
 def finetune(
     config: ConfigDict, *, learning_rate: float, batch_size: int, total_steps: int
 ) -> None:
-    """Goes on from converted weights: a low constant rate, a short average, frequent looks.
+    """Fine-tunes converted weights: a low constant rate, a short average, frequent evaluations.
 
-    None of these values were published: they are a tenth of the stage's own learning rate or less,
-    and no weight decay, so that little is lost of what was learned from more data.
+    None of these values were published: a tenth of the stage's own learning rate or less, and no
+    weight decay, so that little of what was learned from more data is lost.
     """
     scale(config, batch_size=batch_size, total_steps=total_steps)
     config.follow_init = True

@@ -1,7 +1,7 @@
 """Train a decoder: `unclip train --config configs/decoder.py:emoji --config.clip=runs/clip ...`.
 
 Presets: emoji (16x16), karlo (fine-tunes --config.init_from=BUNDLE), paper (64x64, Table 3), and
-two that read the caption alone: glide (a text transformer of its own), imagen (a frozen T5,
+two that read only the caption: glide (a text transformer of its own), imagen (a frozen T5,
 --config.t5=BUNDLE). Arguments: theme=food, scratch (karlo from random weights), runlocal.
 """
 
@@ -13,7 +13,7 @@ from unclip.models import decoder
 CLIP_OF = {"emoji": "emoji", "paper": "ViT-H/16"}
 GUIDANCE = {"karlo": 8.0, "paper": 1.25, "glide": 3.0, "imagen": 7.5, "emoji": 1.5}
 TEXT_DROP = {"glide": 0.2, "imagen": 0.1}
-# What makes a small decoder read captions as the large one does.
+# Settings with which a small decoder reads captions as the large one does.
 SMALL = {
     "glide": dict(
         use_z_i=False,
@@ -64,7 +64,7 @@ def get_config(arg=None):
     }
     if args.preset == "emoji":
         config.task.image_size = 16
-        # v needs far fewer steps than eps for clean pictures; its variance head stays a side show.
+        # v needs far fewer steps than eps for clean pictures; its learned variance hardly matters.
         config.task.parametrisation, config.task.vlb_weight = "v", 0.1
         config.batch_size, config.total_steps = 32, 4000
         config.optim.schedule = "cosine"

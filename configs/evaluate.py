@@ -15,7 +15,7 @@ from configs import common
 from unclip import errors, protocols
 
 GUIDANCE = (1.0, 1.5, 2.0, 3.0, 4.0)  # section 5.3 sweeps it; the emoji decoder's own is among them
-# Preset -> protocol, and the settings in which it departs from that protocol's own.
+# Preset -> protocol, and the settings in which it differs from that protocol's own.
 PROTOCOLS = {
     "emoji": ("emoji-held-out", {}),
     "scenes": ("scenes-withheld", {"count": 200}),
@@ -33,8 +33,8 @@ ABLATION = {
     "ar": {"embed": "prior", "prior": "?"},
     "diffusion": {"embed": "prior"},
 }
-# (statement, metric, model, "<" or ">", model): what section 5 of the paper found, to be compared
-# with the best cell of each model. The paper's FIDs: 7.99 with the prior, 9.16 with a decoder
+# (statement, metric, model, "<" or ">", model): findings of section 5 of arXiv 2204.06125, to be
+# compared with the best cell of each model. Its FIDs: 7.99 with the prior, 9.16 with a decoder
 # trained on z_t, 16.55 with z_t in place of z_i.
 CLAIMS = (
     ("z_i of a prior beats a decoder trained on z_t (5.1)", "fd-clip", "diffusion", "<", "z_t_own"),
@@ -53,7 +53,7 @@ CLAIMS = (
 
 
 def protocol(name, settings):
-    """A protocol's settings as a config: "" or a count of 0 where it decides itself."""
+    """A protocol's settings as a config; "" or a count of 0 leave a setting to the protocol."""
     kind, fields = name.partition(":")[0], {"name": name}
     if kind not in protocols.NAMES:
         raise errors.unknown("protocol", kind, protocols.NAMES)
@@ -105,7 +105,7 @@ def get_config(arg=None):
         }
     )
     config.cells = ()  # dicts {axis: value}: cells beside the product
-    config.samples = 1  # pictures a caption
+    config.samples = 1  # pictures per caption
     config.stages = 0  # how many of decoder and upsamplers run; 0 = all
     config.batch_size = 64  # pictures on this process's devices at once
     config.mesh = ConfigDict({"data": -1, "fsdp": 1})  # of this process's devices

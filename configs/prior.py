@@ -60,7 +60,7 @@ def get_config(arg=None):
         config.ema = 0.995
         config.statistics_examples = 4096
         if args.kind == "diffusion":
-            # Few pictures, known by heart: stronger guidance only pushes z_i past them.
+            # The few pictures are memorised: stronger guidance only pushes z_i beyond them.
             config.task.draw.guidance = 1.5
     else:
         common.scale(config, batch_size=4096, total_steps=600_000)

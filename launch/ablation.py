@@ -1,8 +1,8 @@
 """The paper's ablation at small scale: what the decoder is given, and which prior draws it.
 
-Sections 5.1 to 5.3 of arXiv 2204.06125 compare a decoder given nothing but the caption, z_t in
-place of z_i, and z_i drawn by an autoregressive or a diffusion prior, over guidance. Here the same
-is trained and swept on captioned scenes of one emoji on a coloured background, 16 pixels wide:
+Sections 5.1 to 5.3 of arXiv 2204.06125 compare, over guidance, a decoder given only the caption,
+given z_t in place of z_i, and given z_i drawn by an autoregressive or a diffusion prior. Here the
+same is trained and swept on captioned scenes of one emoji on a coloured background, 16 pixels wide:
 
     python launch/ablation.py --out runs/ablation
 
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 
-from lanes import ROOT, Lanes, Stage, train_stages
+from lanes import ROOT, Job, Lanes, training_jobs
 
 SCENES = 20_000  # of which a fifth are of one object, large or huge
 SIZE = 16
@@ -26,7 +26,7 @@ CLIP = ("--config.arch.image_size=16", "--config.arch.patch_size=4", "--config.a
 CLIP += ("--config.batch_size=128",)
 DECODER = ("--config.batch_size=64",)
 PRIOR = ("--config.batch_size=64", "--config.arch.context=16", "--config.stored_embeddings")
-# (folder, config, steps, flags). Lanes last about equally long on two processors.
+# (folder, config, steps, flags). The lanes take about equally long on two processors.
 LANES = (
     (
         ("clip", "clip.py:emoji", 200, CLIP),
@@ -66,19 +66,19 @@ def scenes(out: pathlib.Path, count: int) -> dict[str, str]:
     return found
 
 
-def stages(out: pathlib.Path, shards: dict[str, str], scale: float) -> list[list[Stage]]:
+def trainings(out: pathlib.Path, shards: dict[str, str], scale: float) -> list[list[Job]]:
     """The lanes of `LANES` as commands."""
     lanes = [[(name, f"{c},theme=scenes", *rest) for name, c, *rest in lane] for lane in LANES]
     options = [f"--config.input.{name}=('{glob}',)" for name, glob in shards.items()]
     options += ["--config.input.captions=('txt',)", "--config.metric_examples=64"]
     options.append(f"--config.compilation_cache={out / 'compiled'}")
-    return train_stages(out, lanes, scale, warmup=100, options=options)
+    return training_jobs(out, lanes, scale, warmup=100, options=options)
 
 
 def evaluations(
     out: pathlib.Path, count: int, jobs: int, guidance: list[float] | None = None
-) -> list[list[Stage]]:
-    """The sweep as the jobs of an array, one a lane."""
+) -> list[list[Job]]:
+    """The sweep as the jobs of an array, one per lane."""
     command = ["evaluate", "--config=configs/evaluate.py:ablation"]
     command += [f"--workdir={out / 'evaluation'}", f"--config.protocol.count={count}"]
     command += [f"--config.{part}={out / part}" for part in ("clip", "prior", "decoder")]
@@ -90,7 +90,7 @@ def evaluations(
     for model, parts in MODELS.items():
         command += [f"--config.models.{model}.{p}={out / run}" for p, run in parts.items()]
     job = lambda i: [*command, f"--array_index={i}", f"--array_count={jobs}"]
-    return [[Stage(f"evaluate_{i}", job(i))] for i in range(jobs)]
+    return [[Job(f"evaluate_{i}", job(i))] for i in range(jobs)]
 
 
 def main() -> None:
@@ -98,14 +98,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "runs" / "ablation")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies steps and pictures")
-    parser.add_argument("--guidance", type=float, nargs="+", help="scales; else the config's")
+    parser.add_argument("--guidance", type=float, nargs="+", help="scales; default: the config's")
     arguments = parser.parse_args()
     out = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     shards = scenes(out, max(400, round(SCENES * arguments.scale)))
     lanes = Lanes(out)
     print(f"training in {out}; logs in {out / 'logs'}", file=sys.stderr)
-    lanes.run(stages(out, shards, arguments.scale))
+    lanes.run(trainings(out, shards, arguments.scale))
     pictures = max(8, round(400 * arguments.scale))
     lanes.run(evaluations(out, pictures, 2, arguments.guidance))
     minutes = (time.monotonic() - lanes.started) / 60

@@ -13,10 +13,10 @@ import sys
 import time
 
 import numpy as np
-from lanes import ROOT, Lanes, Stage, train_stages
+from lanes import ROOT, Job, Lanes, training_jobs
 
 PROMPTS = 32
-# (stage folder, config, steps, flags). A lane's stages run one after another.
+# (run's folder, config, steps, flags). A lane's trainings run one after another.
 LANES = (
     (
         ("clip", "clip.py:emoji,theme={theme}", 100, ("--config.batch_size=82",)),
@@ -35,11 +35,11 @@ LANES = (
 )
 
 
-def stages(out: pathlib.Path, theme: str, scale: float) -> list[list[Stage]]:
+def trainings(out: pathlib.Path, theme: str, scale: float) -> list[list[Job]]:
     """The lanes of `LANES` as commands."""
     lanes = [[(name, c.format(theme=theme), *rest) for name, c, *rest in lane] for lane in LANES]
     # The report measures the cascade itself.
-    return train_stages(out, lanes, scale, warmup=30, options=("--config.metric_examples=0",))
+    return training_jobs(out, lanes, scale, warmup=30, options=("--config.metric_examples=0",))
 
 
 def export(demo: Lanes) -> pathlib.Path:
@@ -48,7 +48,7 @@ def export(demo: Lanes) -> pathlib.Path:
     command = ["export", f"--out={bundle}"]
     for name in ("clip", "prior", "decoder", "upsampler_0", "upsampler_1"):
         command.append(f"--{name.partition('_')[0]}={demo.out / name}")
-    demo.run([[Stage("export", command)]])
+    demo.run([[Job("export", command)]])
     return bundle
 
 
@@ -61,7 +61,7 @@ def truth(theme: str, sizes) -> tuple[list[dict], dict[str, list[dict]]]:
 
     found = []
     for pattern in (common.EMOJI_TRAIN, common.EMOJI_HELD_OUT):
-        collection = shards.index_shards([pattern])
+        collection = shards.open_shards([pattern])
         collection = collection.subset(where=common.THEMES[theme])
         rows = []
         for number in range(len(collection)):
@@ -80,7 +80,7 @@ def squared_error(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def draw(demo: Lanes, bundle: pathlib.Path, theme: str) -> dict:
-    """Draws the prompts and measures them; everything the report shows."""
+    """Draws the prompts and measures the pictures; returns everything the report shows."""
     from unclip.cascade.pipeline import UnCLIP
     from unclip.files import images
 
@@ -149,7 +149,7 @@ def report(demo: Lanes, found: dict, summary: dict, theme: str) -> None:
         "What was drawn",
         "Each row is one caption: the decoder's picture, each upsampler's, the true picture, and "
         "the training picture nearest to the decoder's (mean squared error at base resolution). "
-        "The cascade has seen these pictures: the test is whether a caption leads to its picture "
+        "These are training pictures: the test is whether a caption leads to its picture "
         "through the prior, not whether it generalises.",
     )
     columns = [f"{side} × {side}" for side in sizes] + ["true picture", "nearest"]
@@ -172,9 +172,9 @@ def report(demo: Lanes, found: dict, summary: dict, theme: str) -> None:
     page.gallery(rows, columns)
     if found["unseen"] is not None:
         page.section(
-            "Captions it never saw",
+            "Captions that training never showed",
             "Held-out emoji of the same theme. A few dozen training pictures teach no general "
-            "picture of food; what comes out is a neighbour or a blend.",
+            "idea of food; what is drawn resembles one training picture or a blend of several.",
         )
         stages = found["unseen"].stages.values()
         near = found["unseen_nearest"]
@@ -215,7 +215,7 @@ def report(demo: Lanes, found: dict, summary: dict, theme: str) -> None:
                 }
             )
     page.table(table)
-    page.section("Scores", "Honest ones: by this demo's own CLIP and by pixels.")
+    page.section("Scores", "By this demo's own CLIP and by pixels.")
     page.table(
         [
             {"score": "mean squared error to the prompted picture", "value": summary["mse_own"]},
@@ -236,7 +236,7 @@ def main() -> None:
     parser.add_argument("--theme", default="food", help="a theme of configs/common.py")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies every stage's steps")
     parser.add_argument("--threads", choices=("split", "shared"), default="split")
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted demo")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted demo")
     arguments = parser.parse_args()
     out = arguments.out.resolve()
     if not arguments.resume:
@@ -245,7 +245,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     demo = Lanes(out, split=arguments.threads == "split")
     print(f"training in {out}; logs in {out / 'logs'}", file=sys.stderr)
-    demo.run(stages(out, arguments.theme, arguments.scale))
+    demo.run(trainings(out, arguments.theme, arguments.scale))
     bundle = export(demo)
     print("drawing", file=sys.stderr)
     found = draw(demo, bundle, arguments.theme)

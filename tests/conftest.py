@@ -224,7 +224,7 @@ def bundle_dir(run_of, tmp_path_factory):
     return str(folder)
 
 
-# ============================================================ verbs as a user meets them
+# ============================================================ verbs as a user sees them
 
 # Runs a verb once a line, each in a fork of one process that has imported everything.
 _VERB_SERVER = """

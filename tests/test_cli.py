@@ -34,7 +34,7 @@ def main(argv):
         raise app.UsageError("too many arguments")
     if FAIL.value == "pipe":
         for _ in range(100_000):
-            print("a line of output that nobody reads")
+            print("a line of output that is not read")
     if FAIL.value == "defect":
         raise RuntimeError("ours")
     print(COUNT.value, MODE.value, CONFIG.value and CONFIG.value.optim.lr)

@@ -1,12 +1,12 @@
 """`unclip VERB …`: finds the verb's module and runs it; says in one line what went wrong.
 
-The verbs are the steps from caption shards to pictures (arXiv 2204.06125): train the stages,
-export them as one model, generate, evaluate. Each is an absl app in a module of its own
+The verbs are the steps from caption shards to pictures: train the stages, export them as one model,
+generate, evaluate. Each is an absl app in a module of its own
 under `unclip/verbs`, with a `main(argv)`. Nothing heavy is imported here, so `unclip --help` is
-quick and a mistyped flag is reported before an accelerator is touched.
+fast and a mistyped flag is reported before an accelerator is initialised.
 
 Exit codes: 0 done, 70 numerics, 74 input or output, 75 stopped and resumable, 78 configuration,
-130 interrupted, 141 the reader of our output went away.
+130 interrupted, 141 the reader of our output was closed.
 """
 
 import difflib
@@ -104,7 +104,8 @@ def run_app(main: Callable[[list[str]], Any]) -> NoReturn:
         print(f"unclip {verb}: interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
-        # As SIGPIPE would: quietly. Python flushes stdout once more at exit, so point it elsewhere.
+        # Exit silently, as SIGPIPE would. Python flushes stdout once more at exit, so it is
+        # redirected.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:
@@ -128,7 +129,7 @@ def _fail(verb: str, error: errors.UnclipError) -> NoReturn:
 
 
 def _without_usage(main: Callable[[list[str]], Any]) -> Callable[[list[str]], Any]:
-    """absl answers a `UsageError` with pages of flags; ours is a line."""
+    """`main` with a `UsageError` as one line, to which absl would add pages of flags."""
 
     def run(argv: list[str]) -> Any:
         try:
@@ -141,7 +142,7 @@ def _without_usage(main: Callable[[list[str]], Any]) -> Callable[[list[str]], An
 
 def _parse(main: Callable, verb: str, argv: Sequence[str]) -> list[str]:
     """Parses absl and config flags; every mistake becomes a `ConfigError`."""
-    # absl files the flags of a module run by `python -m` under the program's name.
+    # absl lists the flags of a module run by `python -m` under the program's name.
     module = sys.argv[0] if main.__module__ == "__main__" else main.__module__
     own = {flag.name: flag for flag in flags.FLAGS.get_flags_for_module(module)}
     before_dashes = argv[: argv.index("--")] if "--" in argv else argv
@@ -155,7 +156,7 @@ def _parse(main: Callable, verb: str, argv: Sequence[str]) -> list[str]:
         return flags.FLAGS(argv)
     except errors.UnclipError:
         raise
-    except Exception as error:  # config files are the user's Python: anything can come out of them
+    except Exception as error:  # config files are the user's Python and may raise anything
         chain = list(_chain(error))
         for cause in chain:
             if isinstance(cause, errors.UnclipError):
@@ -214,7 +215,7 @@ def _check_config_file(flag: flags.Flag, path: str) -> None:
     # ml_collections reports a missing file only when a field is first used, with a long text.
     file = pathlib.Path(path)
     if file.is_file():
-        # Config files import their neighbours as `configs.NAME`, wherever the command is run.
+        # Config files import one another as `configs.NAME`, from whatever folder the command runs.
         root = str(file.resolve().parents[1])
         if root not in sys.path:
             sys.path.insert(0, root)
@@ -252,7 +253,7 @@ def _no_field(
     name: str, given: str, parents: list[str], step: str, choices: list[str], config: Any
 ) -> errors.ConfigError:
     prefix = ".".join([name, *parents])
-    # The same leaf elsewhere ("lr" for "optim.lr") is the likelier slip than a near spelling.
+    # The same name in another place ("lr" for "optim.lr") is a likelier mistake than a misspelling.
     leaf = given.rpartition(".")[2]
     elsewhere = [path for path in _paths(config) if path.rpartition(".")[2] == leaf]
     near = [f"{prefix}.{choice}" for choice in difflib.get_close_matches(step, choices, n=3)]
@@ -272,7 +273,7 @@ def _paths(node: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what it was raised from, outermost first: libraries wrap on the way to us."""
+    """An error and its causes, outermost first: libraries wrap the errors of their callees."""
     while error is not None:
         yield error
         error = error.__cause__ if error.__cause__ is not None else error.__context__

@@ -1,7 +1,7 @@
 """The errors a user can meet, each with its documented exit code.
 
 Every verb catches `UnclipError`, prints its one line and exits with its code; anything else is a
-defect of ours and keeps its traceback. Exit codes: 0 done, 70 numerics, 74 input or output,
+defect of unclip and keeps its traceback. Exit codes: 0 done, 70 numerics, 74 input or output,
 75 stopped and resumable, 78 configuration.
 """
 
@@ -24,7 +24,7 @@ class UnclipError(Exception):
 
 
 class ConfigError(UnclipError):
-    """What was asked for cannot be: an unknown name, a bad value, parts that do not fit."""
+    """What was asked for cannot be done: an unknown name, a bad value, parts that do not fit."""
 
     exit_code = 78
 
@@ -36,7 +36,7 @@ class DataError(UnclipError):
 
 
 class NumericsError(UnclipError):
-    """Training left the finite numbers and did not come back."""
+    """Training met non-finite numbers and did not recover."""
 
     exit_code = 70
 

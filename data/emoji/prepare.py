@@ -10,8 +10,7 @@ enters a shard, so the same packages and the same libwebp give the same bytes ag
   python data/emoji/prepare.py --packages DIR         use tarballs that were downloaded before
   python data/emoji/prepare.py --scenes 10000 --size 64 --out DIR     compose captioned scenes
 
-The data plays the part of the captioned pictures of arXiv 2204.06125, section 3, at a size that
-fits in a repository.
+The data set is small enough to be part of a repository.
 """
 
 import argparse
@@ -106,14 +105,14 @@ def points(text: str) -> list[str]:
     """Code points of a file name or hexcode: lower case, no leading zeros, no FE0F, no tag end.
 
     The packages disagree on all of these ("0039-fe0f-20e3" and "39-fe0f-20e3" are both there, the
-    flag of England has underscores and no E007F), and none of them makes it another emoji.
+    flag of England has underscores and no E007F), and none of them changes which emoji it is.
     """
     parts = [f"{int(part, 16):x}" for part in re.split("[-_]", text)]
     return [part for part in parts if part not in ("fe0f", "e007f")]
 
 
 def base(code_points: list[str]) -> str:
-    """What an emoji shares with its variants of skin tone, gender and direction.
+    """The code points that an emoji shares with its variants of skin tone, gender and direction.
 
     Such variants are near copies of one picture, so the split must keep them together.
     """
@@ -123,7 +122,7 @@ def base(code_points: list[str]) -> str:
 
 
 def caption(name: str, keywords: Iterable[str]) -> str:
-    """The CLDR name and then the keywords that say something the name does not.
+    """The CLDR name and then the keywords with words that the name does not have.
 
     >>> caption("flag: Japan", ["JP", "flag"])
     'flag, Japan, JP'
@@ -168,8 +167,8 @@ def on_white(picture: bytes) -> bytes:
 def samples(packages: pathlib.Path | None) -> list[dict]:
     """Every picture with its annotation, not yet encoded, in the order of the shards.
 
-    The order is by the SHA-256 of the key: any shard, and any part of one, is a fair sample of
-    the whole, also for a reader that streams without shuffling.
+    The order is by the SHA-256 of the key, so that any shard, and any part of one, is a random
+    sample of the whole, also for a reader that streams without shuffling.
     """
     pictures = members(fetch(PICTURES, packages), "package/assets/")
     table = annotations(members(fetch(NAMES, packages), "package/"))
@@ -243,7 +242,7 @@ def check(packages: pathlib.Path | None) -> None:
     """Rebuild the shards in a scratch folder and compare them byte for byte with the ones here.
 
     Raises:
-      DataError: a shard differs, is missing or is too many.
+      DataError: a shard differs, is missing or should not be there.
     """
     with tempfile.TemporaryDirectory() as scratch:
         rebuilt = {p.name: p.read_bytes() for p in write_pictures(pathlib.Path(scratch), packages)}
@@ -261,7 +260,7 @@ def write_scenes(out: pathlib.Path, count: int, size: int, seed: int, withheld: 
     """Write `count` scenes of `size`² pixels as `scenes-*.tar` or `withheld-*.tar`."""
     composer = scenes.Composer(HERE, size=size, seed=seed, withheld=withheld)
     with ThreadPoolExecutor() as pool:
-        # Blocks bound the memory: `map` would otherwise compose everything before the first write.
+        # In blocks, because `map` would otherwise compose everything before the first write.
         blocks = (range(i, min(i + 256, count)) for i in range(0, count, 256))
         items = (sample for block in blocks for sample in pool.map(composer.sample, block))
         bar = tqdm(items, total=count, unit="scene")

@@ -82,7 +82,7 @@ def job(clip, tars):
 
     def make(folder, patterns=tars, **changes):
         settings = {"batch_size": 4, "threads": 2, "devices": jax.devices()[:2]} | changes
-        return Job(*clip, shards.index_shards(patterns, text=False), folder, **settings)
+        return Job(*clip, shards.open_shards(patterns, text=False), folder, **settings)
 
     return make
 
@@ -152,11 +152,11 @@ def test_a_stopped_job_goes_on_to_the_same_bits(after, whole, job, tmp_path, mon
     """The four shards are 2, 3, 1 and 2 batches; a batch waits on the devices while one is read."""
     with monkeypatch.context() as patch:
         patch.setattr(distributed, "should_stop", stopping(after))
-        with pytest.raises(errors.Stopped, match="the same command goes on"):
+        with pytest.raises(errors.Stopped, match="the same command continues"):
             embed_shards(job(tmp_path))
     there = rows(tmp_path)
     assert len(there) == 2 * sum(after > batches for batches in (2, 5, 6))
-    with pytest.raises(errors.DataError, match="the same command goes on"):
+    with pytest.raises(errors.DataError, match="the same command continues"):
         Store(tmp_path).attach(job(tmp_path).collection)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.npy")}
     embed_shards(job(tmp_path))
@@ -238,7 +238,7 @@ def test_half_precision(whole, job, tmp_path):
 
 
 def test_the_first_caption_there_is():
-    """In the order asked for; of a list its first string; whatever else is there is no caption."""
+    """In the order asked for; of a list its first string; other fields are not captions."""
     choose = Pair(16, 16, ("json:alt", "txt", "json:more")).caption
     meta = {"alt": [" ", "second"], "more": "third"}
     assert choose(Sample("k", b"", "first", meta)) == "second"
@@ -257,7 +257,7 @@ def test_array_records_give_the_same_rows(whole, tars, job, tmp_path):
 
     folder = tmp_path / "foxes" / "1.0.0"
     write_array_record(
-        shards.index_shards(tars, text=False), folder, name="foxes", split="train", shard_samples=8
+        shards.open_shards(tars, text=False), folder, name="foxes", split="train", shard_samples=8
     )
     store = embed_shards(job(tmp_path / "out", f"tfds:{folder}:train"))
     assert (store.samples, store.embedded, store.captioned) == (21, 20, 19)
@@ -265,7 +265,7 @@ def test_array_records_give_the_same_rows(whole, tars, job, tmp_path):
         [store.rows(digest, "z_i", 0, shard.rows) for digest, shard in store.shards.items()]
     )
     np.testing.assert_allclose(table, tables(whole, "z_i"), rtol=1e-5, atol=1e-6)
-    found = store.attach(shards.index_shards(f"tfds:{folder}:train"))
+    found = store.attach(shards.open_shards(f"tfds:{folder}:train"))
     np.testing.assert_array_equal(found.read(20).meta["z_i"], table[20])
 
 
@@ -276,9 +276,9 @@ def test_every_sample_finds_its_row(whole, tars):
     """By shard and row: in subsets, with the captioned alone and with the shards in other order."""
     table = tables(whole, "z_i")  # shard by shard, the uncaptioned 8 at row 13
     row_of = {n: n if n < 8 else 13 if n == 8 else n - 1 if n < 14 else n for n in range(21)}
-    every = shards.index_shards(tars)
-    backwards = shards.index_shards([tars.replace("*", str(n)) for n in (3, 1, 0, 2)])
-    bare = shards.index_shards(tars, text=False).subset(keys=["00008", "00020"])
+    every = shards.open_shards(tars)
+    backwards = shards.open_shards([tars.replace("*", str(n)) for n in (3, 1, 0, 2)])
+    bare = shards.open_shards(tars, text=False).subset(keys=["00008", "00020"])
     for collection, count in (
         (every, 20), (backwards, 20), (bare, 2), (every.subset(where={"odd": 1}), 10),
     ):  # fmt: skip
@@ -299,7 +299,7 @@ def test_every_sample_finds_its_row(whole, tars):
 
 @pytest.mark.parametrize("chunk", [1, 3, 4096])
 def test_pairs_are_the_usable_rows_in_order(chunk, whole, tars):
-    found = Store(whole).attach(shards.index_shards(tars))
+    found = Store(whole).attach(shards.open_shards(tars))
     z_i, z_t = (tables(whole, kind) for kind in ("z_i", "z_t"))
     good = np.isfinite(z_t).all(1)  # all but 6, which is bad, and 8, which has no caption
     parts = list(zip(*found.pairs(chunk=chunk)))
@@ -313,12 +313,12 @@ def test_pairs_are_the_usable_rows_in_order(chunk, whole, tars):
 
 def test_shards_that_are_not_embedded_are_named(whole, tars, tmp_path):
     write_tar(tmp_path / "new.tar", range(3))
-    other = shards.index_shards([tars, str(tmp_path / "new.tar")])
+    other = shards.open_shards([tars, str(tmp_path / "new.tar")])
     with pytest.raises(errors.DataError, match=r"of 1 of 5 shards \(new\.tar\)"):
         Store(whole).attach(other)
     write_tar(tmp_path / "s-2.tar", range(3))  # the name alone is not enough
-    with pytest.raises(errors.DataError, match=r"\(s-2\.tar\): it has others, or these were"):
-        Store(whole).attach(shards.index_shards(str(tmp_path / "s-2.tar")))
+    with pytest.raises(errors.DataError, match=r"\(s-2\.tar\): it has other shards, or these were"):
+        Store(whole).attach(shards.open_shards(str(tmp_path / "s-2.tar")))
 
 
 def test_embeddings_of_another_clip_are_refused(whole, job, clip):
@@ -359,7 +359,7 @@ def test_rows_that_were_cut_are_not_read(job, tars, tmp_path):
     path = next(tmp_path.glob("s-0-*.z_i.npy"))
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(errors.DataError, match=r"s-0\.tar.*run unclip embed again"):
-        store.attach(shards.index_shards(tars)).read(0)
+        store.attach(shards.open_shards(tars)).read(0)
 
 
 def test_a_clip_that_gives_nan_ends_the_job(clip, tars, tmp_path):
@@ -368,7 +368,7 @@ def test_a_clip_that_gives_nan_ends_the_job(clip, tars, tmp_path):
         ARCH,
         params,
         "00" * 32,
-        shards.index_shards(tars),
+        shards.open_shards(tars),
         tmp_path,
         batch_size=4,
         devices=jax.devices()[:2],
@@ -380,7 +380,7 @@ def test_a_clip_that_gives_nan_ends_the_job(clip, tars, tmp_path):
 
 def test_decoding_workers_need_no_network(whole, tars):
     """What they are sent unpickles without JAX, and reads."""
-    sent = pickle.dumps(Store(whole).attach(shards.index_shards(tars)))
+    sent = pickle.dumps(Store(whole).attach(shards.open_shards(tars)))
     program = """
 import pickle, sys
 found = pickle.load(sys.stdin.buffer)
@@ -414,7 +414,7 @@ def prior_config(tiny_config, run_of, shards):
 @pytest.mark.usefixtures("cheap_runs")
 def test_training_on_a_folder_is_training_on_the_fly(prior_config, run_of, shards, tmp_path):
     """Bit for bit, statistics of z_i too; held-out pictures that it lacks go to the workdir."""
-    from unclip.input.shards.collection import index_shards
+    from unclip.input.shards.collection import open_shards
     from unclip.runtime import checkpoint
     from unclip.training.start import train
 
@@ -424,7 +424,7 @@ def test_training_on_a_folder_is_training_on_the_fly(prior_config, run_of, shard
             clip.arch,
             clip.params,
             runs.tree_hash(clip.params),
-            index_shards(shards["train"], text=False),
+            open_shards(shards["train"], text=False),
             tmp_path / "z",
             batch_size=8,
             devices=jax.devices()[:1],

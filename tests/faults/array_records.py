@@ -111,6 +111,6 @@ def _tried(name, fault, made, folder, exact, files):
             except (BadSample, DataError) as error:
                 one_line = "\n" not in str(error)
                 refused, wrong = refused + one_line, wrong + (not one_line)
-            except Exception:  # whatever else comes is what is looked for
+            except Exception:  # any other exception is the fault that is searched for
                 wrong += 1
     return Row(name, files * SAMPLES, good, refused, wrong, time.monotonic() - start)

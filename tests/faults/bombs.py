@@ -199,17 +199,17 @@ def _forget_peak():
 def _child(folder, repeats):
     """Reads the good ones, then all; prints counts and by how much the memory's peak rose."""
     from unclip.input.decode.transforms import ImageText
-    from unclip.input.shards.collection import index_shards
+    from unclip.input.shards.collection import open_shards
     from unclip.input.source import make_eval_source
 
     expected = json.loads((pathlib.Path(folder) / "reasons.json").read_text())
     transform = ImageText(16, 77, captions=("txt",))
     options = {"batch_size": 1, "threads": 1, "prefetch": 1, "max_attempts": 500}
-    with make_eval_source(index_shards(f"{folder}/good.tar"), transform, **options) as batches:
+    with make_eval_source(open_shards(f"{folder}/good.tar"), transform, **options) as batches:
         seen = sum(int(batch["valid"][0]) for batch in batches)
     before, wrong, slowest = _mib("VmRSS"), seen != GOOD, 0.0
     _forget_peak()
-    collection = index_shards(f"{folder}/a.tar")
+    collection = open_shards(f"{folder}/a.tar")
     refused = repeats * len(expected) + GOOD - len(collection)  # left out of the index
     wrong += collection.problems["too-many-bytes"] != refused
     with make_eval_source(collection, transform, **options) as batches:

@@ -52,7 +52,7 @@ def links(archive, rng):
         rng.choice([0, 0, 1 << 20]),
         "x.txt",
         target,
-    )  # a link carries no data, whatever its size says
+    )  # a link has no data, even if its size is not 0
     return {"refused-link": 1}
 
 
@@ -69,7 +69,7 @@ def names(archive, rng):
 
 
 def devices(archive, rng):
-    """Devices, fifos and types that nobody knows."""
+    """Devices, fifos and unknown types."""
     kind = rng.choice([tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, b"Z", b"D", b"M"])
     add(archive, "x.jpg", type=kind, devmajor=1, devminor=5)
     return {"refused-type": 1}
@@ -207,7 +207,7 @@ KINDS = {
     texts: 0.3,
 }
 # Where damage ends the walk what comes after it is not found: the first sample remains, and that is
-# told; where the odd header was harmless after all, both do.
+# reported; where the odd header was harmless, both do.
 ENDING = (long_names, pax_records, sizes)
 
 
@@ -235,7 +235,7 @@ def _tars(scale: float, folder: str) -> list[Row]:
                 if checked:
                     pattern = os.path.join(folder, "index-of")
                     index_folder.index_folder(path, pattern, jobs=1, force=True)
-                collection = shards.index_shards(pattern)
+                collection = shards.open_shards(pattern)
                 found = [collection.read(i) for i in range(len(collection))]
             except DataError:
                 continue
@@ -285,7 +285,7 @@ def _not_tars(scale: float, folder: str) -> list[Row]:
     for data in (gzip.compress(whole), bz2.compress(whole), lzma.compress(whole), bomb):
         with open(path, "wb") as file:
             file.write(data)
-        for read in (shards.index_shards, _indexed):
+        for read in (shards.open_shards, _indexed):
             tally["tried"] += 1
             try:
                 read(path)
@@ -316,7 +316,7 @@ def _not_tars(scale: float, folder: str) -> list[Row]:
         "data://x",
     ]
     readers = {
-        "index_shards": shards.index_shards,
+        "open_shards": shards.open_shards,
         "index_folder": lambda spec: index_folder.index_folder(spec, folder + "/out", jobs=1),
         "make_stream": lambda spec: streaming.make_stream(
             spec, lambda sample, rng: {}, batch_size=1, seed=0

@@ -1,4 +1,4 @@
-"""Mutated pictures, captions and JSON through the whole source: each is used as it is or named."""
+"""Mutated pictures, captions and JSON through the whole source: each is used unchanged or named."""
 
 import io
 import json
@@ -17,7 +17,7 @@ from unclip.input.decode import image, jpeg
 from unclip.input.decode.transforms import ImageText
 from unclip.input.order import generator
 from unclip.input.samples import BadSample, Sample
-from unclip.input.shards.collection import index_shards
+from unclip.input.shards.collection import open_shards
 from unclip.input.source import make_eval_source
 
 BATCH, SIZE, TOKENS = 32, 16, 24
@@ -130,7 +130,7 @@ def _through_source(folder, members):
                     info = tarfile.TarInfo(f"{key}.{extension}")
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
-    collection = index_shards(str(folder / "*.tar"))
+    collection = open_shards(str(folder / "*.tar"))
     left_out = len(keys) - len(collection)
     wrong = int(left_out != sum(collection.problems.values()))
     good, listed, position = 0, {}, 0

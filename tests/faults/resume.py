@@ -18,7 +18,7 @@ from table import Row
 
 from unclip.errors import UnclipError
 from unclip.input.decode.transforms import ImageText
-from unclip.input.shards.collection import index_shards
+from unclip.input.shards.collection import open_shards
 from unclip.input.source import make_source
 
 BATCH, STEPS, SEED = 16, 40, 7
@@ -27,7 +27,7 @@ HOSTS, WORKERS = (1, 2, 4), (0, 1, 2)
 ORDERS = {
     "global": {},
     "streamed": {"order": "streamed", "streams": 4, "window": 8},
-    "weighted": {"order": "streamed", "streams": 4, "window": 8, "weights": (3, 1)},
+    "mixed": {"order": "streamed", "streams": 4, "window": 8, "proportions": (3, 1)},
 }
 
 
@@ -82,7 +82,7 @@ def collection(folder: pathlib.Path, broken=frozenset()):
         for s, (count, end) in enumerate(zip(SHARDS, ends))
     ]
     first = ",".join(path for path in paths[:3])
-    return index_shards([f"{{{first}}}", f"{{{','.join(paths[3:])}}}"])
+    return open_shards([f"{{{first}}}", f"{{{','.join(paths[3:])}}}"])
 
 
 def deliver(samples, start, steps, hosts, workers, options):
@@ -127,15 +127,15 @@ def complete(reference, samples, options) -> bool:
     keys = np.concatenate([b["key"] for b in reference])
     if not np.array_equal(numbers, np.arange(BATCH * STEPS)):
         return False
-    groups = samples.groups if options.get("weights") else np.array([0, len(samples)])
+    groups = samples.groups if options.get("proportions") else np.array([0, len(samples)])
     for low, end in itertools.pairwise(groups):
         own = keys[(keys >= low) & (keys < end)]
         n, seen = end - low, np.bincount(own - low, minlength=end - low)
         # A mixture's streams are not all at the same place of a part's epoch; without one they are.
-        slack = 1 if options.get("weights") or len(own) % n else 0
+        slack = 1 if options.get("proportions") or len(own) % n else 0
         if seen.max() - seen.min() > slack:
             return False
-        if not options.get("weights") and any(
+        if not options.get("proportions") and any(
             len(set(own[e : e + n].tolist())) != n for e in range(0, len(own) - n + 1, n)
         ):
             return False

@@ -1,4 +1,4 @@
-"""One line a fault: what was injected into the input, and what came of it."""
+"""One line per fault: what was injected into the input, and the outcome."""
 
 from typing import NamedTuple
 

@@ -20,7 +20,7 @@ from table import Row
 
 from unclip.errors import DataError
 from unclip.input.shards import folder as index_folder
-from unclip.input.shards.collection import index_shards
+from unclip.input.shards.collection import open_shards
 from unclip.input.streaming.stream import make_stream
 
 KEYS = ("folder/0000", "folder/0001", "n" * 120)
@@ -100,7 +100,7 @@ def through_index(paths: list[str], folder: str):
 
 def opened(pattern):
     """((picture, text, JSON) of every sample, what was left out)."""
-    collection = index_shards(pattern)
+    collection = open_shards(pattern)
     found = [collection.read(i) for i in range(len(collection))]
     return [(s.image, s.text, s.meta) for s in found], Counter(collection.problems)
 

@@ -1,7 +1,8 @@
 """Decoding workers killed at any moment, and collections with too many bad samples.
 
-A killed worker must end the run by name within 30 seconds, with a position from which it goes on as
-if nothing had happened. Bad samples must end it exactly where they pass the limit, and not before.
+A killed worker must end the run by name within 30 seconds, with a position from which it continues
+as if nothing had happened. Bad samples must end it exactly where they pass the limit, and not
+before.
 """
 
 import multiprocessing

@@ -11,14 +11,14 @@ def test_json_is_an_object_of_limited_size(tmp_path):
     assert files.read_object(path) == {"a": 1}
     with pytest.raises(errors.DataError, match="larger than 4 bytes"):
         files.read_object(path, 4)
-    for text, told in (
+    for text, message in (
         ("[1]", "expected a JSON object"),
         ("{", "no JSON"),
         ("\xff", "no JSON"),
         ("[" * 100_000, "no JSON"),
     ):
         path.write_bytes(text.encode("latin-1"))
-        with pytest.raises(errors.DataError, match=told):
+        with pytest.raises(errors.DataError, match=message):
             files.read_object(path)
     with pytest.raises(errors.DataError, match=r"cannot read .*: No such file"):
         files.read_object(tmp_path / "none.json")

@@ -43,7 +43,7 @@ def test_a_tensor_must_be_what_it_announced():
         lazy.read()
 
 
-def test_damage_is_told(tmp_path):
+def test_damage_is_reported(tmp_path):
     path = tmp_path / "f"
     with pytest.raises(errors.DataError, match="cannot read"):
         tensors.read(path)

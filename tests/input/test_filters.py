@@ -1,4 +1,4 @@
-"""Filters: what passes, what is rejected and by which word, and how a mistake is told."""
+"""Filters: what passes, what is rejected and by which word, and how a mistake is reported."""
 
 import json
 import math
@@ -119,7 +119,7 @@ def test_json_is_judged_without_the_caption():
         ("a=x:2", "range of numbers"),
     ],
 )
-def test_mistakes_are_told(rules, words):
+def test_mistakes_are_reported(rules, words):
     with pytest.raises(ConfigError) as error:
         Filters.parse(rules)
     assert words in str(error.value) and "\n" not in str(error.value)

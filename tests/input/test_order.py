@@ -23,7 +23,7 @@ def shards_of(numbers, counts):
 
 @pytest.mark.parametrize("n, seed", [(1009, 3), (3000, 2**63)])
 def test_the_global_order_is_grains_shuffle(n, seed):
-    """Runs that began before there were other orders go on with the same bits."""
+    """The order is fixed: a run resumed by another version sees the same samples."""
     word = int(generator(seed, 0, 0).integers(1 << 32))
     theirs = grain.MapDataset.range(n).shuffle(seed=word).repeat()
     ours = make_order([n], seed)
@@ -45,13 +45,13 @@ def test_streams_hold_every_sample_once_an_epoch(streams, batch_size, window):
     assert len(set(map(tuple, epochs))) == 4
 
 
-@pytest.mark.parametrize("weights", [(), (1, 1)])
+@pytest.mark.parametrize("proportions", [(), (1, 1)])
 @pytest.mark.parametrize("hosts", [1, 2, 4])
-def test_a_host_reads_its_own_shards_only(hosts, weights):
+def test_a_host_reads_its_own_shards_only(hosts, proportions):
     """In every epoch a host's rows touch its part of the shards, and at most two at the edges."""
     counts = np.full(64, 100)
     batch_size, streams = 64, 16
-    groups = [0, 3200, 6400] if weights else None
+    groups = [0, 3200, 6400] if proportions else None
     order = make_order(
         counts,
         1,
@@ -59,24 +59,24 @@ def test_a_host_reads_its_own_shards_only(hosts, weights):
         streams=streams,
         batch_size=batch_size,
         window=150,
-        weights=weights,
+        proportions=proportions,
         groups=groups,
     )
     local = batch_size // hosts
     touched = {}
     for g in range(4 * 6400):
-        k, own = order.component(g) if weights else (0, g)
-        n = order.orders[k].n if weights else 6400
+        k, own = order.component(g) if proportions else (0, g)
+        n = order.orders[k].n if proportions else 6400
         key = k, own // n, g % batch_size // local
         touched.setdefault(key, []).append(order(g))
     for (k, epoch, host), numbers in touched.items():
-        shards = 32 if weights else 64
+        shards = 32 if proportions else 64
         assert len(np.unique(shards_of(numbers, counts))) <= shards // hosts + 2, (k, epoch, host)
     # At any time it has few of them open: a window or its border for each of its streams.
     for start in range(0, 6400, 640):
         mine = [g for g in range(start, start + 640) if g % batch_size < local]
         opened = np.unique(shards_of([order(g) for g in mine], counts))
-        assert len(opened) <= 4 * streams // hosts * (2 if weights else 1)
+        assert len(opened) <= 4 * streams // hosts * (2 if proportions else 1)
 
 
 def test_streams_are_shuffled_and_mixed():
@@ -96,8 +96,8 @@ def test_streams_are_shuffled_and_mixed():
 
 
 @pytest.mark.parametrize("order", ["global", "streamed"])
-@pytest.mark.parametrize("weights", [(), (1, 2, 0.3)])
-def test_orders_are_pure(order, weights):
+@pytest.mark.parametrize("proportions", [(), (1, 2, 0.3)])
+def test_orders_are_pure(order, proportions):
     make = lambda: make_order(
         COUNTS,
         5,
@@ -105,8 +105,8 @@ def test_orders_are_pure(order, weights):
         streams=4,
         batch_size=16,
         window=32,
-        weights=weights,
-        groups=GROUPS if weights else None,
+        proportions=proportions,
+        groups=GROUPS if proportions else None,
     )
     numbers = [*range(60), 10**7, *range(9 * N, 9 * N + 60)]
     first = make()
@@ -127,8 +127,8 @@ def test_orders_are_pure(order, weights):
 
 
 @pytest.mark.parametrize("order, streams", [("global", 0), ("streamed", 4), ("streamed", 16)])
-@pytest.mark.parametrize("weights", [(1, 2, 0.3), (5, 5, 5), (0.001, 7, 2)])
-def test_mixtures_keep_their_proportions(order, streams, weights):
+@pytest.mark.parametrize("proportions", [(1, 2, 0.3), (5, 5, 5), (0.001, 7, 2)])
+def test_mixtures_keep_their_proportions(order, streams, proportions):
     batch_size = 64
     counts, groups = 100 * COUNTS, 100 * GROUPS  # grain's shuffle is slow where there is little
     mixed = make_order(
@@ -138,12 +138,12 @@ def test_mixtures_keep_their_proportions(order, streams, weights):
         streams=streams,
         batch_size=batch_size,
         window=32,
-        weights=weights,
+        proportions=proportions,
         groups=groups,
     )
     rows = 256 * batch_size
     owner = np.searchsorted(groups, [mixed(g) for g in range(rows)], "right") - 1
-    wanted = np.array(weights) / sum(weights)
+    wanted = np.array(proportions) / sum(proportions)
     found = np.bincount(owner, minlength=3)
     assert np.abs(found - rows * wanted).max() <= 2 * max(1, streams)
     # Small batches are mixed as well, not only the long run.
@@ -161,7 +161,7 @@ def test_a_part_of_a_mixture_is_seen_whole_in_each_of_its_epochs(order, streams)
         streams=streams,
         batch_size=16,
         window=32,
-        weights=(1, 2, 0.5),
+        proportions=(1, 2, 0.5),
         groups=GROUPS,
     )
     seen = {k: {} for k in range(3)}
@@ -179,7 +179,7 @@ def test_a_part_of_a_mixture_is_seen_whole_in_each_of_its_epochs(order, streams)
 
 
 def test_parts_of_one_size_have_orders_of_their_own():
-    mixed = make_order([500, 500], 5, weights=(1, 1), groups=[0, 500, 1000], batch_size=8)
+    mixed = make_order([500, 500], 5, proportions=(1, 1), groups=[0, 500, 1000], batch_size=8)
     first, second = (
         [mixed(g) - 500 * k for g in range(1000) if mixed.component(g)[0] == k] for k in range(2)
     )
@@ -191,7 +191,7 @@ def test_stand_ins_come_from_near_or_from_the_same_part():
     assert plain.span(3, True) == plain.span(3, False) == (0, N)
     ends = np.cumsum(COUNTS)
     order = make_order(
-        COUNTS, 5, order="streamed", streams=4, batch_size=16, weights=(1, 2, 3), groups=GROUPS
+        COUNTS, 5, order="streamed", streams=4, batch_size=16, proportions=(1, 2, 3), groups=GROUPS
     )
     spans = Counter()
     for g in range(500):
@@ -216,7 +216,7 @@ def test_a_hundred_million_samples_need_no_table():
         {
             "order": "streamed",
             "streams": 64,
-            "weights": (1, 3),
+            "proportions": (1, 3),
             "groups": [0, 30_000_000, 100_000_000],
         },
     ):
@@ -243,11 +243,11 @@ def test_the_usual_streams():
         ({"order": "streamed", "streams": 3, "batch_size": 8}, "3 streams"),
         ({"order": "streamed", "streams": -1, "batch_size": 8}, "-1 streams"),
         ({"order": "streamed", "batch_size": 8, "window": 0}, "window 0"),
-        ({"weights": (1, 2), "groups": GROUPS}, "2 weights for 3 patterns"),
-        ({"weights": (1, 2, 0), "groups": GROUPS}, "above 0"),
-        ({"weights": (1, 2, float("nan")), "groups": GROUPS}, "above 0"),
-        ({"weights": (1, 1, 1e-9), "groups": GROUPS}, "below 1/65536"),
-        ({"weights": (1, 1), "groups": [0, 0, N]}, "pattern 0 of the shards has no sample"),
+        ({"proportions": (1, 2), "groups": GROUPS}, "2 proportions for 3 patterns"),
+        ({"proportions": (1, 2, 0), "groups": GROUPS}, "above 0"),
+        ({"proportions": (1, 2, float("nan")), "groups": GROUPS}, "above 0"),
+        ({"proportions": (1, 1, 1e-9), "groups": GROUPS}, "below 1/65536"),
+        ({"proportions": (1, 1), "groups": [0, 0, N]}, "pattern 0 of the shards has no sample"),
         ({"seed": None, "order": "streamed", "batch_size": 8}, "without shuffling"),
     ],
 )

@@ -24,7 +24,7 @@ from unclip.input.decode.transforms import ImageText, Upsampling
 from unclip.input.filters import Filters
 from unclip.input.order import Order, generator
 from unclip.input.samples import BadSample, Sample
-from unclip.input.shards.collection import index_shards
+from unclip.input.shards.collection import open_shards
 from unclip.input.source import make_eval_source, make_source
 
 N = 13
@@ -61,7 +61,7 @@ def shard(path, samples, similarity=lambda key: 0.3):
 @pytest.fixture(scope="module")
 def collection(tmp_path_factory):
     path = tmp_path_factory.mktemp("good") / "a.tar"
-    return index_shards(shard(path, [(f"{k:02d}", png(k), b"text %d" % k) for k in range(N)]))
+    return open_shards(shard(path, [(f"{k:02d}", png(k), b"text %d" % k) for k in range(N)]))
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +70,14 @@ def partly_bad(tmp_path_factory):
     samples[3] = ("03", b"no picture", b"text 3")
     samples[7] = ("07", png(7)[:150], b"text 7")
     samples[9] = ("09", png(9), b"  \n")
-    return index_shards(shard(tmp_path_factory.mktemp("bad") / "a.tar", samples))
+    return open_shards(shard(tmp_path_factory.mktemp("bad") / "a.tar", samples))
 
 
 @pytest.fixture(scope="module")
 def several(tmp_path_factory):
     """Six shards of ten: samples with a similarity, one bad in three shards."""
     folder = tmp_path_factory.mktemp("several")
-    return index_shards(
+    return open_shards(
         [
             shard(
                 folder / f"{s}.tar",
@@ -246,7 +246,7 @@ def test_worker_processes_change_nothing(partly_bad, workers):
 
 
 class Slow:
-    """A transform that tells when it has begun a sample, and takes its time."""
+    """A transform that reports when it has begun a sample, and is slow."""
 
     def __init__(self, folder, ends_at=-1):
         self.folder, self.ends_at = str(folder), ends_at
@@ -357,7 +357,7 @@ def test_too_many_bad_samples_stop_the_run(partly_bad):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_collection_of_bad_samples_stops_at_once(tmp_path, workers):
-    bad = index_shards(shard(tmp_path / "a.tar", [(f"{k}", b"junk", b"t") for k in range(4)]))
+    bad = open_shards(shard(tmp_path / "a.tar", [(f"{k}", b"junk", b"t") for k in range(4)]))
     with (
         make_source(bad, transform(), batch_size=2, seed=0, workers=workers) as batches,
         pytest.raises(DataError, match=r"15 replacements.*format"),
@@ -367,7 +367,7 @@ def test_a_collection_of_bad_samples_stops_at_once(tmp_path, workers):
 
 def test_a_lost_shard_stops_the_run_by_name(tmp_path):
     path = shard(tmp_path / "a.tar", [(f"{k}", png(k), b"t") for k in range(4)])
-    lost = index_shards(path)
+    lost = open_shards(path)
     (tmp_path / "a.tar").unlink()
     with (
         make_source(lost, transform(), batch_size=2, seed=0) as batches,
@@ -434,8 +434,8 @@ def test_finite_epochs_end_and_resume(collection):
         ({"workers": -1}, "workers -1"),
         ({"num_epochs": 0}, "num_epochs 0"),
         ({"max_consecutive_bad": -1}, "consecutive_bad -1"),
-        ({"num_epochs": 1, "weights": (1,)}, "weights"),
-        ({"weights": (1, 2)}, "2 weights"),
+        ({"num_epochs": 1, "proportions": (1,)}, "proportions"),
+        ({"proportions": (1, 2)}, "2 proportions"),
         ({"order": "streamed", "streams": 2, "process_count": 4}, "2 streams for 4 processes"),
         ({"order": "streamed", "shuffle": False}, "without shuffling"),
         ({"order": "sorted"}, "unknown order"),
@@ -449,8 +449,8 @@ def test_sizes_that_do_not_fit(collection, options, message):
 KINDS = {
     "global": {},
     "streamed": {"order": "streamed", "streams": 4, "window": 4},
-    "weighted": {"weights": (2, 1, 1, 1, 1, 3)},
-    "both": {"order": "streamed", "streams": 4, "weights": (2, 1, 1, 1, 1, 3)},
+    "mixed": {"proportions": (2, 1, 1, 1, 1, 3)},
+    "both": {"order": "streamed", "streams": 4, "proportions": (2, 1, 1, 1, 1, 3)},
 }
 
 
@@ -462,7 +462,7 @@ def test_any_order_resumes_on_any_process_count(several, kind):
         rest = take(several, 8 - step, start=16 * step, process_count=process_count, **options)
         assert equal(whole[step:], rest), (step, process_count)
     assert [g for b in whole for g in numbers(b)] == list(range(128))
-    if "weights" not in options:
+    if "proportions" not in options:
         with make_source(
             several, lambda sample, rng: {"i": np.int64(sample.key)}, seed=5, **options
         ) as batches:
@@ -559,7 +559,7 @@ def test_a_streamed_host_opens_only_its_own_shards(several):
                 max_bad_fraction=1.0,
                 prefetch=1,
             ) as batches:
-                for _ in range(3):  # one epoch, with stand-ins for three bad samples
+                for _ in range(3):  # one epoch, with replacements of three bad samples
                     next(batches)
             opened.append(recorded.shards)
             assert len(recorded.shards) <= allowed
@@ -696,7 +696,7 @@ def test_the_list_of_bad_samples_is_bounded():
 
 
 def test_bad_samples_in_a_row_stop_the_run(tmp_path):
-    run = index_shards(
+    run = open_shards(
         shard(
             tmp_path / "a.tar",
             [(f"{k:02d}", b"junk" if 10 <= k < 16 else png(k), b"t") for k in range(40)],

@@ -292,7 +292,7 @@ def test_strictness(weights, tmp_path):
 
 
 def test_round_trip_and_folder(weights, tmp_path):
-    """Back for transformers: every bit, whatever the bundle's form."""
+    """Back for transformers: every bit, in any form of the bundle."""
     words = np.random.default_rng(1).normal(size=(49408, 64)).astype(np.float32)
     state = as_transformers(weights | {"token": words})
     config = CONFIG | {"text_config": TEXT | {"vocab_size": 49408, "eos_token_id": 2}}

@@ -167,7 +167,7 @@ def test_other_networks_are_listed(tmp_path, state):
 def test_damaged_graphs(tmp_path, state, monkeypatch):
     path = tmp_path / "graph.pb"
     path.write_bytes(b"\xff" * 100)
-    with pytest.raises(errors.DataError, match="is no TensorFlow graph"):
+    with pytest.raises(errors.DataError, match="is not a TensorFlow graph"):
         _read(path)
     graph = graph_pb2.GraphDef()
     tensor = graph.node.add(name="w", op="Const").attr["value"].tensor

@@ -33,7 +33,7 @@ def test_shards_are_one_mapping(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("where", "told"),
+    ("where", "message"),
     [
         ({"a": "model-2.safetensors"}, "places 'a' in model-2.safetensors, which lacks it"),
         ({"a": "../other.safetensors"}, "points outside its folder"),
@@ -42,13 +42,13 @@ def test_shards_are_one_mapping(tmp_path):
         (None, "no weight_map"),
     ],
 )
-def test_a_wrong_index_is_one_line(tmp_path, where, told):
+def test_a_wrong_index_is_one_line(tmp_path, where, message):
     _shards(tmp_path, where)
-    with pytest.raises(errors.DataError, match=told):
+    with pytest.raises(errors.DataError, match=message):
         weights.open_weights(tmp_path)
 
 
-def test_what_is_no_weight_file_is_told(tmp_path):
+def test_what_is_no_weight_file_is_reported(tmp_path):
     with pytest.raises(errors.DataError, match=r"holds no weights: expected model\.safetensors"):
         weights.open_weights(tmp_path)
     with pytest.raises(errors.DataError, match="no such file"):

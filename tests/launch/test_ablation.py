@@ -35,36 +35,36 @@ def parsed(monkeypatch):
     return parse
 
 
-def test_the_stages_fit_together(ablation, parsed, tmp_path):
-    lanes = ablation.stages(tmp_path, SHARDS, 1.0)
-    stages = {stage.name: parsed(stage.command) for lane in lanes for stage in lane}
-    names = [stage.name for lane in lanes for stage in lane]
+def test_the_trainings_fit_together(ablation, parsed, tmp_path):
+    lanes = ablation.trainings(tmp_path, SHARDS, 1.0)
+    configs = {job.name: parsed(job.command) for lane in lanes for job in lane}
+    names = [job.name for lane in lanes for job in lane]
     assert len(set(names)) == len(names)
-    for stage in (stage for lane in lanes for stage in lane):
-        assert set(stage.after) <= set(names)
-        config = stages[stage.name]
+    for job in (job for lane in lanes for job in lane):
+        assert set(job.after) <= set(names)
+        config = configs[job.name]
         assert config.input.shards == ("a-*.tar",) and config.input.held_out == ("b-*.tar",)
         assert config.input.where.sizes == ("large", "huge")
-        if stage.after:
+        if job.after:
             assert config.clip == str(tmp_path / "clip")
-            assert config.arch.get("context", 16) == stages["clip"].arch.context
-    assert stages["judge"].seed != stages["clip"].seed
-    assert stages["decoder"].task.embedding == "image"
-    assert stages["decoder_z_t"].task.embedding == "text"
-    assert not stages["decoder_caption"].arch.use_z_i
-    assert stages["prior"].task.kind == "diffusion" and stages["prior_ar"].task.kind == "ar"
+            assert config.arch.get("context", 16) == configs["clip"].arch.context
+    assert configs["judge"].seed != configs["clip"].seed
+    assert configs["decoder"].task.embedding == "image"
+    assert configs["decoder_z_t"].task.embedding == "text"
+    assert not configs["decoder_caption"].arch.use_z_i
+    assert configs["prior"].task.kind == "diffusion" and configs["prior_ar"].task.kind == "ar"
     # What the three decoders differ in is what they are given.
     same = ("batch_size", "total_steps", "optim", "arch.channels", "task.image_size")
     for name in ("decoder_z_t", "decoder_caption"):
         for field in same:
-            one, other = stages["decoder"], stages[name]
+            one, other = configs["decoder"], configs[name]
             for part in field.split("."):
                 one, other = one[part], other[part]
             assert one == other, (name, field)
 
 
 def test_every_model_of_the_sweep_is_trained(ablation, parsed, tmp_path):
-    trained = {stage.name for lane in ablation.stages(tmp_path, SHARDS, 1.0) for stage in lane}
+    trained = {job.name for lane in ablation.trainings(tmp_path, SHARDS, 1.0) for job in lane}
     (first,), (second,) = ablation.evaluations(tmp_path, 400, 2)
     assert first.name != second.name
     assert parsed(ablation.evaluations(tmp_path, 8, 1, [3.0])[0][0].command).sweep.guidance == (3,)

@@ -24,11 +24,11 @@ def test_squared_error_is_of_values_in_zero_to_one(demo):
     assert demo.squared_error(a, a).diagonal().max() == 0
 
 
-def test_the_stages_of_the_demo_fit_together(demo):
-    stages = {stage[0]: stage for lane in demo.LANES for stage in lane}
-    assert set(stages) == {"clip", "prior", "decoder", "upsampler_0", "upsampler_1"}
+def test_the_trainings_of_the_demo_fit_together(demo):
+    trainings = {job[0]: job for lane in demo.LANES for job in lane}
+    assert set(trainings) == {"clip", "prior", "decoder", "upsampler_0", "upsampler_1"}
     configs = {}
-    for name, config, *_ in stages.values():
+    for name, config, *_ in trainings.values():
         file, _, arg = config.partition(":")
         configs[name] = CONFIGS[file].get_config(arg.format(theme="food"))
     side = configs["decoder"].task.image_size

@@ -1,4 +1,5 @@
-"""Metrics by name: the plumbing from pictures to keyed values, on small stand-ins for networks."""
+"""Metrics by name: the plumbing from pictures to keyed values, on small substitutes for
+networks."""
 
 import io
 import json
@@ -111,8 +112,8 @@ def test_each_metric_gives_its_values_and_settings(sets):
     score = np.exp((p * np.log(p / p.mean(0))).sum(1).mean())
     np.testing.assert_allclose(by_name["is-openai"]["value"], score, rtol=1e-5)
     assert by_name["is"]["n_real"] is None and by_name["kid"]["std"] >= 0
-    told = "\n".join(result.warnings)
-    assert "subsets of 26 pictures" in told and "split has only 2 pictures" in told
+    message = "\n".join(result.warnings)
+    assert "subsets of 26 pictures" in message and "split has only 2 pictures" in message
 
 
 def test_identical_sets_are_at_no_distance(sets):
@@ -252,7 +253,7 @@ def test_statistics_stand_in_for_the_pictures(sets, tmp_path):
         measure(file, fake, ["fid-pytorch"], inception="w")
 
 
-def test_statistics_without_rows_are_told(sets, tmp_path):
+def test_statistics_without_rows_are_reported(sets, tmp_path):
     real, fake = sets
     saved = measure(real, None, ["fid"], inception="w")
     assert saved.features == {}
@@ -270,8 +271,8 @@ def test_other_peoples_statistics_are_used_with_warnings(sets, tmp_path):
     want = measure(real, fake, ["fid"], inception="w").values[0]
     assert result.values[0]["value"] == pytest.approx(want["value"], rel=1e-5)
     assert result.values[0]["n_real"] is None
-    told = "\n".join(result.warnings)
-    assert "does not say of how many pictures" in told and "which resize" in told
+    message = "\n".join(result.warnings)
+    assert "does not say of how many pictures" in message and "which resize" in message
     np.savez(tmp_path / "wide.npz", mu=np.zeros(7), sigma=np.eye(7))
     with pytest.raises(errors.ConfigError, match="pool3 is 7 wide, expected 5"):
         measure(read_statistics(tmp_path / "wide.npz"), fake, ["fid"], inception="w")
@@ -293,7 +294,7 @@ def test_sizes_are_refused_unless_allowed_or_cropped(sets):
 
 
 def test_sizes_that_show_late_are_refused_too(sets, tmp_path, clip):
-    # None of the few that are looked at first is the odd one.
+    # The picture of another size is not among the few that are probed first.
     for i in range(40):
         side = 7 if i == 1 else 6
         Image.fromarray(np.full((side, side, 3), i * 5, np.uint8)).save(tmp_path / f"{i:02}.png")
@@ -304,15 +305,15 @@ def test_sizes_that_show_late_are_refused_too(sets, tmp_path, clip):
     assert any("fake 6x6 (39), 7x7 (1)" in line for line in result.warnings)
 
 
-def test_what_files_were_is_told(tmp_path, clip):
+def test_what_files_were_is_reported(tmp_path, clip):
     for i in range(6):
         grey = Image.fromarray(np.full((6, 6), 40 * i, np.uint8))
         grey.save(tmp_path / (f"{i}.png" if i < 2 else f"{i}.jpg"))
     found = pictures.open_pictures(tmp_path)
     real = pictures.ArrayPictures(REAL)
-    told = "\n".join(measure(real, found, ["fd-clip"], clip=clip).warnings)
-    assert "fake: 6 of 6 pictures are greyscale" in told
-    assert "fake: 4 of 6 pictures are lossy" in told
+    message = "\n".join(measure(real, found, ["fd-clip"], clip=clip).warnings)
+    assert "fake: 6 of 6 pictures are greyscale" in message
+    assert "fake: 4 of 6 pictures are lossy" in message
 
 
 def test_features_that_are_not_numbers_name_the_picture(sets, monkeypatch):
@@ -345,7 +346,7 @@ def test_networks_are_kept_until_their_files_change(sets, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("metrics", "options", "told"),
+    ("metrics", "options", "message"),
     [
         (["fdi"], {}, "unknown metric 'fdi': did you mean"),
         ([], {}, "no metric given"),
@@ -355,17 +356,17 @@ def test_networks_are_kept_until_their_files_change(sets, tmp_path, monkeypatch)
         (["fid"], {"inception": "w", "allow": ["size"]}, "did you mean 'sizes'"),
     ],
 )
-def test_wrong_requests_are_told(sets, metrics, options, told):
-    with pytest.raises(errors.ConfigError, match=told) as caught:
+def test_wrong_requests_are_reported(sets, metrics, options, message):
+    with pytest.raises(errors.ConfigError, match=message) as caught:
         measure(*sets, metrics, **options)
     assert "\n" not in caught.value.message
 
 
-def test_missing_sets_are_told(sets, clip):
+def test_missing_sets_are_reported(sets, clip):
     real, fake = sets
     with pytest.raises(errors.ConfigError, match="fid compares with real pictures"):
         measure(None, fake, ["fid"], inception="w")
-    with pytest.raises(errors.ConfigError, match="is is of fake pictures alone"):
+    with pytest.raises(errors.ConfigError, match="is is computed from fake pictures"):
         measure(real, None, ["is"], inception="w")
     with pytest.raises(errors.ConfigError, match="1 fake picture; at least 2"):
         measure(real, pictures.First(fake, 1), ["fid"], inception="w")

@@ -10,7 +10,7 @@ from PIL import Image
 
 from unclip.errors import ConfigError, DataError
 from unclip.input.samples import BadSample
-from unclip.input.shards.collection import index_shards
+from unclip.input.shards.collection import open_shards
 from unclip.input.tfds import records
 from unclip.measure import captions, pictures
 from unclip.measure.picture_set import (
@@ -90,8 +90,8 @@ def test_what_a_file_was_is_noted(tmp_path):
     [
         ("a.png", encoded(PICTURES[0])[:60], "truncated|corrupt"),
         ("a.png", b"GIF89a nothing", "format"),
-        ("a.bmp", b"BM nothing", "corrupt"),
-        ("a.tif", encoded(PICTURES[0]), "corrupt"),
+        ("a.bmp", b"BM nothing", "format"),
+        ("a.tif", encoded(PICTURES[0]), "format"),
     ],
 )
 def test_unreadable_pictures_say_why(tmp_path, name, data, reason):
@@ -168,7 +168,7 @@ def test_arrays_that_are_no_pictures(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("spec", "error", "told"),
+    ("spec", "error", "message"),
     [
         ("absent", DataError, "no such file or folder"),
         ("pics", DataError, "did you mean .*/pix"),
@@ -178,12 +178,12 @@ def test_arrays_that_are_no_pictures(tmp_path):
         ("x-{0..3}.tar", DataError, "is not there"),
     ],
 )
-def test_wrong_sources_are_told(tmp_path, spec, error, told):
+def test_wrong_sources_are_reported(tmp_path, spec, error, message):
     for name in ("pix", "empty", "tars"):
         (tmp_path / name).mkdir()
     (tmp_path / "tars" / "a.tar").write_bytes(b"")
     save(tmp_path / "a.png", PICTURES[0])
-    with pytest.raises(error, match=told) as caught:
+    with pytest.raises(error, match=message) as caught:
         pictures.open_pictures(str(tmp_path / spec))
     assert "\n" not in caught.value.message
 
@@ -193,7 +193,7 @@ def test_wrong_sources_are_told(tmp_path, spec, error, told):
 
 def test_a_prepared_data_set(shards, tmp_path, monkeypatch):
     pytest.importorskip("tensorflow_datasets")
-    collection = index_shards(shards["held_out"])
+    collection = open_shards(shards["held_out"])
     folder = tmp_path / "shapes" / "1.0.0"
     records.write_array_record(collection, folder, name="shapes", split="val", shard_samples=3)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
@@ -228,7 +228,7 @@ def test_prepared_is_the_centre_square_resized_once():
     want = ramp[:, 4:12].reshape(4, 2, 4, 2, 3).mean((1, 3))
     np.testing.assert_allclose(box.read(0), want, atol=1)
     assert "box 4x4" in box.source
-    # Nothing outside of the square may reach in, whatever the filter's support.
+    # Nothing outside of the square may have an effect, whatever the filter's support.
     outside = ramp.copy()
     outside[:, :4], outside[:, 12:] = 255, 255
     cubic = [pictures.Prepared(pictures.ArrayPictures(p[None]), 4).read(0) for p in (ramp, outside)]
@@ -286,7 +286,7 @@ def test_several_captions_of_a_picture_stay_in_order(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "error", "told"),
+    ("name", "text", "error", "message"),
     [
         ("c.txt", "one", ConfigError, "expected .jsonl"),
         ("c.json", "[1]", DataError, "expected an object"),
@@ -299,10 +299,10 @@ def test_several_captions_of_a_picture_stay_in_order(tmp_path):
         ("absent.csv", None, DataError, "cannot be read"),
     ],
 )
-def test_wrong_caption_files_are_told(tmp_path, name, text, error, told):
+def test_wrong_caption_files_are_reported(tmp_path, name, text, error, message):
     if text is not None:
         (tmp_path / name).write_text(text)
-    with pytest.raises(error, match=told):
+    with pytest.raises(error, match=message):
         captions.read_captions(tmp_path / name)
 
 
@@ -310,8 +310,8 @@ def test_captions_and_pictures_that_do_not_match_are_listed():
     given = {"a.png": ["one"], "c.png": ["three"]}
     with pytest.raises(ConfigError) as caught:
         captions.match(given, named("a.png", "b.png"), "c.csv")
-    told = caught.value.message
-    assert "1 pictures without caption (b.png) and 1 captions without picture (c.png)" in told
+    message = caught.value.message
+    assert "1 pictures without caption (b.png) and 1 captions without picture (c.png)" in message
     # A name without extension that two pictures share belongs to neither.
     with pytest.raises(ConfigError, match="2 pictures without caption"):
         captions.match({"a": ["one"]}, named("a.png", "a.jpg"), "c.csv")

@@ -20,7 +20,7 @@ import torch
 
 ROOT = pathlib.Path(__file__).parents[2] / ".cache" / "peers"
 TORCHVISION = "torchvision-0.28.0"
-# torchvision registers shapes for these while it is imported; nobody here calls them.
+# torchvision registers shapes for these while it is imported; nothing here calls them.
 OPERATORS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",

@@ -51,7 +51,7 @@ FULL = {
 
 @pytest.fixture(scope="module")
 def open_clip():
-    """OpenCLIP, with stand-ins for torchvision while it is imported and not after."""
+    """OpenCLIP, with substitutes for torchvision while it is imported and not after."""
     if importlib.util.find_spec("open_clip") is None:
         pytest.skip("open_clip_torch is not installed")
     if "open_clip" not in sys.modules:
@@ -385,7 +385,7 @@ def test_open_clip_files(wrapped, open_clip, parity, tmp_path):
         "custom text": {"custom_text": True},
         "logit bias": {"init_logit_bias": -10.0, "nonscalar_logit_scale": True},
     }.get(wrapped, {})
-    if wrapped == "bare":  # the file alone tells: OpenCLIP's heads of 80 at this width
+    if wrapped == "bare":  # from the file alone: OpenCLIP's heads of 80 at this width
         arch |= {"vision_width": 1280, "vision_heads": 16, "vision_layers": 1, "text_layers": 1}
     model = open_clip_model(open_clip, arch, **options)
     state, path = model.state_dict(), tmp_path

@@ -175,12 +175,12 @@ def test_presets_take_the_published_tensors(name):
         elif "mlp.up_proj" in key:
             continue
         source[renamed(key, SAVED)] = tensors.Lazy(shape, np.float32, None)
-    told = interop.hf_arch(config.to_dict(), name)
-    assert {k: v for k, v in told.items() if preset.get(k, v) != v} in (
+    arch = interop.hf_arch(config.to_dict(), name)
+    assert {k: v for k, v in arch.items() if preset.get(k, v) != v} in (
         {}, {"interpolation": "transformers"}
     )  # fmt: skip
     taken = layout.take(
-        interop.hf_rules(told), source, interop.shapes(told), what=name, ignore=interop.MASK_TOKENS
+        interop.hf_rules(arch), source, interop.shapes(arch), what=name, ignore=interop.MASK_TOKENS
     )
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(taken))
     assert count == sum(t.numel() for t in state.values()) - preset["width"]
@@ -188,7 +188,7 @@ def test_presets_take_the_published_tensors(name):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """(their model with 37 x 37 positions, its folder): the sizes that FD-DINOv2 meets."""
+    """(their model with 37 x 37 positions, its folder): the sizes of FD-DINOv2."""
     folder = tmp_path_factory.mktemp("dinov2_518")
     model = random_model(transformers.Dinov2Model, image_size=518)
     model.save_pretrained(folder)

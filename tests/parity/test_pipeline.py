@@ -62,7 +62,8 @@ def noisy_pictures(side, rows, seed):
 
 
 def fitted(network, eps, **inputs):
-    """Sets the last layer by least squares, so that the random network tells eps from x_t a little.
+    """Sets the last layer by least squares, so that the random network predicts eps from x_t a
+    little.
 
     Otherwise the pictures it draws are black or white at every pixel, and small differences either
     vanish in the clamp or flip a pixel.
@@ -220,7 +221,7 @@ def normal(rows, seed=0):
 
 
 def there(values):
-    """[B, H, W, C] to torch's [B, C, H, W]; [B, D] as it is."""
+    """[B, H, W, C] to torch's [B, C, H, W]; [B, D] unchanged."""
     return torch.from_numpy(np.ascontiguousarray(np.moveaxis(values, -1, 1)))
 
 
@@ -232,7 +233,7 @@ def settle(network, x_T, low):
     """Moves values of x_T, in place, away from where rounding would decide the first step.
 
     The step from t = 999 divides x_T - eps by 5e-5 and clamps. What is nearly zero there is the
-    one ill-conditioned place of the pipeline: a few values in 10,000, whatever the library.
+    one ill-conditioned place of the pipeline: a few values in 10,000, in any library.
     """
     for _ in range(20):
         eps = network(sample=torch.cat([x_T, low], 1), timestep=999).sample
@@ -345,13 +346,13 @@ def test_generate(karlo, parity):
 
 
 def test_stages_with_float32_tables(karlo, parity):
-    """diffusers as it is, each of our stages given diffusers' own result of the one before."""
+    """diffusers unchanged, each of our stages given diffusers' own result of the one before."""
     noise, seeds = normal(len(PROMPTS), 1), [0, 1]
     z_i, small, large = run(karlo.pipeline, noise, tables="float32", prompt=PROMPTS)
     ours = karlo.model.draw_prior(PROMPTS, seeds, noise=noise)
     drawn = karlo.model.decode(z_i, PROMPTS, seeds, noise=noise, stages=1)
     upsampled = karlo.model._upsample("upsampler_0", 2 * small - 1, seeds, {}, noise)
-    against = "diffusers UnCLIPPipeline as it is"
+    against = "diffusers UnCLIPPipeline unchanged"
     parity("Karlo's prior: z_i, relative to the largest", against, relative(ours, z_i), 1e-3)
     parity(
         "Karlo's decoder: picture in [0, 1]",

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from tests.parity import peers
-from unclip.input.shards.collection import index_shards
+from unclip.input.shards.collection import open_shards
 from unclip.input.tfds import records
 
 pytest.importorskip("tensorflow_datasets")
@@ -105,7 +105,7 @@ def test_tensorflow_reads_what_is_written(tmp_path, parity):
                 info = tarfile.TarInfo(f"k/{i}.{extension}")
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
-    collection = index_shards(str(tmp_path / "a.tar"))
+    collection = open_shards(str(tmp_path / "a.tar"))
     records.write_array_record(
         collection, tmp_path / "set", name="made", split="train", shard_samples=4
     )

@@ -140,7 +140,7 @@ def test_damaged_geneval_files(geneval, text, message):
 
 
 def test_limits(geneval, tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match="0 pictures a prompt"):
+    with pytest.raises(ConfigError, match="0 pictures per prompt"):
         protocols.make(f"geneval:{geneval}", pictures=0)
     with pytest.raises(DataError, match="cannot be read"):
         protocols.make(f"geneval:{tmp_path / 'none'}")

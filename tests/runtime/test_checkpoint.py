@@ -222,7 +222,7 @@ def test_full_disk_is_named_and_loses_nothing(copied, mesh8):
     assert "latest complete step: 4" in str(error.value)
     assert checkpointer.latest() == 4
     same_bits(checkpointer.restore(None, make_state(mesh8)[1])[0], states[4])
-    assert checkpointer.save(6, big, 0), "and once there is room again it goes on"
+    assert checkpointer.save(6, big, 0), "and once there is room again it continues"
     checkpointer.close()
     assert checkpoint.steps(directory) == [2, 4, 6]
 

@@ -88,7 +88,7 @@ def test_small_gradients_are_not_clipped():
 
 def test_schedules():
     def values(name, steps, **kw):
-        rate = optim.make_schedule(2.0, 10, schedule=name, **kw)
+        rate = optim.make_learning_rate(2.0, 10, schedule=name, **kw)
         return [float(rate(s)) for s in steps]
 
     np.testing.assert_allclose(values("constant", [0, 1, 2, 99], warmup_steps=2), [1, 2, 2, 2])

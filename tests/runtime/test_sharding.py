@@ -88,7 +88,7 @@ def test_mesh_errors_say_what_fits(spec, words):
 
 
 class Slice:
-    """A stand-in for a TPU core of a multi-slice pod."""
+    """A substitute for a TPU core of a multi-slice pod."""
 
     platform, device_kind, process_index = "cpu", "fake", 0
 

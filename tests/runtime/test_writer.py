@@ -176,13 +176,8 @@ def test_published_peaks(kind, peak):
     assert (flops.chip_memory(kind) is None) == (peak is None)
 
 
-def test_step_flops_and_utilisation():
-    a = jnp.ones((32, 64))
-    compiled = jax.jit(lambda a: a @ a.T).lower(a).compile()
-    assert flops.step_flops(compiled) == 2 * 32 * 32 * 64
-    assert flops.step_flops(compiled, 8) == 8 * 2 * 32 * 32 * 64
+def test_utilisation():
     assert flops.utilisation(1e12, 1.0, jax.devices()) is None, "no peak is known for a CPU"
     assert flops.utilisation(4e12, 2.0, jax.devices()[:2], peak=2e12) == 0.5
     h100 = types.SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3")
     np.testing.assert_allclose(flops.utilisation(989e12, 1.0, [h100] * 4), 0.25)
-    assert flops.measured_peak(size=64) > 1e6

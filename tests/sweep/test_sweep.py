@@ -16,7 +16,7 @@ from unclip import errors, protocols
 from unclip.cascade import bundle, pipeline
 from unclip.files import images, lock
 from unclip.measure.table import Result
-from unclip.protocols.base import Protocol
+from unclip.protocols.base import EvaluationProtocol
 from unclip.runtime import distributed
 from unclip.sweep import drawing, findings, follow, plan, report, scoring, store
 
@@ -217,8 +217,12 @@ def test_models_of_runs(plain, tmp_path):
             "sweep.sampler 'dimm': did you mean 'ddim'",
         ),
         ({"sweep.embed": ("prio",)}, errors.ConfigError, "did you mean 'prior'"),
-        ({"sweep.guidance": ("high",)}, errors.ConfigError, "sweep.guidance: 'high' is no float"),
-        ({"sweep.steps": (2.5,)}, errors.ConfigError, "sweep.steps: 2.5 is no int"),
+        (
+            {"sweep.guidance": ("high",)},
+            errors.ConfigError,
+            "sweep.guidance: 'high', expected a number",
+        ),
+        ({"sweep.steps": (2.5,)}, errors.ConfigError, "sweep.steps: 2.5, expected a whole number"),
         ({"sweep.steps": (0,)}, errors.ConfigError, "sweep.steps: 0, expected at least 1"),
         ({"sweep.seed": (5000,)}, errors.ConfigError, "less than 4096"),
         ({"sweep.model": ("modle",)}, errors.ConfigError, "model 'modle': did you mean 'model'"),
@@ -280,7 +284,7 @@ def test_jobs_of_an_array(env, flags, job):
 @pytest.mark.parametrize(
     ("env", "flags", "said"),
     [
-        ({}, (1, None), "go together"),
+        ({}, (1, None), "given together"),
         ({}, (2, 2), "array job 2 of 2"),
         ({"SLURM_ARRAY_TASK_ID": "1"}, (None, None), "array variables cannot be read"),
     ],
@@ -313,7 +317,7 @@ class Paint:
         return pipeline.Pictures(np.stack(images), recipes, {})
 
 
-class Judged(Protocol):
+class Judged(EvaluationProtocol):
     """Five captions; the judge looks at the first pixel."""
 
     def __init__(self, count=5):
@@ -327,7 +331,8 @@ class Judged(Protocol):
 
 @pytest.fixture
 def paint(monkeypatch, plain):
-    """(paint, runner(changes, workdir)): a runner that draws with paint and measures a stand-in."""
+    """(paint, runner(changes, workdir)): a runner that draws with paint and measures with a
+    substitute."""
     model = Paint()
     monkeypatch.setattr(protocols, "make", lambda name, **settings: Judged(**settings))
     monkeypatch.setattr(drawing.Runner, "model", lambda self, cell: model)
@@ -435,7 +440,7 @@ def test_benchmarks_get_their_layout(paint, tmp_path, monkeypatch):
     job.run([cell])
     folder = store.cell_folder(tmp_path, cell.id)
     assert set(files_of(folder)) == {f"export/k{i}.png" for i in range(5)}
-    with pytest.raises(errors.ConfigError, match="samples 2: protocol five5 says itself"):
+    with pytest.raises(errors.ConfigError, match="samples 2: protocol five5 itself decides"):
         runner(tmp_path, {"samples": 2})
 
 
@@ -549,17 +554,17 @@ def test_every_checkpoint_is_scored_once(paint, tmp_path):
     """New ones as they appear, to the run's end; a second follower finds all done."""
     model, _, config = paint
     run = write_run(tmp_path / "run", "decoder", [10], total=30, draw=DRAW)
-    told = []
+    counts = []
 
     def finish():
-        told.append(len(store.read_cells(tmp_path / "eval")[0]))
-        if len(told) < 3:
-            write_run(tmp_path / "run", "decoder", [10 * len(told) + 10], total=30, draw=DRAW)
+        counts.append(len(store.read_cells(tmp_path / "eval")[0]))
+        if len(counts) < 3:
+            write_run(tmp_path / "run", "decoder", [10 * len(counts) + 10], total=30, draw=DRAW)
 
     steps = follow.follow(
         config({"decoder": run}), str(tmp_path / "eval"), run, 60.0, finish, poll_s=0.01
     )
-    assert steps == [10, 20, 30] and told == [2, 4, 6]
+    assert steps == [10, 20, 30] and counts == [2, 4, 6]
     records, _ = store.read_cells(tmp_path / "eval")
     assert sorted({r["settings"]["step"] for r in records}) == [10, 20, 30]
     calls = model.calls

@@ -188,7 +188,7 @@ def test_a_prior_needs_indexed_shards_for_its_statistics(tiny_config, run_of, tw
     "changes, message",
     [
         ({"input.order": "sorted"}, "global"),
-        ({"input.proportions": (1.0,)}, "1 weights for 2 patterns"),
+        ({"input.proportions": (1.0,)}, "1 proportions for 2 patterns"),
         ({"input.order": "streamed", "input.streams": 3}, "3 streams"),
         ({"input.filters": "similarty=0.3:"}, "did you mean 'similarity'"),
         ({"input.shards": ()}, "no training shards"),

@@ -1,4 +1,4 @@
-"""`unclip convert` as a user meets it: the verb, its errors and its exit codes."""
+"""`unclip convert` as a user sees it: the verb, its errors and its exit codes."""
 
 import concurrent.futures
 import json
@@ -100,17 +100,17 @@ def test_wrong_commands_are_one_line(clip_bundle, hf_folder, tmp_path):
         (["--from", "karlo", "--out", out], "expected the path of a karlo file or folder"),
         (["--to", "hf-clip", "--out", out], "expected the path of a bundle"),
         (["--to", "hf-clip", clip_bundle, hf_folder, "--out", out], "takes one bundle, given 2"),
-        (["--to", "hf-clip", clip_bundle, "--dtype=float32", "--out", out], "go with --from"),
+        (["--to", "hf-clip", clip_bundle, "--dtype=float32", "--out", out], "with --from only"),
     ]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         finished = list(pool.map(lambda case: verb(*case[0]), cases))
-    for (arguments, told), done in zip(cases, finished):
-        assert (done.returncode, told in done.stderr) == (78, True), (arguments, done.stderr)
+    for (arguments, message), done in zip(cases, finished):
+        assert (done.returncode, message in done.stderr) == (78, True), (arguments, done.stderr)
         assert len(done.stderr.splitlines()) == 1 and not out.exists()
 
 
 @pytest.mark.parametrize(
-    ("kind", "path", "error", "told"),
+    ("kind", "path", "error", "message"),
     [
         ("karl", "{hf}", errors.ConfigError, "did you mean 'karlo'"),
         ("karlo", "absent", errors.DataError, "absent: no such file or folder"),
@@ -121,12 +121,12 @@ def test_wrong_commands_are_one_line(clip_bundle, hf_folder, tmp_path):
         ("openai-clip", "{hf}", errors.ConfigError, "OpenAI|image tower|expected"),
     ],
 )
-def test_wrong_sources_are_told(kind, path, error, told, hf_folder):
-    with pytest.raises(error, match=told):
+def test_wrong_sources_are_reported(kind, path, error, message, hf_folder):
+    with pytest.raises(error, match=message):
         formats.read(kind, [pathlib.Path(path.format(hf=hf_folder))])
 
 
-def test_wrong_targets_are_told(clip_bundle, hf_folder):
+def test_wrong_targets_are_reported(clip_bundle, hf_folder):
     parts = bundle.read(clip_bundle, lazy=True).parts
     with pytest.raises(errors.ConfigError, match="did you mean 'diffusers'"):
         formats.write("diffuser", parts, hf_folder)

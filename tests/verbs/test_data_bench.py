@@ -12,7 +12,7 @@ from unclip.errors import ConfigError, DataError
 from unclip.input import throughput
 from unclip.input.decode.transforms import ImageText
 from unclip.input.filters import Filters
-from unclip.input.shards.collection import index_shards
+from unclip.input.shards.collection import open_shards
 from unclip.input.throughput import Throughput, kept, measure
 
 
@@ -49,16 +49,16 @@ def test_what_follows_from_the_rates():
     assert json.loads(json.dumps(FOUND.to_json()))["cores_for_a_step_a_second"]["clip"] == 66
 
 
-def test_every_stage_does_its_work_once_a_sample(shards, monkeypatch):
+def test_every_phase_does_its_work_once_a_sample(shards, monkeypatch):
     """Stages are slowed down by a known time; what is measured must show it, in its own row."""
     clock = [0.0]
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: clock[0])
     costs = {"read": 0.25, "decode": 0.5, "resize": 0.125, "tokenise": 1.0}
-    collection = index_shards(shards["train"])
+    collection = open_shards(shards["train"])
 
-    def costly(stage, function):
+    def costly(phase, function):
         def work(*args, **options):
-            clock[0] += costs[stage]
+            clock[0] += costs[phase]
             return function(*args, **options)
 
         return work
@@ -88,32 +88,32 @@ def test_every_stage_does_its_work_once_a_sample(shards, monkeypatch):
     )
     monkeypatch.setattr(throughput, "make_source", make)
     monkeypatch.setattr(throughput.np, "stack", costly("read", np.stack))
-    told = []
+    announced = []
     found = measure(
         collection,
         ImageText(8, 4, costly("tokenise", tokenise)),
         batch_size=8,
         threads=3,
         seconds=20.0,
-        tell=told.append,
+        tell=announced.append,
     )
     assert {n: found.seconds[n] for n in costs} == costs
     assert found.seconds["batch"] == 3 * 0.25 / 8  # image, tokens and mask are stacked
     assert (found.one_core, found.total) == (2.0, 8.0) and options["batch_size"] == 8
-    assert found.pixels == 32 * 32 and found.bad == {} and len(told) == 8
+    assert found.pixels == 32 * 32 and found.bad == {} and len(announced) == 8
 
 
 def test_measures_real_work_and_counts_bad_samples(shards, tmp_path, shard_writer):
     path = pathlib.Path(shard_writer(tmp_path / "bad.tar", 24))
     path.write_bytes(path.read_bytes().replace(b"IHDR", b"XXXX", 1))  # the first picture's header
-    found = measure(index_shards(str(path)), ImageText(8, 4, tokenise), batch_size=4, seconds=0.02)
-    assert set(found.seconds) == set(throughput.STAGES) and min(found.seconds.values()) > 0
+    found = measure(open_shards(str(path)), ImageText(8, 4, tokenise), batch_size=4, seconds=0.02)
+    assert set(found.seconds) == set(throughput.PHASES) and min(found.seconds.values()) > 0
     assert found.total == found.one_core > 0 and sum(found.bad.values()) > 0
     assert found.samples == 256
 
 
 def test_filters_are_counted(shards):
-    collection = index_shards(shards["train"])
+    collection = open_shards(shards["train"])
     found = kept(collection, Filters.parse("name=red|green"), count=300)
     assert found["of"] == 300 and found["rejected"] == {
         "other-name": round(300 * (1 - found["kept"]))
@@ -121,8 +121,8 @@ def test_filters_are_counted(shards):
     assert 0.5 < found["kept"] < 0.8
 
 
-def test_mistakes_are_told(shards, tmp_path, shard_writer):
-    collection = index_shards(shards["train"])
+def test_mistakes_are_reported(shards, tmp_path, shard_writer):
+    collection = open_shards(shards["train"])
     with pytest.raises(ConfigError, match="no picture"):
         measure(collection, ImageText(None, 4, tokenise))
     with pytest.raises(ConfigError, match="above 0"):

@@ -1,4 +1,4 @@
-"""`unclip embed` as a user meets it: output, a stop half way, and every mistake in one line."""
+"""`unclip embed` as a user sees it: output, a stop half way, and every mistake in one line."""
 
 import os
 import pathlib
@@ -62,7 +62,7 @@ def test_a_job_is_stopped_killed_and_resumed(embed, model, tars, tmp_path):
         return meanwhile
 
     code, _, err = embed(*command, "--out", tmp_path / "out", meanwhile=strike(signal.SIGTERM, 3))
-    assert code == 75 and "the same command goes on" in err
+    assert code == 75 and "the same command continues" in err
     stopped = rows(tmp_path / "out")
     assert 6 <= len(stopped) < 160
     code, _, err = embed(

@@ -1,4 +1,4 @@
-"""`unclip index` as a user meets it: totals, exit codes, one line for every mistake."""
+"""`unclip index` as a user sees it: totals, exit codes, one line for every mistake."""
 
 import io
 import json
@@ -40,7 +40,7 @@ def test_indexes_tells_and_goes_on(index, folder):
     code, out, err = index(folder / "a-*.tar", "--jobs", "1")
     assert (code, err.count("\n")) == (0, 1), err  # the progress alone
     assert "8 samples in 4 shards, 8 with a caption; 4 shards read, 0 known already" in out
-    for told in (
+    for message in (
         "truncated 1",
         "shard-truncated 1",
         "not-a-tar 1",
@@ -48,7 +48,7 @@ def test_indexes_tells_and_goes_on(index, folder):
         "a-1.tar: img2dataset noted 4 samples, 3 are usable",
         "bytes a sample",
     ):
-        assert told in out
+        assert message in out
     code, out, _ = index(folder / "a-*.tar", "--jobs", "1")
     assert code == 0 and "0 shards read, 4 known already" in out
     code, out, _ = index(folder / "a-*.tar", "--jobs", "1", "--force")
@@ -81,23 +81,23 @@ def test_to_array_record(index, folder):
 
 
 @pytest.mark.parametrize(
-    "arguments, code, told",
+    "arguments, code, message",
     [
         ([], 78, "expected shards"),
         (["FOLDER/b-*.tar"], 74, "no shard matches"),
         (["FOLDER/a-3.tar"], 74, "no usable picture in 1 shards"),
         (["FOLDER/a-0.tar", "--check"], 74, "there is no index in"),
         (["pipe:cat a.tar"], 78, "never run"),
-        (["s3://bucket/a.tar"], 78, "say with --out"),
+        (["s3://bucket/a.tar"], 78, "folder of the index with --out"),
         (["FOLDER/a-0.tar", "--job=0"], 78, "jobs"),
         (["FOLDER/a-0.tar", "--out=FOLDER/a-1.tar"], 74, "a-1.tar"),
     ],
 )
-def test_mistakes_are_one_line(index, folder, arguments, code, told):
+def test_mistakes_are_one_line(index, folder, arguments, code, message):
     arguments = [argument.replace("FOLDER", str(folder)) for argument in arguments]
     found, _, err = index(*arguments)
     lines = [line for line in err.splitlines() if not line.startswith("index: ")]
-    assert found == code and len(lines) == 1 and told in lines[0], err
+    assert found == code and len(lines) == 1 and message in lines[0], err
 
 
 def test_an_index_is_not_indexed(index, folder):

@@ -1,4 +1,4 @@
-"""`unclip metrics` as a user meets it: output, files, and every mistake in one line."""
+"""`unclip metrics` as a user sees it: output, files, and every mistake in one line."""
 
 import json
 
@@ -144,7 +144,7 @@ def test_mistakes_are_one_line(metrics, files):
         ((*fid, *fake, *real, "--inception", files / "absent.pth"), 74, "no such file or folder"),
         ((*fake, *real, "--metrics", "fd-clip", "--clip", files / "broken"), 70, "'0.png'"),
     ]
-    for arguments, want, told in cases:
+    for arguments, want, message in cases:
         code, out, err = metrics(*arguments)
-        assert (code, told in err, out) == (want, True, ""), (arguments, code, err)
+        assert (code, message in err, out) == (want, True, ""), (arguments, code, err)
         assert len(err.splitlines()) == 1, err

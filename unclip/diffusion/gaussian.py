@@ -1,10 +1,9 @@
-"""The Gaussian diffusion process, and a network seen as a denoiser of it.
+"""The Gaussian diffusion process, and a network used as a denoiser of it.
 
-unCLIP (arXiv 2204.06125, section 2) uses one process four times: over CLIP embeddings in the
-prior (which predicts x_0) and over pictures in the decoder and upsamplers (which predict eps; the
-decoder also its variance). Equations: DDPM (arXiv 2006.11239) for the process, Improved DDPM
-(2102.09672, eq. 15) for the learned variance, Progressive Distillation (2202.00512, appendix D)
-for v.
+The process runs over CLIP embeddings in the prior (which predicts x_0) and over pictures in the
+decoder and the upsamplers (which predict eps; the decoder also its variance). Equations: DDPM
+(arXiv 2006.11239) for the process, Improved DDPM (2102.09672, eq. 15) for the learned variance,
+Progressive Distillation (2202.00512, appendix D) for v.
 
 Arrays are float32 [B, H, W, C] pictures or [B, D] vectors; t is int32 [B], original indices.
 """
@@ -46,19 +45,20 @@ def expand(values: jax.Array, like: jax.Array) -> jax.Array:
     return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
 
 
-def signal_and_noise(
-    schedule: Schedule, t: jax.Array, like: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """(sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t)), each [B, 1, ...] to broadcast against like."""
+def scales(schedule: Schedule, t: jax.Array, like: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(signal, sigma) of x_t = signal x_0 + sigma eps, each [B, 1, ...], to broadcast against like.
+
+    signal = sqrt(alpha_bar_t), sigma = sqrt(1 - alpha_bar_t).
+    """
     signal = schedule.at(np.sqrt(schedule.alpha_bar), t)
-    noise = schedule.at(np.sqrt(1 - schedule.alpha_bar), t)
-    return expand(signal, like), expand(noise, like)
+    sigma = schedule.at(np.sqrt(1 - schedule.alpha_bar), t)
+    return expand(signal, like), expand(sigma, like)
 
 
 def q_sample(schedule: Schedule, x_0: jax.Array, t: jax.Array, eps: jax.Array) -> jax.Array:
     """x_t ~ q(x_t | x_0) from standard normal eps (DDPM eq. 4): [B, ...]."""
-    signal, noise = signal_and_noise(schedule, t, x_0)
-    return signal * x_0 + noise * eps
+    signal, sigma = scales(schedule, t, x_0)
+    return signal * x_0 + sigma * eps
 
 
 def _known(parametrisation: str) -> None:
@@ -73,10 +73,10 @@ def predict_x0(
     _known(parametrisation)
     if parametrisation == "x0":
         return output
-    signal, noise = signal_and_noise(schedule, t, x_t)
+    signal, sigma = scales(schedule, t, x_t)
     if parametrisation == "v":
-        return signal * x_t - noise * output
-    return (x_t - noise * output) / signal
+        return signal * x_t - sigma * output
+    return (x_t - sigma * output) / signal
 
 
 def predict_eps(
@@ -86,33 +86,20 @@ def predict_eps(
     _known(parametrisation)
     if parametrisation == "eps":
         return output
-    signal, noise = signal_and_noise(schedule, t, x_t)
+    signal, sigma = scales(schedule, t, x_t)
     if parametrisation == "v":
-        return noise * x_t + signal * output
-    return (x_t - signal * output) / noise
-
-
-def predict_v(
-    schedule: Schedule, x_t: jax.Array, t: jax.Array, output: jax.Array, parametrisation: str
-) -> jax.Array:
-    """v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 from a network's output (2202.00512)."""
-    _known(parametrisation)
-    if parametrisation == "v":
-        return output
-    signal, noise = signal_and_noise(schedule, t, x_t)
-    if parametrisation == "x0":
-        return (signal * x_t - output) / noise
-    return (output - noise * x_t) / signal
+        return sigma * x_t + signal * output
+    return (x_t - signal * output) / sigma
 
 
 def target(
     schedule: Schedule, x_0: jax.Array, t: jax.Array, eps: jax.Array, parametrisation: str
 ) -> jax.Array:
-    """What the network should have said, given x_0 and the eps that was added: [B, ...]."""
+    """What the network should have predicted, given x_0 and the eps that was added: [B, ...]."""
     _known(parametrisation)
     if parametrisation == "v":
-        signal, noise = signal_and_noise(schedule, t, x_0)
-        return signal * eps - noise * x_0
+        signal, sigma = scales(schedule, t, x_0)
+        return signal * eps - sigma * x_0
     return x_0 if parametrisation == "x0" else eps
 
 
@@ -232,7 +219,7 @@ def make_denoise(
     Args:
       model_fn: (x_t, t) -> raw output, guidance included; see `predict` for its shape and for the
         other arguments.
-      schedule: the one that is sampled, respaced already: learned and fixed variances are its own.
+      schedule: the one that is sampled, already respaced, from which the variances are computed.
 
     Raises:
       ConfigError: unknown parametrisation or variance.

@@ -1,8 +1,8 @@
 """Classifier-free guidance and the thresholds that keep it in range.
 
-unCLIP (arXiv 2204.06125, section 2) guides the decoder and the prior by dropping their conditions
-at random in training. Guidance: Ho and Salimans (arXiv 2207.12598, eq. 6). Thresholds: Imagen
-(arXiv 2205.11487, section 2.3).
+Decoder and prior can be guided because their conditions are dropped at random in training.
+Guidance: Ho and Salimans (arXiv 2207.12598, eq. 6). Thresholds: Imagen (arXiv 2205.11487, section
+2.3).
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def classifier_free(
       uncond: [B, ...], without it.
       scale: guidance scale, a number, traced scalar or [B]; 1 is cond exactly, 0 is uncond.
       learned_variance: whether the last half of the channels holds a variance, which is then
-        cond's own: extrapolating it would mean nothing.
+        taken from cond, because an extrapolated variance has no meaning.
 
     Returns:
       [B, ...], the shape of cond.
@@ -48,7 +48,7 @@ def classifier_free(
 
 
 def twice(tree: Any) -> Any:
-    """Every array [B, ...] of a pytree as [2B, ...], itself after itself."""
+    """Every array [B, ...] of a pytree as [2B, ...]: the array twice, one after the other."""
     return jax.tree.map(lambda a: jnp.concatenate([a, a]), tree)
 
 
@@ -60,7 +60,7 @@ def with_guidance(
 ) -> gaussian.ModelFn:
     """A guided model_fn(x_t, t) for `gaussian.make_denoise`, one network call a step.
 
-    The conditions are the caller's to double, once, outside the sampling loop:
+    The caller doubles the conditions, once, outside the sampling loop:
 
         conditions = twice(conditions)
         guided = with_guidance(lambda x, t, drop: net(x, t, *conditions, drop_text=drop), scale)
@@ -96,7 +96,7 @@ def dynamic_threshold(percentile: float = 0.995) -> Callable[[jax.Array], jax.Ar
     """A clip for `make_denoise` that spares saturated pictures (Imagen section 2.3).
 
     Each picture is clamped to [-s, s] and divided by s, where s is the given quantile of its
-    absolute values, at least 1: a picture inside [-1, 1] is left alone.
+    absolute values, at least 1: a picture inside [-1, 1] is not changed.
 
     Raises:
       ConfigError: percentile is not in (0, 1].

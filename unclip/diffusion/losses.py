@@ -1,4 +1,4 @@
-"""Training objectives of the diffusion models, one number a sample.
+"""Training objectives of the diffusion models, one number per sample.
 
 unCLIP (arXiv 2204.06125) trains the prior on the mean squared error of x_0 (its eq. 2) and the
 decoder, as GLIDE, on Improved DDPM's hybrid: L_simple (DDPM, arXiv 2006.11239, eq. 14) plus a
@@ -18,8 +18,8 @@ from unclip.diffusion import gaussian
 from unclip.diffusion.gaussian import Prediction
 from unclip.diffusion.schedule import Schedule
 
-# exp() goes on as a straight line above this: its square, and so a gradient norm, stays finite in
-# float32, and the slope keeps pushing a runaway variance back.
+# Above this, exp() is continued as a straight line: its square, and so a gradient norm, stays
+# finite in float32, and the slope still pushes a variance that has grown too large back.
 _EXP_LIMIT = 40.0
 
 
@@ -142,7 +142,7 @@ def l_vlb(
     the schedule's steps, plus `l_prior`.
 
     Args:
-      x_0: 8-bit pictures in [-1, 1]; for other data only the terms above the first mean anything.
+      x_0: 8-bit pictures in [-1, 1]; for other data the first term has no meaning.
       prediction: with its log_variance.
 
     Raises:
@@ -200,7 +200,7 @@ def hybrid(
 
     Args:
       output: [B, ..., 2C], prediction and variance value.
-      vlb_weight: weight of one term of the bound, in bits per dimension. The paper's lambda is
+      vlb_weight: weight of one term of the bound, in bits per dimension. Improved DDPM's lambda is
         0.001 on the sum over all steps; a uniformly drawn t stands for len(schedule) terms, so
         the default is len(schedule) / 1000, what guided-diffusion calls rescaled learned sigmas.
       min_snr_gamma: weighs L_simple only.

@@ -71,7 +71,7 @@ def _ddim_coefficients(s: Schedule) -> Coefficients:
     fraction = s.betas / (1 - s.alpha_bar)
     return {
         "x0": np.sqrt(s.alpha_bar_prev),
-        "noise": np.sqrt(1 - s.alpha_bar_prev),
+        "eps": np.sqrt(1 - s.alpha_bar_prev),
         "fraction": np.append(0.0, fraction[1:]),
         "rest": np.append(1.0, 1 - fraction[1:]),  # 4e-8 at the noisiest step: no float32 1 - f
     }
@@ -80,19 +80,20 @@ def _ddim_coefficients(s: Schedule) -> Coefficients:
 def _ddim_step(s: _Step) -> jax.Array:
     """DDIM eq. 12, with sigma = eta sqrt(beta_tilde) (eq. 16)."""
     if s.noise is None:
-        return s.c["x0"] * s.prediction.x0 + s.c["noise"] * s.prediction.eps
+        return s.c["x0"] * s.prediction.x0 + s.c["eps"] * s.prediction.eps
     random = s.eta * jnp.sqrt(s.c["fraction"])
     kept = jnp.sqrt(1 - s.eta**2 + s.eta**2 * s.c["rest"])
     direction = kept * s.prediction.eps + random * s.noise
-    return s.c["x0"] * s.prediction.x0 + s.c["noise"] * direction
+    return s.c["x0"] * s.prediction.x0 + s.c["eps"] * direction
 
 
 def _dpm_coefficients(s: Schedule) -> Coefficients:
     half_log_snr = 0.5 * np.log(s.signal_to_noise)
     # The last step, to infinite signal-to-noise, is the prediction itself: see `sample`.
     h = np.append(np.inf, half_log_snr[:-1] - half_log_snr[1:])
-    # First order at the start, which has nothing before it, and into the first timestep: with
-    # timesteps even in t that step is so long in log-SNR that extrapolating would overshoot.
+    # First order at the first step, which has no step before it, and at the one into the first
+    # timestep: with timesteps evenly spaced in t that step is so long in log-SNR that extrapolating
+    # would overshoot.
     slope = np.zeros(len(s))
     slope[2:-1] = h[2:-1] / (2 * h[3:])
     return {
@@ -143,7 +144,7 @@ def draw_noise(keys: jax.Array, shape: tuple[int, ...], draw: int | jax.Array = 
     """Standard normal noise, row k from keys[k] alone.
 
     Args:
-      keys: typed PRNG keys [B], one a picture.
+      keys: typed PRNG keys [B], one per picture.
       shape: of one picture, e.g. (H, W, C).
       draw: which draw of each key; 0 is meant for x_T, and `sample` takes 1 to n.
 
@@ -163,10 +164,10 @@ def sample(
     eta: float | jax.Array = 0.0,
     noise: jax.Array | None = None,
 ) -> jax.Array:
-    """Runs the reverse process from x_T to x_0, one call of denoise a step.
+    """Runs the reverse process from x_T to x_0, with one call of denoise per step.
 
-    Works under jit with denoise, schedule and sampler closed over; nothing is clamped but by
-    denoise. The last step returns the predicted x_0, without noise, in every sampler.
+    Works under jit with denoise, schedule and sampler closed over; only denoise clamps. The last
+    step returns the predicted x_0, without noise, in every sampler.
 
     Args:
       denoise: (x_t [B, ...], t int32 [B]) -> Prediction; t are original indices.
@@ -190,11 +191,11 @@ def sample(
     x_T = jnp.asarray(x_T, jnp.float32)
     n, batch = len(schedule), x_T.shape[0]
     if noise is not None and noise.shape != (n, *x_T.shape):
-        raise errors.ConfigError(f"noise {noise.shape}: expected {(n, *x_T.shape)}, one a step")
+        raise errors.ConfigError(f"noise {noise.shape}: expected {(n, *x_T.shape)}, one per step")
     if noisy and noise is None and (keys is None or keys.shape != (batch,)):
         given = "None" if keys is None else f"shape {keys.shape}"
         raise errors.ConfigError(
-            f"keys {given}: sampler {sampler!r} needs {batch} typed PRNG keys, one a picture"
+            f"keys {given}: sampler {sampler!r} needs {batch} typed PRNG keys, one per picture"
         )
 
     def body(carry, step):
@@ -204,7 +205,8 @@ def sample(
         if noisy:
             z = draw_noise(keys, x.shape[1:], step["draw"]) if noise is None else step["noise"]
         x_next = method.step(_Step(x, prediction, x0_before, z, eta, step["c"]))
-        # Selected, not multiplied by zero: whatever the first timestep's noise is, it is gone.
+        # Selected, not multiplied by zero, so that not even NaN in the last step's noise has
+        # effect.
         x_next = jnp.where(step["draw"] == n, prediction.x0, x_next)
         return (x_next, prediction.x0), None
 
@@ -231,10 +233,10 @@ def ddim_invert(
     x_t = x_prev: once is the usual first-order inversion; a few times is nearly exact.
 
     Args:
-      denoise: as in `sample`; give it the guidance that sampling will have.
+      denoise: as in `sample`, with the guidance that sampling will have.
       schedule: the respaced one that sampling will use.
       x_0: float32 [B, ...].
-      iterations: calls of denoise a step.
+      iterations: calls of denoise per step.
 
     Returns:
       x_T, float32 [B, ...], for `sample(..., sampler="ddim")`.
@@ -250,11 +252,11 @@ def ddim_invert(
 
     def body(x, step):
         t = jnp.full(x.shape[0], step["t"], jnp.int32)
-        signal, noise = gaussian.signal_and_noise(schedule, t, x)
+        signal, sigma = gaussian.scales(schedule, t, x)
 
         def solve(_, guess):
             prediction = denoise(guess, t)
-            v = signal * prediction.eps - noise * prediction.x0
+            v = signal * prediction.eps - sigma * prediction.x0
             return (x + step["sin"] * v) / step["cos"]
 
         return jax.lax.fori_loop(0, iterations, solve, x), None

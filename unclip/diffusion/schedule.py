@@ -28,7 +28,7 @@ class Schedule:
 
     Attributes:
       betas: float64 [n], variance added between consecutive kept steps.
-      alpha_bar: float64 [n], the paper's alpha_bar_t: x_t keeps sqrt(alpha_bar) of x_0.
+      alpha_bar: float64 [n], alpha_bar_t: x_t keeps sqrt(alpha_bar) of x_0.
       alpha_bar_prev: float64 [n], alpha_bar of the kept step below; 1 for the first.
       timesteps: int32 [n], original indices, ascending.
       total: number of steps the network was trained with.
@@ -75,16 +75,12 @@ class Schedule:
           t: int32 [B], original indices.
 
         Returns:
-          float32 [B]. A t that this schedule does not keep gives NaN: traced code cannot raise,
-          and a neighbour's value would be wrong in silence.
+          float32 [B]. A t that this schedule does not keep gives NaN: traced code cannot raise an
+          error, and a neighbour's value would be wrong without a sign of it.
         """
         table = np.full(self.total, np.nan, np.float32)
         table[self.timesteps] = values
         return jnp.asarray(table).at[t].get(mode="fill", fill_value=np.nan)
-
-    def at_step(self, values: np.ndarray, position: jax.Array) -> jax.Array:
-        """Looks per-step constants up by position 0..n-1: float32 of position's shape."""
-        return jnp.asarray(values, jnp.float32).at[position].get(mode="fill", fill_value=np.nan)
 
     def position(self, t: jax.Array) -> jax.Array:
         """Position of original timesteps t (int32 [B]) among the kept steps; -1 if not kept."""
@@ -99,10 +95,6 @@ class Schedule:
     def snr(self, t: jax.Array) -> jax.Array:
         """Signal-to-noise ratio alpha_bar / (1 - alpha_bar), float32 [B]."""
         return self.at(self.signal_to_noise, t)
-
-    def log_snr(self, t: jax.Array) -> jax.Array:
-        """Natural logarithm of `snr`, float32 [B]."""
-        return self.at(np.log(self.signal_to_noise), t)
 
     def respace(
         self, n: int | None = None, *, timesteps: Sequence[int] | None = None
@@ -125,7 +117,8 @@ class Schedule:
             raise errors.ConfigError("respace needs either a number of steps or timesteps")
         if timesteps is None:
             n = _count(n, "number of sampling steps", len(self))
-            # Rounding the stride before multiplying settles some halves (n = 27) as diffusers does.
+            # The stride is rounded before it is multiplied, as in diffusers; this decides how some
+            # halves (n = 27) are rounded.
             stride = (len(self) - 1) / max(n - 1, 1)
             keep = np.round(np.arange(n) * stride).astype(int) if n > 1 else np.array([-1])
         else:

@@ -1,9 +1,9 @@
 """Embeddings of collections by a frozen CLIP, and their mean and covariance.
 
 The prior is trained on z_i of the training pictures and measures their mean, deviation and
-principal components first (section 2.2 of the paper, arXiv 2204.06125). `embed` gives the rows of a
-collection as they come; `embed_shards` writes those of whole shards to a folder that training and
-statistics are read from afterwards (`embeddings.store`), whichever process computed them.
+principal components first. `embed` yields the rows of a collection in order; `embed_shards` writes
+those of whole shards to a folder from which training and statistics read them (`embeddings.store`),
+whichever process computed them.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from unclip.tasks.clip import FrozenClip
 
 MAX_BAD_LISTED = 1000  # bad samples of a shard that are listed one by one
 _POLL_SECONDS = 1.0
-_STOPPED = "asked to stop: finished shards are kept; the same command goes on"
+_STOPPED = "asked to stop: finished shards are kept; the same command continues"
 
 
 def _program(model: clip_model.CLIP):
@@ -43,7 +43,7 @@ def _program(model: clip_model.CLIP):
     return both
 
 
-# ============================================================ a stream of rows
+# ============================================================ rows one after another
 
 
 def embed(
@@ -100,21 +100,21 @@ def embed(
 
 @dataclasses.dataclass
 class Job:
-    """Shards to be embedded into a folder; `embed_shards` does it all.
+    """Shards to be embedded into a folder; `embed_shards` runs every step.
 
     Args:
       clip_arch, params: of the CLIP, on the host; clip_hash: their `runs.tree_hash`.
-      collection: whose shards are wanted; of a subset the other rows stay NaN.
+      collection: whose shards are embedded; rows that a subset leaves out stay NaN.
       folder: to write to; made when missing.
-      batch_size: pictures on this process's devices at once, rounded up to fill every device; no
-        more than the largest shard has.
+      batch_size: pictures on this process's devices at once, rounded up to fill every device, and
+        at most the samples of the largest shard.
       captions: where captions come from: the first of these that a sample has.
       dtype: of the files, "float32" or "float16".
       threads, workers: of decoding.
       devices: of this process; None: all local ones.
 
     Raises:
-      ConfigError: a setting that cannot be.
+      ConfigError: an impossible setting.
     """
 
     clip_arch: dict
@@ -149,18 +149,18 @@ class Job:
             "picture": f"centre square, {size} x {size}",
         }
         counts, first = self.collection.counts, {}
-        for number in np.flatnonzero(counts):  # copies of one shard share their files
+        for number in np.flatnonzero(counts):  # equal shards share their files
             first.setdefault(self.collection.shard_digest(int(number)), int(number))
         self.wanted = sorted(first.values())
 
     def stem(self, number: int) -> str:
-        """What the files of a shard are named by."""
+        """The beginning of the names of a shard's files."""
         return stored.stem(
             self.collection.shard_names[number], self.collection.shard_digest(number)
         )
 
     def begin(self) -> Store:
-        """The folder as it is; a new one gets its description first.
+        """Opens the folder; a new one gets its description first.
 
         Raises:
           ConfigError: it holds embeddings of another CLIP or with other settings.
@@ -168,7 +168,7 @@ class Job:
         if distributed.is_main():
             if not (self.folder / stored.FILE).is_file():
                 self.describe([], complete=False)
-            for path in self.folder.glob(".*.tmp"):  # of a job that was killed as it wrote
+            for path in self.folder.glob(".*.tmp"):  # of a job that was killed while writing
                 path.unlink(missing_ok=True)
         distributed.barrier("embeddings begin")
         store = Store(self.folder)
@@ -202,7 +202,8 @@ class Job:
         )
 
     def done(self, store: Store, number: int) -> Shard | None:
-        """A shard that is embedded already: all of its files are there and fit; else None."""
+        """The shard if it is embedded already, all of its files being there and correct; else
+        None."""
         path = self.folder / f"{self.stem(number)}.json"
         if not path.is_file():
             return None
@@ -219,11 +220,11 @@ class Job:
         return shard if fits and store.whole(shard) else None
 
     def mine(self, process: int, processes: int) -> list[int]:
-        """The shards of one process; they stay its own when the job is resumed."""
+        """The shards of one process, the same ones when the job is resumed."""
         return self.wanted[process::processes]
 
     def undone(self, store: Store, numbers: Sequence[int]) -> list[int]:
-        """Those of some shards that are not embedded yet."""
+        """Which of `numbers` are not embedded yet."""
         return [number for number in numbers if self.done(store, number) is None]
 
     def own(
@@ -235,13 +236,13 @@ class Job:
         should_stop: Callable[[], bool] = distributed.should_stop,
         update: Callable[[int], None] = lambda count: None,
     ) -> None:
-        """Embeds shards, of those that are a process's own.
+        """Embeds some of this process's shards.
 
         Args:
-          update: told of finished samples.
+          update: called with the number of samples finished.
 
         Raises:
-          Stopped: `should_stop` said so; the shards that are written are kept.
+          Stopped: `should_stop` returned True; the shards that are written are kept.
           NumericsError: the CLIP gives NaN or infinity for a good picture or caption.
         """
         if not todo:
@@ -268,7 +269,7 @@ class Job:
             sums.save()
 
     def _embedded(self, batches, should_stop, update) -> Iterator[tuple]:
-        """(z_i, z_t, captioned, reasons) of every batch; the devices are one batch ahead."""
+        """(z_i, z_t, captioned, reasons) of every batch; the devices compute one batch ahead."""
         mesh = sharding.make_mesh({"data": len(self.devices)}, self.devices)
         place = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))
         params = jax.device_put(self.params, place())
@@ -365,9 +366,10 @@ class Job:
 
 
 class _Poll:
-    """`distributed.should_stop` asked by the clock, and once more to be even.
+    """Calls `distributed.should_stop` at most once per interval of time.
 
-    Processes with shards of their own do not come to it equally often, which it needs.
+    `should_stop` must be called equally often by all processes, which reach it at different rates
+    here; `even` makes up the difference.
     """
 
     def __init__(self):
@@ -380,7 +382,7 @@ class _Poll:
         return self._until(int((time.monotonic() - self.start) / _POLL_SECONDS))
 
     def even(self) -> bool:
-        """Makes every process's count the largest one's."""
+        """Calls it until every process has called it as often as the one with the most calls."""
         if distributed.process_count() == 1:
             return False
         return self._until(int(collectives.gather_rows(np.array([self.asked])).max()))
@@ -394,10 +396,10 @@ class _Poll:
 
 
 def embed_shards(job: Job) -> Store:
-    """Embeds every shard of a collection, those already in the folder left as they are.
+    """Embeds every shard of a collection that is not in the folder already.
 
-    Shards are dealt to the processes of the job, and each is embedded by one process alone on its
-    own devices. Batches never cross shards, so a shard's rows depend on neither.
+    Each shard is embedded by one process alone, on that process's devices. Batches never cross
+    shards, so a shard's rows do not depend on the number of processes or on other shards.
 
     Returns:
       The finished folder, with the moments of all of its shards in statistics.npz.
@@ -416,7 +418,9 @@ def embed_shards(job: Job) -> Store:
     if todo:
         total, left = (int(job.collection.counts[numbers].sum()) for numbers in (mine, todo))
         with progress.progress(total, "embedding", "img", initial=total - left) as bar:
-            advance = lambda count: bar.update(min(count, total - bar.count))  # less the fillings
+            advance = lambda count: bar.update(
+                min(count, total - bar.count)
+            )  # without the padding rows
             job.own(store, process, todo, should_stop=poll, update=advance)
     waited = sorted({*job.wanted} - {*mine})
     while waited := job.undone(store, waited):

@@ -1,8 +1,8 @@
 """Picture and caption of every sample of some shards, batches that never cross a shard.
 
-Embedding a collection by CLIP (arXiv 2204.06125, section 2) is resumed by shard and dealt to
-processes by shard. So that a row comes out with the same bits either way, it must meet the same
-neighbours in its batch: every shard begins a batch of its own, and its last one is filled up.
+Embedding is divided among processes and resumed by whole shards. For a row to have the same bits
+in any case, it must have the same neighbours in its batch: every shard starts a new batch, and its
+last batch is padded.
 """
 
 from collections.abc import Sequence
@@ -20,16 +20,16 @@ REASON_BYTES = 32
 class ShardBatches:
     """Some shards of a collection in whole batches, as a collection of its own.
 
-    Its samples are read without fail: a bad one is its `BadSample`, for `Pair` to report.
+    Reading never raises for a bad sample: it returns the `BadSample`, which `Pair` reports.
 
     Args:
       collection: with its samples in the order of the shards.
-      shards: numbers of the shards wanted, none of them empty.
-      batch_size: every shard is filled up to a multiple of it.
+      shards: numbers of the shards to read, none of them empty.
+      batch_size: every shard is padded to a multiple of it.
 
     Attributes:
-      counts: int64 [shards wanted], samples of each, fillings included.
-      samples: int64 [shards wanted], fillings left out.
+      counts: int64 [shards], rows of each, with padding.
+      samples: int64 [shards], rows of each, without padding.
     """
 
     def __init__(self, collection, shards: Sequence[int], batch_size: int):
@@ -47,12 +47,12 @@ class ShardBatches:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def place(self, j: int) -> tuple[int, int]:
-        """(which of `shards`, sample in it) of row j; a filling's sample is beyond `samples`."""
+        """(which of `shards`, sample in it) of row j; of padding a sample beyond `samples`."""
         which = int(np.searchsorted(self._ends, j, "right"))
         return which, j - int(self._ends[which] - self.counts[which])
 
     def number(self, j: int) -> int:
-        """The number in the collection of row j; a filling's is that of its shard's last sample."""
+        """The number in the collection of row j; of padding that of the shard's last sample."""
         which, sample = self.place(j)
         return int(self._first[which]) + min(sample, int(self.samples[which]) - 1)
 
@@ -65,7 +65,7 @@ class ShardBatches:
         return self.collection.key(self.number(j))
 
     def read(self, j: int) -> Sample | BadSample:
-        """Sample j, or why it cannot be read; a filling is never read."""
+        """Sample j, or why it cannot be read; padding is never read."""
         which, sample = self.place(j)
         if sample >= self.samples[which]:
             return BadSample("filling")
@@ -76,16 +76,16 @@ class ShardBatches:
 
 
 class Pair:
-    """Transform of what `ShardBatches` reads: the centre square and the first caption there is.
+    """Transform of what `ShardBatches` reads: the centre square and the first caption it has.
 
     Args:
       size: the picture's side S; context_length: L.
       captions: "txt" or "json:FIELD"; the first that a sample has, of a list its first string.
 
-    Returns (when called with a Sample or BadSample and a generator, which nothing depends on):
+    Returns (when called with a Sample or BadSample and a generator, which is not used):
       {"image" uint8 [S, S, 3], "tokens" int32 [L], "captioned" bool, "reason" uint8
-      [REASON_BYTES]}; the reason is ASCII, all zeros for a good picture. What a bad one or a
-      missing caption would have given is zeros.
+      [REASON_BYTES]}; the reason is ASCII, all zeros for a good picture. The arrays of a bad
+      picture or of a missing caption are zeros.
 
     Raises:
       ConfigError: another caption source.

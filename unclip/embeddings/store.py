@@ -1,8 +1,7 @@
 """CLIP embeddings of a collection on disk, found again by shard and row.
 
-The prior (arXiv 2204.06125, section 2.2) learns z_i and the decoder (section 2.1) is conditioned on
-it, both from a CLIP that no longer changes: so `unclip embed` computes z_i and z_t of every sample
-once. A folder of embeddings holds
+The prior learns z_i and the decoder is conditioned on it, both from a CLIP that no longer changes,
+so `unclip embed` computes z_i and z_t of every sample once. A folder of embeddings holds
 
     embeddings.json        which CLIP, and a table of the shards
     NAME-DIGEST12.z_i.npy  [rows, D]: row r belongs to row r of the shard's index
@@ -10,8 +9,8 @@ once. A folder of embeddings holds
     NAME-DIGEST12.json     of one finished shard: counts and bad samples
     statistics.npz         mean and covariance of all rows
 
-A shard is known by the digest of its index, so subsets and other mixtures of the same shards use
-the same files, while a shard that was written anew is refused.
+A shard is identified by the digest of its index, so subsets and other mixtures of the same shards
+use the same files, while a shard that was written anew is refused.
 """
 
 import functools
@@ -60,18 +59,18 @@ class Shard(NamedTuple):
 
     @property
     def stem(self) -> str:
-        """What the names of its files begin with."""
+        """The beginning of the names of its files."""
         return stem(self.name, self.digest)
 
 
 @functools.lru_cache(4096)
 def stem(name: str, digest: str) -> str:
-    """What the names of a shard's files begin with; never more than a plain file name."""
+    """The beginning of the names of a shard's files; always a plain file name, without folders."""
     plain = re.sub(r"[^\w-]+", "-", os.path.basename(name).removesuffix(".tar")).strip("-")
     return f"{plain[:80] or 'shard'}-{digest[:12]}"
 
 
-@functools.lru_cache(4096)  # asked for at every read, and slow
+@functools.lru_cache(4096)  # called at every read, and slow
 def header(rows: int, width: int, dtype: str) -> bytes:
     """The first bytes of the .npy file of [rows, width]; the values follow, row after row."""
     start = io.BytesIO()
@@ -88,7 +87,7 @@ def shard_of(document: Mapping[str, Any], path: str | os.PathLike) -> Shard:
     """A `Shard` from JSON.
 
     Raises:
-      DataError: fields that are missing or make no sense.
+      DataError: fields that are missing or not valid.
     """
     try:
         found = Shard(*(document[name] for name in Shard._fields))
@@ -212,9 +211,9 @@ class Store:
         missing = self.missing(collection)
         if missing:
             listed = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
-            hint = "it has others, or these were changed since"
+            hint = "it has other shards, or these were changed since"
             if not self.complete:
-                hint = "unclip embed was stopped there: the same command goes on"
+                hint = "unclip embed was stopped there: the same command continues it"
             raise errors.DataError(
                 f"{self.folder} has no embeddings of {len(missing)} of "
                 f"{len(collection.shard_names)} shards ({listed}): {hint}"
@@ -231,7 +230,7 @@ class Store:
           [count, D] of the store's dtype, NaN where there is none.
 
         Raises:
-          DataError: the file is gone, cut short or another one.
+          DataError: the file is missing, cut short or of other rows.
         """
         shard = self.shards[digest]
         if not 0 <= first <= first + count <= shard.rows:
@@ -272,7 +271,7 @@ class WithEmbeddings:
       collection: all of its shards are in the store.
       store: see `Store`.
 
-    It has what a collection has: length, keys, reading, subsets, shards and fingerprint.
+    It can be used like a collection: length, keys, reading, subsets, shards and fingerprint.
     """
 
     def __init__(self, collection, store: Store):
@@ -324,7 +323,7 @@ class WithEmbeddings:
     def pairs(
         self, limit: int | None = None, chunk: int = 4096
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(z_i, z_t) float32 [b, D] of the first `limit` samples, those that lack either left out.
+        """(z_i, z_t) float32 [b, D] of the first `limit` samples, without those that lack either.
 
         In the collection's order, at most `chunk` rows of one shard at a time.
         """

@@ -1,10 +1,9 @@
-"""Mean and covariance of stored embeddings, summed shard by shard and resumed like them.
+"""Mean and covariance of stored embeddings, summed shard by shard so that a job can be resumed.
 
-Whitening divides z_i by its deviation, the autoregressive prior predicts its principal components
-(arXiv 2204.06125, section 2.2); both follow from float64 sums over all rows. Each process saves the
-sums of the shards that it embedded with the list of these shards, so a resumed job neither counts
-a shard twice nor reads again what was summed. Shards that no saved sum covers are read from their
-files. The rows are summed as they are stored: the figures are those of the files.
+Both follow from float64 sums over all rows. Each process saves the sums of the shards that it
+embedded with the list of these shards, so a resumed job neither counts a shard twice nor reads
+again what was summed. Shards that no saved sum covers are read from their files. The rows are
+summed with the precision in which they are stored.
 """
 
 import json
@@ -32,8 +31,8 @@ class Sums:
     Args:
       folder: of the store; process: whose file it is.
       width: D.
-      new: digests of shards that will be added. An earlier file that covers one is not gone on
-        with: that shard would count twice.
+      new: digests of shards that will be added. An earlier file that covers one of them is not
+        continued, or that shard would count twice.
     """
 
     def __init__(self, folder: pathlib.Path, process: int, width: int, new: Container[str] = ()):
@@ -45,14 +44,14 @@ class Sums:
         self.saved = time.monotonic()
 
     def add(self, store: Store, shard: Shard) -> None:
-        """Adds a shard's rows as its files hold them; saves now and then."""
+        """Adds a shard's rows as its files hold them; saves at intervals of time."""
         add(self.moments, store, shard)
         self.digests.append(shard.digest)
         if time.monotonic() - self.saved > _SAVE_SECONDS:
             self.save()
 
     def save(self) -> None:
-        """Writes the file, if there is anything in it."""
+        """Writes the file unless it would be empty."""
         if self.digests:
             _write(self.path, self.moments, self.digests)
         self.saved = time.monotonic()
@@ -68,7 +67,7 @@ def add(sums: dict[str, moments.Moments], store: Store, shard: Shard) -> None:
 
 
 def unmerged(store: Store) -> list[pathlib.Path]:
-    """The files of sums that `merge` has not taken in."""
+    """The files of sums that `merge` has not merged yet."""
     return sorted(store.folder.glob("moments-*.safetensors"))
 
 
@@ -79,7 +78,7 @@ def merge(store: Store, provenance: dict[str, Any]) -> bool:
       provenance: JSON-able, goes into the file.
 
     Returns:
-      Whether there were rows enough for a covariance.
+      Whether there were enough rows for a covariance.
 
     Raises:
       DataError: a file of rows cannot be read, or the statistics not be written.
@@ -89,7 +88,8 @@ def merge(store: Store, provenance: dict[str, Any]) -> bool:
     parts = unmerged(store)
     paths = [store.folder / _MERGED, *parts]
     found = [sums for sums in (_read(path, store.embed_dim) for path in paths) if sums is not None]
-    # Those that cover most first; one that repeats a shard of these is left out as a whole.
+    # The sums that cover most shards come first; a file that repeats one of their shards is left
+    # out.
     for sums, digests in sorted(found, key=lambda sums: -len(sums[1])):
         if digests and missing.keys() >= set(digests):
             for kind in KINDS:

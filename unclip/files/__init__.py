@@ -25,7 +25,7 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Not tempfile: its files are private, and a result is shared as any new file would be.
+        # Not tempfile: its files are readable by their owner alone, other new files are not.
         name = path.parent / f".{path.name[:64]}.{secrets.token_hex(6)}.tmp"
         os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         temporary = name
@@ -45,7 +45,7 @@ def read_object(path: str | os.PathLike, max_bytes: int = MAX_JSON_BYTES) -> dic
     """The JSON object in a file of at most `max_bytes`.
 
     Raises:
-      DataError: missing, too large, or no JSON object.
+      DataError: missing, too large, or not a JSON object.
     """
     path = pathlib.Path(path)
     try:

@@ -1,10 +1,11 @@
 """Pictures in and out: PNG files that carry the recipe to make them again, grids, user input.
 
 A generated PNG holds two text chunks: `parameters`, the text that AUTOMATIC1111's web UI writes
-and many tools read, and `unclip`, our recipe as JSON, which is exact. The recipe has what the
-cascade of arXiv 2204.06125 needs to repeat the picture: prompt, seed, sampler, steps and guidance.
+and many tools read, and `unclip`, our recipe as JSON, which is exact. The recipe has what is needed
+to draw the picture again: prompt, seed, sampler, steps and guidance.
 """
 
+import contextlib
 import itertools
 import json
 import math
@@ -14,19 +15,17 @@ import re
 import tempfile
 import unicodedata
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from unclip import errors
+from unclip.files import picture as pictures
 from unclip.files import replacing
 
-MAX_PIXELS = 64 << 20
-MAX_BYTES = 64 << 20
 MAX_RECIPE_CHARS = 256 << 10
-FORMATS = ("JPEG", "PNG", "WEBP")
 
 # Recipe field -> the name AUTOMATIC1111 gives it, in its order.
 _KNOWN = {
@@ -75,9 +74,9 @@ def read_recipe(path: str | os.PathLike) -> dict[str, Any] | None:
     in it can be trusted: values have any JSON type and any content.
 
     Raises:
-      DataError: the file cannot be read, is no PNG, or its text is beyond the limits.
+      DataError: the file cannot be read, is not a PNG, or its text is beyond the limits.
     """
-    with _opened(path, ("PNG",)) as picture:
+    with _reported(path, ("PNG",)), pictures.opened(path, formats=("PNG",)) as picture:
         # `.info` holds the chunks before the pixels; `.text` would decode the whole picture.
         texts = [picture.info.get(key) for key in ("unclip", "parameters")]
     text, parameters = (
@@ -135,7 +134,8 @@ def parse_parameters(text: str) -> dict[str, Any]:
     """
     lines = text.strip("\n").split("\n")
     pairs = _PAIR.findall(lines[-1])
-    # The web UI takes the last line as settings by the same rule of three; ours always has "Size".
+    # The web UI takes the last line as settings where it has at least three pairs; ours always has
+    # "Size".
     is_settings = len(pairs) >= 3 or any(key.strip() == "Size" for key, _ in pairs)
     if is_settings:
         lines.pop()
@@ -176,7 +176,7 @@ def grid(
     images = [_checked(image) for image in images]
     if not images or len({image.shape for image in images}) != 1:
         shapes = sorted({image.shape for image in images})
-        raise ValueError(f"a grid wants one or more pictures of one shape, got {shapes}")
+        raise ValueError(f"a grid needs one or more pictures of one shape, got {shapes}")
     if labels is not None and len(labels) != len(images):
         raise ValueError(f"{len(images)} pictures but {len(labels)} labels")
     height, width = images[0].shape[:2]
@@ -208,12 +208,12 @@ def save_pictures(
 ) -> list[pathlib.Path]:
     """Saves pictures as `0000-seed1234.png`, … and a `grid-0000.png`; nothing is overwritten.
 
-    Numbers go on from the highest in the folder, and names never come from a prompt. Two processes
-    may write to one folder.
+    Numbering continues from the highest in the folder, and names never come from a prompt. Two
+    processes may write to one folder.
 
     Args:
       pictures: uint8 [N, H, W, 3] or a list of uint8 [H, W, 3].
-      recipes: one a picture; its integer `seed`, when there, becomes part of the name.
+      recipes: one per picture; its integer `seed`, when there, becomes part of the name.
       out_dir: made when missing.
       grid_columns: pictures in a row of the grid.
       labels: lines of text below the pictures of the grid.
@@ -262,7 +262,7 @@ def save_grid(
 
 
 def writable_folder(path: str | os.PathLike) -> pathlib.Path:
-    """Makes a folder and tries to write in it: to be called before hours of sampling, not after.
+    """Makes a folder and tests that it can be written; call it before hours of sampling.
 
     Raises:
       DataError: it cannot be made, or no file can be made in it.
@@ -284,9 +284,9 @@ def read_image(path: str | os.PathLike, size: int | None = None) -> np.ndarray:
     first frame is taken.
 
     Args:
-      path: a file of at most `MAX_BYTES` bytes and `MAX_PIXELS` pixels.
-      size: crop the centre square and resize it to size x size (bicubic, antialiased); None keeps
-        the picture as it is.
+      path: a file within the limits of `unclip.files.picture`.
+      size: crop the centre square and resize it to size x size (bicubic, antialiased); None leaves
+        the picture's size.
 
     Returns:
       uint8 [H, W, 3] RGB.
@@ -294,20 +294,11 @@ def read_image(path: str | os.PathLike, size: int | None = None) -> np.ndarray:
     Raises:
       DataError: not there, too large, damaged or of another format.
     """
-    with _opened(path, FORMATS) as picture:
-        try:
-            picture.load()
-            picture = ImageOps.exif_transpose(picture)
-            if picture.mode.startswith("I"):
-                # Pillow clips 16-bit grey at 255 instead of scaling it.
-                picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-            if picture.has_transparency_data:
-                picture = picture.convert("RGBA")
-                white = Image.new("RGBA", picture.size, "white")
-                picture = Image.alpha_composite(white, picture)
-            picture = picture.convert("RGB")
-        except (OSError, ValueError, SyntaxError, EOFError) as error:
-            raise errors.DataError(f"cannot read picture {path}: {error}") from error
+    with _reported(path, pictures.FORMATS), pictures.upright(path) as picture:
+        if picture.mode.startswith("I"):
+            # Pillow clips 16-bit grey at 255 instead of scaling it.
+            picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+        picture = pictures.on_white(picture)
     if size is not None:
         side = min(picture.size)
         left, top = (picture.width - side) // 2, (picture.height - side) // 2
@@ -317,27 +308,25 @@ def read_image(path: str | os.PathLike, size: int | None = None) -> np.ndarray:
     return np.array(picture)
 
 
-def _opened(path: str | os.PathLike, formats: Sequence[str]) -> Image.Image:
-    """Opens a picture's header under our limits; every failure is a one-line `DataError`."""
+@contextlib.contextmanager
+def _reported(path: str | os.PathLike, formats: Sequence[str]) -> Iterator[None]:
+    """Names the file in what `unclip.files.picture` refuses: a one-line `DataError`."""
     try:
-        if os.path.getsize(path) > MAX_BYTES:
-            raise errors.DataError(f"picture {path} is larger than {MAX_BYTES >> 20} MiB")
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = Image.open(path, formats=formats)
-    except Image.UnidentifiedImageError as error:
-        raise errors.DataError(f"{path} is no {'/'.join(formats)} picture") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        limit = MAX_PIXELS >> 20
-        raise errors.DataError(f"picture {path} is larger than {limit} megapixels") from error
-    except OSError as error:
-        raise errors.DataError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, SyntaxError) as error:
-        raise errors.DataError(f"cannot read picture {path}: {error}") from error
-    if picture.width * picture.height > MAX_PIXELS:
-        picture.close()
-        raise errors.DataError(f"picture {path} is larger than {MAX_PIXELS >> 20} megapixels")
-    return picture
+            # Pillow warns of broken EXIF, which costs nothing, and of sizes, which are checked.
+            warnings.simplefilter("ignore")
+            yield
+    except pictures.PictureError as error:
+        what = {
+            "unreadable": f"cannot read {path}: {error.detail}",
+            "format": f"{path} is not a {'/'.join(formats)} picture",
+            "too-many-bytes": f"picture {path} is larger than {pictures.MAX_BYTES >> 20} MiB",
+            "too-many-pixels": (
+                f"picture {path} is larger than {pictures.MAX_PIXELS >> 20} megapixels"
+            ),
+        }
+        usual = f"cannot read picture {path}: {error.detail}"
+        raise errors.DataError(what.get(error.reason, usual)) from error
 
 
 def _checked(image: np.ndarray) -> np.ndarray:

@@ -1,7 +1,4 @@
-"""A lock that keeps two runs out of one directory; used by `checkpoint`.
-
-Not part of the paper (arXiv 2204.06125): it protects the hours its training takes.
-"""
+"""A lock that lets only one job at a time write to a directory; used by `checkpoint`."""
 
 import contextlib
 import json
@@ -23,9 +20,10 @@ SILENCE_S = 90.0  # longer than a heartbeat plus the attribute cache of a networ
 class DirectoryLock:
     """Holds `<directory>/lock.json` until `release`, taking it over from a run that has died.
 
-    On the same host a dead process is known by its number and start time. Another host's lock is
-    watched: its owner touches the file every `HEARTBEAT_S`, and one untouched for `SILENCE_S` of
-    watching is stale. A pre-empted job that comes back elsewhere therefore only waits a little.
+    On the same host a dead process is recognised by its number and start time. A lock of another
+    host is watched: its owner touches the file every `HEARTBEAT_S` seconds, and a lock that was not
+    touched for `SILENCE_S` seconds is stale. A pre-empted job that restarts on another host waits
+    no longer than that.
 
     Raises:
       DataError: a live run holds the directory, or the file cannot be written.
@@ -71,7 +69,7 @@ class DirectoryLock:
             owner["pid"],
             owner["host"],
         )
-        # Renaming decides between two that find the same stale lock: only one rename succeeds.
+        # If two jobs find the same stale lock, renaming decides: only one rename succeeds.
         grave = self._path.with_name(f"lock.{os.urandom(8).hex()}")
         with contextlib.suppress(FileNotFoundError):
             os.rename(self._path, grave)
@@ -88,7 +86,8 @@ class DirectoryLock:
                 "started": float(owner["started"]),
             }
         except (OSError, ValueError, KeyError, TypeError):
-            # Killed while it was written, it names nobody: stale unless someone keeps touching it.
+            # The writer was killed while writing it, so it names no owner: stale unless it is
+            # touched.
             return {"pid": 0, "host": "an unknown host", "started": 0.0}
 
     def _alive(self, owner: dict) -> bool:

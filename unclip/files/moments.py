@@ -1,12 +1,12 @@
 """Mean and covariance of features, and the files that keep them.
 
-Fréchet distances (1706.08500; the FIDs of the paper, arXiv 2204.06125, Tables 2 and 3) compare two
-sets of pictures by these alone. Sums are float64: float32 ones moved published distances by 1e-4.
-Every picture counts once, on whichever device or process it was seen.
+Fréchet distances (1706.08500) compare two sets of pictures by these alone. Sums are float64:
+float32 sums moved published distances by 1e-4. Every picture counts once, whichever device or
+process computed its features.
 
 Statistics files are `.npz` of plain arrays, never unpickled. Where the features are Inception's
 they carry the names that pytorch-fid, clean-fid (`mu`, `sigma`) and OpenAI's evaluator (`mu_s`,
-`sigma_s` as well) read and write; what those files do not say stands in one JSON entry beside them.
+`sigma_s` as well) read and write; what those files do not say is in one JSON entry beside them.
 """
 
 import dataclasses
@@ -56,7 +56,7 @@ class Moments:
 
         Args:
           rows: [b, D], any float dtype.
-          valid: bool [b]; rows that are False are padding and not looked at.
+          valid: bool [b]; rows that are False are padding and are ignored.
           names: of the pictures, for the message.
 
         Raises:
@@ -83,7 +83,7 @@ class Moments:
         self.outer += rows.T @ rows
 
     def merge(self, other: "Moments") -> None:
-        """Adds what another has seen: rows of another device, process or part of a set."""
+        """Adds another's sums: those of another device, process or part of a set."""
         if other.total.shape != self.total.shape:
             raise ConfigError(
                 f"moments of width {len(self.total)} and {len(other.total)} do not merge"
@@ -230,8 +230,8 @@ def read_statistics(path: str | os.PathLike) -> StatisticsFile:
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as error:
-        # The last two: a password is asked for; names that are no text.
-        raise DataError(f"{path} is no statistics file, or damaged: {error}") from error
+        # The last two: an encrypted archive, and names that are not text.
+        raise DataError(f"{path} is not a statistics file, or is damaged: {error}") from error
 
 
 def _read(path: str, archive: zipfile.ZipFile) -> StatisticsFile:
@@ -314,7 +314,7 @@ def _array(
     if name not in entries:
         raise DataError(f"{path} is damaged: it has no {name!r}")
     if entries[name].compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise DataError(f"{path}: {name!r} is packed in a way that numpy does not use")
+        raise DataError(f"{path}: {name!r} is compressed in a way that numpy does not use")
     if entries[name].file_size > limit + 4096:
         raise DataError(f"{path}: {name!r} is larger than {limit} bytes")
     with archive.open(entries[name]) as file:
@@ -326,7 +326,7 @@ def _array(
             header = getattr(np.lib.format, f"read_array_header_{number}_0")
             shape, fortran, dtype = header(file)
         except (ValueError, SyntaxError, TypeError) as error:
-            raise DataError(f"{path} is damaged: {name!r} is no array ({error})") from error
+            raise DataError(f"{path} is damaged: {name!r} is not an array ({error})") from error
         if dtype.kind not in "fiu":
             raise DataError(f"{path}: {name!r} holds {dtype}, expected real numbers")
         size = dtype.itemsize * math.prod(shape)

@@ -1,9 +1,8 @@
 """A report as one HTML file: tables, curves and galleries of pictures, readable offline and safe.
 
-Shows what the figures of unCLIP show (arXiv 2204.06125): pictures beside their captions and stages,
-training curves, tables of FID and CLIP score. The file loads nothing from a network and runs no
-script: a Content-Security-Policy forbids both, pictures are data URIs, plots are inline SVG, and
-every text goes through autoescaping, so a hostile caption is only text.
+The file loads nothing from a network and runs no script: a Content-Security-Policy forbids both,
+pictures are data URIs, plots are inline SVG, and every text is escaped, so a hostile caption is
+only text.
 """
 
 import base64
@@ -24,7 +23,7 @@ from PIL import Image
 from unclip.files import replacing
 
 TEMPLATES = pathlib.Path(__file__).parent / "templates"
-# Mid tones: they stand out on a white page and on a dark one.
+# Mid tones, readable on a white page and on a dark one.
 COLOURS = ("#3b82f6", "#f59e0b", "#10b981", "#ef4444", "#8b5cf6", "#06b6d4", "#ec4899", "#84a30b")
 LOSSLESS_SIDE = 128
 # Matplotlib has no `currentColor`; these stand for it and for the grid until the SVG is written.
@@ -37,7 +36,7 @@ class Row:
 
     Attributes:
       caption: the text beside the pictures.
-      images: uint8 [H, W, 3] pictures, one a column; None leaves a cell empty.
+      images: uint8 [H, W, 3] pictures, one per column; None leaves a cell empty.
       badges: (text, good) pairs: good True is green, False red, None neutral.
       note: a smaller second line.
     """
@@ -88,7 +87,7 @@ class Report:
         rows = list(rows)
         if columns is None:
             if not rows or not isinstance(rows[0], Mapping):
-                raise ValueError("a table without columns wants rows that are mappings")
+                raise ValueError("a table without columns needs rows that are mappings")
             columns = list(rows[0])
         cells = [
             [row.get(name) for name in columns] if isinstance(row, Mapping) else list(row)
@@ -129,7 +128,7 @@ class Report:
         """Adds a plot of one or more lines, {name: [(x, y), …]}; neighbours share a row.
 
         Args:
-          labels: {name: one text a point}, written beside the points of that line.
+          labels: {name: one text per point}, written beside the points of that line.
         """
         for name, texts in (labels or {}).items():
             if len(texts) != len(series[name]):
@@ -175,7 +174,7 @@ class Report:
         return self._add("gallery", columns=list(columns), rows=shown, caption=caption)
 
     def settings(self, values: Mapping[str, Any], title: str = "Settings") -> "Report":
-        """Adds names and values, folded away; nested mappings become dotted names."""
+        """Adds names and values, collapsed at first; nested mappings become dotted names."""
         return self._add("settings", title=title, items=list(_dotted(values)))
 
     def html(self) -> str:
@@ -198,7 +197,7 @@ class Report:
         """
         page = self.html()
         with replacing(path) as temporary:
-            # A lone surrogate, e.g. of an undecodable file name, must not cost the report.
+            # A lone surrogate, e.g. of an undecodable file name, must not prevent the report.
             temporary.write_text(page, encoding="utf-8", errors="replace")
         return pathlib.Path(path)
 

@@ -1,8 +1,8 @@
-"""Named tensors on disk, one at a time: safetensors files larger than the memory at hand.
+"""Named tensors on disk, one at a time: safetensors files that may be larger than the memory.
 
-The parts of a cascade (arXiv 2204.06125) have up to some billion parameters. `write` holds one
-tensor in memory, `read` none until it is asked for, so a model is converted or copied in the
-memory of its largest tensor. What is written is byte for byte what `safetensors` would write.
+`write` holds one tensor in memory and `read` none until it is used, so converting or copying a
+model needs the memory of its largest tensor only. What is written is byte for byte what
+`safetensors` would write.
 """
 
 import json
@@ -17,7 +17,7 @@ import safetensors
 
 from unclip import errors, files
 
-# In safetensors' own order: wider ones come first in a file, so that every tensor is aligned.
+# In safetensors' own order: wider types come first in a file, so that every tensor is aligned.
 DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
     "U8": np.dtype(np.uint8),
@@ -40,7 +40,7 @@ _RANK = {name: rank for rank, name in enumerate(DTYPES)}
 
 
 class Lazy:
-    """A tensor that is read when it is wanted, each time anew, and not kept.
+    """A tensor that is read from its file each time it is used, and not kept.
 
     Attributes:
       shape: tuple of ints; dtype: numpy dtype. Both are known without reading.
@@ -85,12 +85,13 @@ def read(path: str | os.PathLike) -> tuple[dict[str, Lazy], dict[str, str]]:
     """The tensors of a safetensors file by name, unread, and the file's metadata.
 
     Raises:
-      DataError: the file cannot be read or is no safetensors file; also when a tensor is read.
+      DataError: the file cannot be read or is not a safetensors file; also when a tensor is read.
     """
     path = pathlib.Path(path)
 
     def opened(use):
-        # Opened for each tensor: a mapping that stays would count every page it ever touched.
+        # Opened anew for each tensor: a mapping that stays open keeps every page it has read in the
+        # process's resident memory.
         try:
             with safetensors.safe_open(path, framework="np") as file:
                 return use(file)
@@ -127,7 +128,7 @@ def write(
 
     Raises:
       ConfigError: a dtype that safetensors does not have.
-      DataError: the disk is full or the place cannot be written.
+      DataError: the disk is full or the file cannot be written.
     """
     kinds = {}
     for name, tensor in tensors.items():

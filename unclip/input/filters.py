@@ -1,10 +1,9 @@
 """Which samples are fit to train on, by their JSON fields and their caption's length.
 
-The paper (arXiv 2204.06125) filters its pairs by picture and caption quality before training and
-does not say how. Collections made by img2dataset carry what is needed in each sample's JSON: sizes,
-the CLIP similarity of picture and caption, probabilities of unsafe content. A `Filters` turns one
-sample's JSON and caption into "" or a short reason, from nothing but these, so that the choice of
-the sample that stands in for a rejected one is the same everywhere.
+Collections made by img2dataset carry what is needed in each sample's JSON: sizes, the CLIP
+similarity of picture and caption, probabilities of unsafe content. A `Filters` turns one sample's
+JSON and caption, and nothing else, into "" or a short reason, so that every process makes the same
+choice and draws the same replacement for a rejected sample.
 """
 
 import difflib
@@ -29,7 +28,7 @@ class _Rule(NamedTuple):
     optional: bool
 
     def reason(self, value: Any) -> str:
-        """ "" if the value passes; absent values, and those of another kind, count as missing."""
+        """ "" if the value passes; an absent value, or one of another type, counts as missing."""
         if self.allowed is not None:
             if not isinstance(value, str):
                 return "" if self.optional else f"no-{self.field}"
@@ -70,7 +69,7 @@ class Filters:
         whatever its name looks like.
 
         Raises:
-          ConfigError: a rule that is none, or a name close to a known one.
+          ConfigError: what is not a rule, or a name close to a known one.
         """
         if isinstance(given, Filters):
             return given
@@ -113,7 +112,7 @@ def _value(field: str, meta: Mapping[str, Any]) -> Any:
 
 
 def _is_number(value: Any) -> bool:
-    """Finite, and no truth value: JSON written by Python may hold NaN, which passes no bound."""
+    """Whether it is a finite number and not a bool; JSON written by Python may hold NaN."""
     return (
         isinstance(value, numbers.Real)
         and not isinstance(value, bool)
@@ -172,6 +171,6 @@ def _read(text: str) -> dict[str, Any]:
             rules[name] = tuple(float(end) if end.strip() else None for end in (low, high))
         except ValueError:
             raise ConfigError(
-                f"filter {part!r}: {value!r} is no range of numbers LOW:HIGH"
+                f"filter {part!r}: {value!r} is not a range of numbers LOW:HIGH"
             ) from None
     return rules

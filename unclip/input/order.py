@@ -1,13 +1,12 @@
 """Orders: global sample number g -> number in the collection, a pure function of the seed.
 
-The paper (arXiv 2204.06125) trains for many passes over hundreds of millions of pairs; here every
-pass, an epoch, is another permutation of the collection, and the single number g says how far a run
-has come. Nothing is stored that grows with the samples, so any process can ask for any g at any
-time: a run goes on at g on any number of hosts, workers and threads.
+Every epoch is another permutation of the collection, and the single number g says how far a run has
+come. Nothing is stored that grows with the samples, so any process can ask for any g at any time: a
+run can be resumed at g on any number of hosts, workers and threads.
 
 `global` permutes all samples, for shards on fast disks. `streamed` walks V canonical streams, each
-through its own shards, so that a host reads long runs of a few shards and no others. Weights mix
-several collections in fixed proportions.
+through its own shards, so that a host reads long runs of a few shards and no others. `Mixed` draws
+from several collections in fixed proportions.
 """
 
 import math
@@ -19,9 +18,9 @@ from grain.experimental import index_shuffle
 from unclip.errors import ConfigError, unknown
 
 ORDERS = ("global", "streamed")
-_PERIOD = 1 << 16  # rows after which a mixture repeats: weights are rounded to parts of it
-ORDER, REPLACEMENT, TRANSFORM = 0, 1, 2  # streams of randomness of one sample number
-_SHARDS, _WINDOW, _COMPONENT = 1, 2, 3  # what a word of randomness is for
+_PERIOD = 1 << 16  # rows after which a mixture repeats: proportions are rounded to parts of it
+ORDER, REPLACEMENT, TRANSFORM = 0, 1, 2  # independent random streams of one sample number
+_SHARDS, _WINDOW, _COMPONENT = 1, 2, 3  # what a word (a random 64-bit number) is drawn for
 
 
 def generator(seed: int, g: int, stream: int = TRANSFORM) -> np.random.Generator:
@@ -38,7 +37,7 @@ def _hash(values: np.ndarray) -> np.ndarray:
 
 
 def _word(*numbers: int) -> np.ndarray:
-    """uint64 [1] made of all the numbers in their order."""
+    """uint64 [1], a hash of the numbers in their order."""
     word = np.zeros(1, np.uint64)
     for number in numbers:
         word = _hash(word + np.uint64(0x9E3779B97F4A7C15) ^ np.uint64(number))
@@ -46,7 +45,7 @@ def _word(*numbers: int) -> np.ndarray:
 
 
 def _permutation(n: int, word: np.ndarray) -> np.ndarray:
-    """int64 [n]; NumPy's own shuffles may change between its versions, this does not."""
+    """A permutation, int64 [n]; unlike NumPy's own shuffles it never changes between versions."""
     return np.argsort(_hash(word + _hash(np.arange(n, dtype=np.uint64))), kind="stable")
 
 
@@ -61,7 +60,8 @@ class Order:
     def __init__(self, n: int, seed: int | None):
         self.n, self._word = n, None
         if seed is not None:
-            # Hashed, as the epoch is added to it: seed 1 must not start where 0 goes next.
+            # Hashed, because the epoch is added to it: without hashing, the first epoch of seed 1
+            # would equal the second epoch of seed 0.
             self._word = int(generator(seed, 0, ORDER).integers(1 << 32))
 
     def __call__(self, g: int) -> int:
@@ -72,7 +72,7 @@ class Order:
         return index_shuffle(i, max_index=self.n - 1, seed=(self._word + epoch) % 2**32, rounds=4)
 
     def span(self, g: int, near: bool) -> tuple[int, int]:
-        """(first, end) of the numbers among which a stand-in for sample g is drawn.
+        """(first, end) of the numbers among which a replacement for sample g is drawn.
 
         Args:
           near: prefer samples that the same host reads anyway.
@@ -83,8 +83,8 @@ class Order:
 class Streamed:
     """V streams side by side, each through its own part of the epoch's shards.
 
-    Row r of a global batch of B belongs to stream r // (B / V), for ever. The shards of epoch e,
-    permuted by (seed, e) and laid end to end, are cut into V runs, one a stream, as long as that
+    Row r of a global batch of B always belongs to stream r // (B / V). The shards of epoch e,
+    permuted by (seed, e) and laid end to end, are cut into V runs, one per stream, as long as that
     stream has rows in the epoch; a stream walks its run in windows of `window` samples, shuffled
     inside. So a process that delivers whole streams reads its own run of shards and no other, apart
     from the shards at its two ends.
@@ -107,7 +107,7 @@ class Streamed:
         self._start()
 
     def _start(self) -> None:
-        # Both may be filled by several threads at a time: each would put in the same.
+        # Several threads may fill these at the same time: all of them compute the same values.
         self._epochs, self._windows = {}, {}
 
     def __getstate__(self):
@@ -140,7 +140,8 @@ class Streamed:
         low = self._before(first, stream)
         start = self._before(end, stream) - low
         length = self._before(end, stream + 1) - self._before(first, stream + 1) - start
-        # The rows of this stream in the epoch before g: those before g less those before `first`.
+        # How many rows of this stream the epoch has before g: those before g minus those before
+        # `first`.
         k = (
             self._before(g, stream + 1)
             - self._before(g, stream)
@@ -181,13 +182,14 @@ class Streamed:
 class Mixed:
     """Several orders in fixed proportions; each keeps its own epochs.
 
-    Which component a row takes follows a pattern of 65,536 rows in which every component's rows lie
-    as evenly as can be; each stream begins it elsewhere, so that small batches are mixed too. A
-    component counts its own rows, so each of its epochs holds each of its samples once.
+    Which component a row takes follows a pattern of 65,536 rows in which every component's rows are
+    spread as evenly as possible; each stream starts at another place of it, so that small batches
+    are mixed too. A component counts its own rows, so each of its epochs has each of its samples
+    once.
 
     Args:
-      orders: one a component; first: int64 [K], where each begins in the collection.
-      weights: [K], above 0, in any unit.
+      orders: one per component; first: int64 [K], where each begins in the collection.
+      proportions: [K], above 0, in any unit.
       streams, batch_size: of the orders; 1 stream for `global`.
     """
 
@@ -195,26 +197,26 @@ class Mixed:
         self,
         orders: Sequence[Order | Streamed],
         first: Sequence[int],
-        weights: Sequence[float],
+        proportions: Sequence[float],
         *,
         streams: int,
         batch_size: int,
     ):
         self.orders, self.first = tuple(orders), tuple(map(int, first))
         self.batch_size, self._rows = batch_size, batch_size // streams
-        self.parts = _parts(weights)
-        at = np.concatenate([(np.arange(part) + 0.5) / part for part in self.parts])
-        owner = np.repeat(np.arange(len(self.parts)), self.parts)
+        self.rows_of_period = _rows_of_period(proportions)
+        at = np.concatenate([(np.arange(n) + 0.5) / n for n in self.rows_of_period])
+        owner = np.repeat(np.arange(len(self.rows_of_period)), self.rows_of_period)
         self._pattern = owner[np.argsort(at, kind="stable")].astype(np.int16)
         self._rank = np.zeros(_PERIOD, np.int32)
-        for k, part in enumerate(self.parts):
-            self._rank[self._pattern == k] = np.arange(part)
-        # 40503 / 65536 is nearly the golden ratio: beginnings that are never close together.
+        for k, n in enumerate(self.rows_of_period):
+            self._rank[self._pattern == k] = np.arange(n)
+        # 40503 / 65536 is close to the golden ratio, which keeps the starts far apart.
         self._begin = np.arange(streams) * 40503 % _PERIOD
         self._skip = np.stack(
             [
                 np.searchsorted(np.flatnonzero(self._pattern == k), self._begin)
-                for k in range(len(self.parts))
+                for k in range(len(self.rows_of_period))
             ],
             1,
         )
@@ -231,30 +233,32 @@ class Mixed:
         return self.first[k] + low, self.first[k] + end
 
     def component(self, g: int) -> tuple[int, int]:
-        """(which component sample g belongs to, its number in that component's own order)."""
+        """(the component that sample g belongs to, its number in that component's own order)."""
         batch, row = divmod(g, self.batch_size)
         stream, within = divmod(row, self._rows)
         turn, slot = divmod(batch * self._rows + within + int(self._begin[stream]), _PERIOD)
         k = int(self._pattern[slot])
-        m = turn * self.parts[k] + int(self._rank[slot]) - int(self._skip[stream, k])
+        m = turn * self.rows_of_period[k] + int(self._rank[slot]) - int(self._skip[stream, k])
         batch, within = divmod(m, self._rows)
         return k, batch * self.batch_size + stream * self._rows + within
 
 
-def _parts(weights: Sequence[float]) -> list[int]:
-    """The rows each weight gets of a period, by largest remainder."""
-    weights = [float(weight) for weight in weights]
-    if not weights or not all(0 < weight < math.inf for weight in weights):
+def _rows_of_period(proportions: Sequence[float]) -> list[int]:
+    """How many rows of a period each component gets, by largest remainder."""
+    proportions = [float(proportion) for proportion in proportions]
+    if not proportions or not all(0 < proportion < math.inf for proportion in proportions):
         raise ConfigError(
-            f"weights {tuple(weights)}: expected a number above 0 for each pattern "
+            f"proportions {tuple(proportions)}: expected a number above 0 for each pattern "
             "of shards; leave out what has none"
         )
-    exact = np.array(weights) / sum(weights) * _PERIOD
-    parts = np.floor(exact).astype(int)
-    parts[np.argsort(parts - exact, kind="stable")[: _PERIOD - parts.sum()]] += 1
-    if parts.min() < 1:
-        raise ConfigError(f"weights {tuple(weights)}: the smallest is below 1/{_PERIOD} of all")
-    return parts.tolist()
+    exact = np.array(proportions) / sum(proportions) * _PERIOD
+    rows = np.floor(exact).astype(int)
+    rows[np.argsort(rows - exact, kind="stable")[: _PERIOD - rows.sum()]] += 1
+    if rows.min() < 1:
+        raise ConfigError(
+            f"proportions {tuple(proportions)}: the smallest is below 1/{_PERIOD} of all"
+        )
+    return rows.tolist()
 
 
 def make_order(
@@ -263,7 +267,7 @@ def make_order(
     *,
     order: str = "global",
     groups: Sequence[int] | None = None,
-    weights: Sequence[float] = (),
+    proportions: Sequence[float] = (),
     streams: int = 0,
     batch_size: int = 1,
     window: int = 8192,
@@ -274,21 +278,20 @@ def make_order(
       counts: int [S], samples of each shard.
       seed: 0 <= seed < 2**64; None keeps the collection's own order.
       order: one of `ORDERS`.
-      groups: int [K + 1], where the samples of each weighted collection begin, and their number.
-      weights: [K], the part of the rows each collection gets; () takes the samples as they are.
+      groups: int [K + 1], where the samples of each mixed collection begin, and the number of all.
+      proportions: [K], the part of the rows each collection gets; (): all are one collection.
       streams: V of `streamed`, a divisor of `batch_size` and a multiple of the processes; 0: the
-        largest such power of two up to 64. Another V is another order, another number of hosts is
-        not.
+        largest such power of two up to 64. The order depends on V, not on the number of hosts.
       batch_size: B, the global batch size.
       window: of `streamed`, the samples shuffled among each other.
 
     Raises:
-      ConfigError: an unknown order, sizes or weights that do not fit.
+      ConfigError: an unknown order, sizes or proportions that do not fit.
     """
     if order not in ORDERS:
         raise unknown("order", order, ORDERS)
-    if seed is None and (order != "global" or len(weights)):
-        raise ConfigError("without shuffling there are no streams and no weights")
+    if seed is None and (order != "global" or len(proportions)):
+        raise ConfigError("without shuffling there are no streams and no proportions")
     counts = np.asarray(counts, np.int64)
     streams = default_streams(batch_size, streams) if order == "streamed" else 1
     if batch_size < 1 or batch_size % streams or window < 1:
@@ -302,23 +305,26 @@ def make_order(
             return Order(int(counts.sum()), seed)
         return Streamed(counts, seed, streams=streams, batch_size=batch_size, window=window)
 
-    if not len(weights):
+    if not len(proportions):
         return single(counts, seed)
     groups = np.asarray([0, counts.sum()] if groups is None else groups, np.int64)
-    if len(weights) != len(groups) - 1:
+    if len(proportions) != len(groups) - 1:
         raise ConfigError(
-            f"{len(weights)} weights for {len(groups) - 1} patterns of shards: expected one each"
+            f"{len(proportions)} proportions for {len(groups) - 1} patterns of shards: expected "
+            "one each"
         )
     if np.diff(groups).min() < 1:
         empty = int(np.diff(groups).argmin())
-        raise ConfigError(f"weights {tuple(weights)}: pattern {empty} of the shards has no sample")
+        raise ConfigError(
+            f"proportions {tuple(proportions)}: pattern {empty} of the shards has no sample"
+        )
     begin = np.cumsum(counts) - counts
-    seeds = [int(_word(seed, _COMPONENT, k)[0]) for k in range(len(weights))]
+    seeds = [int(_word(seed, _COMPONENT, k)[0]) for k in range(len(proportions))]
     orders = [
         single(counts[(begin >= low) & (begin < end)], own)
         for low, end, own in zip(groups, groups[1:], seeds)
     ]
-    return Mixed(orders, groups[:-1], weights, streams=streams, batch_size=batch_size)
+    return Mixed(orders, groups[:-1], proportions, streams=streams, batch_size=batch_size)
 
 
 def default_streams(batch_size: int, streams: int = 0) -> int:

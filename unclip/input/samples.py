@@ -1,8 +1,7 @@
-"""One pair (x, y) of picture and caption as it comes from storage, and why one cannot be used.
+"""One pair of picture and caption as it comes from storage, and why one cannot be used.
 
-The paper (arXiv 2204.06125, section 2) trains every stage on such pairs. Whatever holds them, tars
-or array records, hands out `Sample`s and raises `BadSample`; what decodes, filters and batches them
-knows nothing of where they were. The limits here are on bytes that came from elsewhere.
+Tars and array records alike hand out `Sample`s and raise `BadSample`; what decodes, filters and
+batches them does not know where they were stored. The limits here are on bytes from outside.
 """
 
 import json
@@ -16,7 +15,7 @@ MAX_TEXT_BYTES = 1 << 20
 
 
 class BadSample(DataError):
-    """One sample cannot be used; `reason` is a short code that counters are kept by."""
+    """One sample cannot be used; `reason` is a short code under which such samples are counted."""
 
     def __init__(self, reason: str, message: str = ""):
         super().__init__(": ".join(filter(None, (reason, message))))

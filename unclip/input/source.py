@@ -4,8 +4,7 @@ The position g is a global sample number: it counts samples over all epochs and 
 whole state of the input. Sample g of a run is the entry `order(g)` of the collection (see
 `order.make_order`); its crop and caption come from a generator keyed by (seed, g). So a run resumed
 at g, on any number of processes, workers or threads, sees what an uninterrupted one would have
-seen. The stages of the paper (arXiv 2204.06125) differ only in their transform: `ImageText` for
-CLIP, prior and decoder, `Upsampling` for the two upsamplers.
+seen. Stages differ only in their transform, see `transforms`.
 """
 
 import os
@@ -26,15 +25,15 @@ from unclip.input.shards.collection import Collection
 from unclip.input.tally import Bad, Tally
 from unclip.input.workers import Watched, start_worker
 
-_ENDLESS = 1 << 62  # rows: grain wants a length
+_ENDLESS = 1 << 62  # rows of a source without an end: grain needs a length
 _MAX_CHUNK = 32  # rows that a thread makes at a time
-_MAX_FILTERED = 1000  # stand-ins tried for a row that filters reject
-_NEAR_FILTERED = 64  # of them, taken from where the host reads anyway
+_MAX_FILTERED = 1000  # replacements tried for a row that filters reject
+_NEAR_FILTERED = 64  # of these, the first so many are drawn from where the host reads anyway
 Transform = Callable[[Sample, np.random.Generator], dict[str, np.ndarray]]
 
 
-class _Late:
-    """`order.generator(*words)`, made when it is first used: many transforms never do."""
+class _LazyGenerator:
+    """`order.generator(*words)`, made when it is first used, which many transforms never do."""
 
     __slots__ = ("_made", "_words")
 
@@ -48,19 +47,19 @@ class _Late:
 
 
 def _storage_counts(collection: Collection) -> dict[str, int]:
-    """What this process's reading has cost; {} where the collection has no storage of its own."""
+    """Counters of this process's reading; {} where the collection has no storage of its own."""
     storage = getattr(collection, "storage", None)
     return storage.counters() if storage else {}
 
 
 class _Chunk:
-    """Some rows of a batch and what came up while they were made; grain hands it on as it is.
+    """Some rows of a batch and the problems met while they were made; grain passes it on unchanged.
 
     Attributes:
       rows: a dict of arrays each; first: the row of the process's batch that the chunk begins with.
       bad: (row, number in the collection, reason) of every bad sample met.
       filtered: (row, reason) of every sample that filters rejected.
-      storage: what reading has cost the worker process so far, by its process id.
+      storage: counters of the worker process's reading so far, by its process id.
     """
 
     __slots__ = ("bad", "filtered", "first", "rows", "storage")
@@ -122,11 +121,11 @@ class _Rows:
         i, bad, filtered, last = self.order(g), 0, 0, ""
         while bad < self.max_attempts and filtered < _MAX_FILTERED:
             try:
-                # A rejected caption may have been an unlucky draw: the stand-in's is drawn anew.
+                # The caption is drawn anew at every attempt: the same sample may pass with another.
                 words = self.seed, g, orders.TRANSFORM + (filtered << 8)
                 sample, reason = self._read(i, words)
                 if not reason:
-                    return self.transform(sample, _Late(*words))
+                    return self.transform(sample, _LazyGenerator(*words))
                 filtered += 1
                 chunk.filtered.append((row, reason))
                 last = reason
@@ -145,7 +144,7 @@ class _Rows:
         )
 
     def _read(self, i: int, words: tuple[int, int, int]) -> tuple[Sample | None, str]:
-        """Sample i and "", or why filters reject it: by its JSON alone if that is enough."""
+        """(sample i, why filters reject it or ""); (None, why) where its JSON was enough."""
         filters = self.filters
         if filters.reads_json and (reason := filters(self.collection.meta(i))):
             return None, reason
@@ -153,12 +152,12 @@ class _Rows:
         if not filters.reads_caption:
             return sample, ""
         choose = getattr(self.transform, "caption", None)
-        text = choose(sample, _Late(*words)) if choose else sample.text
+        text = choose(sample, _LazyGenerator(*words)) if choose else sample.text
         return sample, filters(sample.meta, text)
 
 
 def replacement(seed: int, g: int, attempt: int, n: int) -> int:
-    """Which of n samples stands in for an unusable sample g at its attempt 1, 2, …"""
+    """Which of n samples replaces an unusable sample g at attempt 1, 2, …"""
     return int(generator(seed, g, orders.REPLACEMENT).integers(n, size=attempt)[-1])
 
 
@@ -170,7 +169,7 @@ def _stack(rows: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 
 def _packed(chunk: _Chunk) -> dict[str, Any]:
-    """A worker's whole batch, its arrays where grain moves them by shared memory."""
+    """A worker's whole batch, laid out so that grain moves its arrays by shared memory."""
     arrays, chunk.rows = _stack(chunk.rows), []
     return {"arrays": arrays, "chunk": chunk}
 
@@ -181,7 +180,7 @@ class Batches(Iterator):
     Attributes:
       position: the next global sample number; save it with the checkpoint and pass it as `start`.
       tally: counts of this process's bad, filtered and replaced samples; `problems`, `filtered`,
-        `examples`, `seen` and `bad` are its own, see `tally.Tally`.
+        `examples`, `seen` and `bad` are its attributes, see `tally.Tally`.
     """
 
     def __init__(
@@ -192,7 +191,7 @@ class Batches(Iterator):
         self._worker_storage: dict[int, dict[str, int]] = {}
         dataset = grain.MapDataset.source(rows)
         if workers:
-            # Whole batches are dealt to the worker processes, so that rows never mix.
+            # Each worker process makes whole batches, so that rows of batches never mix.
             options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
             dataset = (
                 dataset.map(_packed)
@@ -266,7 +265,7 @@ class Batches(Iterator):
         for chunk in chunks:
             self._worker_storage |= chunk.storage
             for row, i, reason in chunk.bad:
-                if row < real:  # paddings count nothing
+                if row < real:  # padding is not counted
                     bad_rows[row] = True
                     found.append(Bad(first + row, *self._name(i), reason))
                     substituted.add(row)
@@ -330,7 +329,7 @@ def make_source(
     order: str = "global",
     streams: int = 0,
     window: int = 8192,
-    weights: Sequence[float] = (),
+    proportions: Sequence[float] = (),
     filters: Filters | None = None,
     num_epochs: int | None = None,
     replace: bool = True,
@@ -357,16 +356,17 @@ def make_source(
       start: the global sample number to begin with, `Batches.position` of an earlier run.
       shuffle: permute every epoch anew; False: the collection's own order.
       order, streams, window: see `order.make_order`; `streams` a multiple of `process_count`.
-      weights: the part of the rows for each of the patterns that the collection was opened by.
+      proportions: the part of the rows for each of the patterns that the collection was opened by.
       filters: which samples to use; judged before a picture is decoded, and by the JSON alone, if
         that is enough, before it is read.
-      num_epochs: None for ever; otherwise the last batch is filled up with rows of `valid` False.
+      num_epochs: None: without end; otherwise the last batch is padded with rows of `valid` False.
       replace: a replaced row counts as `valid`; False (evaluation) marks it as not valid.
       threads: decoding threads of this process; results do not depend on it.
       workers: decoding processes instead of threads; results do not depend on it.
-      prefetch: batches ready ahead, per worker.
-      max_bad_fraction: of this process's rows, judged from `min_seen` rows on.
-      max_attempts: a sample and its replacements tried before giving up, the filtered apart.
+      prefetch: batches prepared ahead, per worker.
+      max_bad_fraction: of this process's rows, checked from `min_seen` rows on.
+      max_attempts: a sample and its replacements that may be bad before an error; those that
+        filters reject are not counted.
       max_consecutive_bad: rows of this process in a row that may be bad; 0 for any number.
 
     Returns:
@@ -391,20 +391,20 @@ def make_source(
             f"{max_attempts}, max_consecutive_bad {max_consecutive_bad}: expected "
             "none below 0 and at least one attempt"
         )
-    if num_epochs is not None and (num_epochs < 1 or len(weights)):
+    if num_epochs is not None and (num_epochs < 1 or len(proportions)):
         raise ConfigError(
-            f"num_epochs {num_epochs}, weights {tuple(weights)}: expected at least "
-            "1, or None for ever, as with weights, where each part has its epochs"
+            f"num_epochs {num_epochs}, proportions {tuple(proportions)}: expected at least "
+            "1, or None for no end, as with proportions, where each part has its own epochs"
         )
     if not len(collection):
         raise DataError("the collection is empty")
-    plain = order == "global" and not len(weights)  # needs to know of no shards
+    plain = order == "global" and not len(proportions)  # independent of the shards
     make = orders.make_order(
         [len(collection)] if plain else collection.counts,
         seed if shuffle else None,
         order=order,
-        groups=collection.groups if len(weights) else None,
-        weights=weights,
+        groups=collection.groups if len(proportions) else None,
+        proportions=proportions,
         streams=streams,
         batch_size=batch_size,
         window=window,

@@ -1,8 +1,7 @@
 """What a source could not use: counts by reason, a list of the bad samples, and when to give up.
 
-Training on pairs gathered from everywhere (arXiv 2204.06125, section 2) meets pictures that cannot
-be decoded. A run must neither stop for one of them nor go on quietly when most of them are broken:
-each is replaced, counted and named, and too many end the run.
+A run must neither stop for one picture that cannot be decoded nor continue silently when most are
+broken: each is replaced, counted and named, and too many end the run.
 """
 
 from collections import Counter
@@ -11,12 +10,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-_LISTED = 10_000  # bad samples kept until they are asked for
+_LISTED = 10_000  # bad samples kept until `drain` is called
 _EXAMPLES = 5
 
 
 class Bad(NamedTuple):
-    """A sample that could not be used: for which global number it was wanted, and why not."""
+    """A sample that could not be used: the global number it was read for, and the reason."""
 
     sample: int
     key: str
@@ -28,12 +27,12 @@ class Tally:
     """Counts of one process's rows.
 
     Args:
-      max_bad_fraction: of the rows, judged from `min_seen` rows on.
+      max_bad_fraction: of the rows, checked from `min_seen` rows on.
       max_consecutive_bad: rows in a row; 0 for any number.
 
     Attributes:
-      seen: rows, without paddings; bad: of them, rows with at least one bad sample; substituted: of
-        them, rows that hold another sample than their own.
+      seen: rows without padding; bad: of them, rows with at least one bad sample; substituted: of
+        them, rows that hold a replacement.
       problems, filtered: Counters of samples by reason, bad ones and those that filters rejected.
       examples: the first few bad ones, "KEY: REASON, …".
     """
@@ -58,10 +57,10 @@ class Tally:
         """Counts some rows in their order.
 
         Args:
-          bad_rows: bool [n], whether row r met a bad sample; paddings left out.
-          found: every bad sample met, those among stand-ins too.
+          bad_rows: bool [n], whether row r met a bad sample; without padding.
+          found: every bad sample met, also those tried as replacements.
           filtered: samples rejected by filters, by reason.
-          substituted: rows that hold a stand-in.
+          substituted: rows that hold a replacement.
         """
         self.seen += len(bad_rows)
         self.substituted += substituted
@@ -101,7 +100,7 @@ class Tally:
     def drain(self) -> list[dict[str, int | str]]:
         """The bad samples since the last call: {"sample", "key", "shard", "reason"} each.
 
-        At most 10,000; a last entry {"unlisted": n} says of how many more there was no record.
+        At most 10,000; a last entry {"unlisted": n} says how many more there were.
         """
         rows = [bad._asdict() for bad in self._listed]
         if self._unlisted:

@@ -1,8 +1,7 @@
 """How fast pairs are read, decoded, resized, tokenised and batched, and what training that feeds.
 
-The stages of the paper (arXiv 2204.06125, appendix C) train on 512 to 32,768 pairs a step, so its
-input must deliver so many in every step's time. Here each part of that work is timed by itself on
-one thread, then all of it together through the source that training uses.
+Each phase of that work is timed by itself on one thread, then all of it together through the source
+that training uses.
 """
 
 import dataclasses
@@ -24,8 +23,8 @@ from unclip.input.filters import Filters
 from unclip.input.samples import BadSample, Sample
 from unclip.input.source import make_source
 
-STAGES = ("read", "decode", "resize", "tokenise", "batch")
-PAPER = {
+PHASES = ("read", "decode", "resize", "tokenise", "batch")
+PAPER = {  # stage: global batch size, appendix C of arXiv 2204.06125
     "clip": 32_768,
     "prior": 4096,
     "decoder": 2048,
@@ -33,7 +32,7 @@ PAPER = {
     "upsampler 256→1024": 512,
 }
 _SAMPLES = 256
-_HELD_BYTES = 256 << 20  # of pictures kept in memory to time one stage alone
+_HELD_BYTES = 256 << 20  # of pictures kept in memory to time one phase alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +40,9 @@ class Throughput:
     """What was measured.
 
     Attributes:
-      samples: of the collection, looked at; bad: of them, by reason.
+      samples: how many were looked at; bad: of them, by reason.
       encoded: mean bytes of a picture file; pixels: its mean width x height.
-      seconds: of one sample by stage (`STAGES`), one thread.
+      seconds: of one sample by phase (`PHASES`), one thread.
       one_core: samples a second of the source with one thread; total: with `threads` and `workers`.
       cores: this process may use.
     """
@@ -60,21 +59,21 @@ class Throughput:
     cores: int
 
     def sustained(self, batch: int) -> float:
-        """Seconds a step of `batch` samples a host takes at least."""
+        """The least seconds a step of `batch` samples per host can take."""
         return batch / self.total
 
     def cores_for(self, batch: int, step_seconds: float) -> int:
-        """Cores, of all hosts together, that feed a global batch in so many seconds."""
+        """Cores, of all hosts together, that feed a global batch in `step_seconds`."""
         return math.ceil(batch / step_seconds / self.one_core)
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, with the paper's batches."""
+        """All fields, and the cores that the batch sizes of `PAPER` need."""
         return dataclasses.asdict(self) | {
             "cores_for_a_step_a_second": {n: self.cores_for(b, 1.0) for n, b in PAPER.items()}
         }
 
     def table(self) -> str:
-        """The same for people."""
+        """The same as text."""
         whole = sum(self.seconds.values())  # of a sample
         rows = [("stage", "ms a sample", "samples/s a core", "share")]
         rows += [
@@ -143,19 +142,19 @@ def measure(
     seed: int = 0,
     tell: Callable[[str], Any] = lambda what: None,
 ) -> Throughput:
-    """Times the stages one by one on this thread, then the source with 1 and with all threads.
+    """Times the phases one by one on this thread, then the source with 1 and with all threads.
 
     What is read a second time comes from the operating system's memory, so "read" is what a page
     cache or a filled block cache gives, not a cold disk.
 
     Args:
-      collection: of `shards.index_shards`.
+      collection: of `shards.open_shards`.
       transform: what a sample becomes; its picture's size may not be None.
-      batch_size: samples a batch, of this host.
+      batch_size: samples per batch, of this host.
       threads, workers: of the source, as in training.
-      seconds: for each of the 7 measurements, the 5 stages and the source twice.
+      seconds: for each of the 7 measurements, the 5 phases and the source twice.
       seed: which samples.
-      tell: is given a word on what is measured next.
+      tell: called with the name of what is measured next.
 
     Raises:
       ConfigError: sizes that do not fit.
@@ -190,11 +189,11 @@ def measure(
         "tokenise": lambda k: transform.tokenise([texts[k]], transform.context_length),
         "batch": lambda k: {name: np.stack([row[name]] * batch_size) for name in row},
     }
-    stages = {}
-    for stage in STAGES:
-        tell(stage)
-        taken = _each(work[stage], len(usable), seconds)
-        stages[stage] = taken / batch_size if stage == "batch" else taken
+    phases = {}
+    for phase in PHASES:
+        tell(phase)
+        taken = _each(work[phase], len(usable), seconds)
+        phases[phase] = taken / batch_size if phase == "batch" else taken
 
     def through_source(threads: int, workers: int) -> float:
         with make_source(
@@ -206,7 +205,7 @@ def measure(
             workers=workers,
             max_bad_fraction=1.0,
         ) as batches:
-            for _ in range(2 + 2 * workers):  # not what was prefetched while it started
+            for _ in range(2 + 2 * workers):  # leaves out what was prefetched while it started
                 next(batches)
             return batch_size / _each(lambda k: next(batches), 1, seconds)
 
@@ -218,7 +217,7 @@ def measure(
         bad=dict(bad),
         encoded=statistics.fmean(len(one.sample.image) for one in usable),
         pixels=statistics.fmean(one.pixels for one in usable),
-        seconds=stages,
+        seconds=phases,
         one_core=one_core,
         total=one_core if (threads, workers) == (1, 0) else through_source(threads, workers),
         threads=threads,
@@ -254,7 +253,7 @@ def _usable(collection: Any, transform: ImageText, seed: int) -> tuple[list[_Usa
 
 
 def _each(work: Callable[[int], Any], count: int, seconds: float) -> float:
-    """Mean seconds of work(0), work(1), … up to count - 1 and round again, for so long."""
+    """Mean seconds of work(0), …, work(count - 1), repeated until `seconds` have passed."""
     start = time.perf_counter()
     for done in itertools.count(1):
         work(done % count)

@@ -1,9 +1,9 @@
 """Decoding worker processes: their batches, or a named error soon after one of them was killed.
 
-A host decodes pictures for the paper's models (arXiv 2204.06125) in processes of grain's, which the
-system may kill for want of memory. grain notices most such deaths; not a worker that ended with
-status 0, nor one that died while it held a lock that both sides share. So batches are fetched by a
-thread, and whoever waits for it keeps an eye on the processes.
+Pictures may be decoded in processes of grain's, which the system may kill when memory runs out.
+grain notices most such deaths, but not a worker that ended with status 0, nor one that died while
+it held a lock that both sides share. So a thread fetches the batches, and the caller that waits for
+it checks that the processes are alive.
 """
 
 import contextlib
@@ -21,16 +21,16 @@ from absl import flags
 from unclip.errors import DataError
 
 _PATIENCE_SECONDS = 10.0  # from a worker's death to the error, where grain does not notice it
-_CLOSE_SECONDS = 3.0  # grain may wait for a dead worker for ever
+_CLOSE_SECONDS = 3.0  # grain itself may wait for a dead worker without end
 _TICK_SECONDS = 0.5
 _LOST = (
-    "a decoding worker process was killed, often for want of memory: use fewer workers or a "
+    "a decoding worker process was killed, often because memory ran out: use fewer workers or a "
     "smaller prefetch"
 )
 
 
 def start_worker(_index: int, _count: int) -> None:
-    """A worker outlives the signals that ask the job to save and stop, but not the job itself."""
+    """Makes a worker ignore the signals that ask the job to stop, and end with the job itself."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
@@ -46,10 +46,10 @@ class Watched(Iterator):
 
     Args:
       dataset: made by `mp_prefetch`.
-      endless: it has no end, so that a worker that ends at all was lost.
+      endless: the dataset has no end, so any worker that ends was lost.
 
     Raises (while iterating):
-      DataError: a worker process is gone; whatever one of them raised.
+      DataError: a worker process is gone. Errors of the workers are raised again.
     """
 
     def __init__(self, dataset, *, endless: bool):
@@ -61,14 +61,14 @@ class Watched(Iterator):
         self._closed, self._ended = threading.Event(), False
         self._pump = threading.Thread(target=self._fetch, daemon=True, name="fetch-batches")
         self._workers: dict[int, Any] = {}
-        self._strangers: set[int] = set()  # processes that others started
+        self._strangers: set[int] = set()  # child processes that are not workers
 
     def __next__(self) -> Any:
         if not self._pump.ident:
             self._strangers = {child.pid for child in multiprocessing.active_children()}
             self._pump.start()
             found = self._get(starting=True)
-            self._note_workers()  # all of them run by now; later ones are not ours
+            self._note_workers()  # all of them run by now; processes started later are not workers
             return found
         return self._get()
 
@@ -90,7 +90,7 @@ class Watched(Iterator):
                 return batch
             self._ended = True
             if isinstance(error, RuntimeError) and "terminated unexpectedly" in str(error):
-                self._abandon()  # grain's word for a dead worker
+                self._abandon()  # grain reports a dead worker by this
                 raise DataError(_LOST) from error
             raise error
         raise StopIteration
@@ -122,7 +122,7 @@ class Watched(Iterator):
         for worker in self._workers.values():
             worker.kill()
         self._closed.set()
-        # grain may wait for a dead worker's next word, or a lock it held: it gets a thread.
+        # grain may wait for a message or a lock of a dead worker, so it is closed in a thread.
         closing = threading.Thread(target=self._iterator.close, daemon=True, name="close-workers")
         closing.start()
         closing.join(_CLOSE_SECONDS)

@@ -1,9 +1,8 @@
 """CLIP of OpenAI, OpenCLIP and Hugging Face into a bundle, and a bundle's CLIP for transformers.
 
-All are the two towers that unCLIP inverts (arXiv 2204.06125, section 2; arXiv 2103.00020). OpenAI
-and OpenCLIP name tensors alike and fuse queries, keys and values; transformers stores them apart
-and tells the whole architecture in its config. A tower stands under "vision" or "text" of our
-parameters; a source with one tower gives a CLIP whose other tower has 0 layers.
+OpenAI and OpenCLIP name tensors alike and fuse queries, keys and values; transformers stores them
+separately and gives the whole architecture in its config. A tower is under "vision" or "text" of
+our parameters; a source with one tower gives a CLIP whose other tower has 0 layers.
 """
 
 import json
@@ -23,18 +22,19 @@ from unclip.interop.layout import COPY, Rule, dense, norm
 from unclip.models import clip as model
 from unclip.models.transformer import unstack_blocks
 
-# Buffers of transformers before 4.31, which hold no more than 0, 1, 2, ...
+# Buffers of transformers before 4.31, which hold only the numbers 0, 1, 2, ...
 HF_IGNORE = (
     "text_model.embeddings.position_ids",
     "vision_model.embeddings.position_ids",
 )
-# A source with one tower stores no temperature: OpenAI's CLIPs, like most, ended at this cap.
+# A source with one tower stores no temperature: OpenAI's CLIPs, like most, were trained up to this
+# cap.
 LOGIT_SCALE = np.float32(np.log(model.MAX_LOGIT_SCALE))
 NO_VISION = dict(image_size=224, patch_size=14, vision_width=0, vision_layers=0, vision_heads=0)
 MAX_LAYERS = 1000
 NO_TEXT = dict(text_width=0, text_layers=0, text_heads=0)
 
-# What transformers takes where a config is silent (CLIPTextConfig, CLIPVisionConfig).
+# The defaults of transformers for fields that a config lacks (CLIPTextConfig, CLIPVisionConfig).
 _HF_COMMON = dict(num_hidden_layers=12, hidden_act="quick_gelu", layer_norm_eps=1e-5)
 _HF_TEXT = _HF_COMMON | dict(
     vocab_size=49408, hidden_size=512, intermediate_size=2048, num_attention_heads=8,
@@ -55,7 +55,7 @@ def hf_arch(
     Args:
       text_config: of CLIPTextConfig, fields at their defaults may be left out; None = no tower.
       vision_config: of CLIPVisionConfig, likewise.
-      embed_dim: D, the `projection_dim` in force.
+      embed_dim: D, the `projection_dim` that applies.
 
     Raises:
       ConfigError: an option that `models.clip.CLIP` does not have.
@@ -79,7 +79,7 @@ def hf_arch(
         }
         if side == "text":
             only("text intermediate_size", config["intermediate_size"], 4 * config["hidden_size"])
-            # 2 is what configs held for years; transformers then reads the highest id, as we do.
+            # Old configs hold 2; transformers then takes the highest id for the end, as we do.
             end = number("vocab_size", config["vocab_size"]) - 1
             if config["eos_token_id"] not in (2, end):
                 raise errors.ConfigError(
@@ -111,7 +111,9 @@ def hf_rules(arch: Mapping[str, Any]) -> list[Rule]:
             Rule("vision/class_token", f"{at}class_embedding", COPY),
             Rule("vision/patch/kernel", f"{at}patch_embedding.weight", layout.CONV),
             Rule("vision/position", f"{at}position_embedding.weight", COPY),
-            *norm("vision/ln_pre", "vision_model.pre_layrnorm"),  # their spelling
+            *norm(
+                "vision/ln_pre", "vision_model.pre_layrnorm"
+            ),  # spelled like this in transformers
             *norm("vision/ln_post", "vision_model.post_layernorm"),
             *dense("vision/proj", "visual_projection", bias=False),
         ]
@@ -149,7 +151,7 @@ def read_hf(paths: list[pathlib.Path], options: dict) -> dict[str, bundle.Part]:
       DataError: files that are missing or damaged.
     """
     if options.get("preset"):
-        raise errors.ConfigError("--preset: transformers' config.json tells the architecture")
+        raise errors.ConfigError("--preset: transformers' config.json gives the architecture")
     configs, source, scaled, width = {}, {}, False, None
     for path in paths:
         found, embed_dim = hf_configs(files.read_object(path / "config.json"), str(path))
@@ -168,12 +170,12 @@ def hf_configs(config: Mapping[str, Any], what: str) -> tuple[dict[str, dict], i
     """({"text": config, "vision": config}, D) of what a config.json describes, one or both.
 
     Raises:
-      ConfigError: it describes no CLIP.
+      ConfigError: it does not describe a CLIP.
     """
     kind = config.get("model_type")
     embed_dim = config.get("projection_dim") or _PROJECTION_DIM
     if kind == "clip":
-        # Early files hold a tower's options as text_config_dict, which is then what counts.
+        # Early files hold a tower's options as text_config_dict, which then takes precedence.
         towers = {}
         for side in ("text", "vision"):
             given = (config.get(f"{side}_config_dict"), config.get(f"{side}_config"), {})
@@ -239,20 +241,20 @@ def checked(arch: dict[str, Any]) -> dict[str, Any]:
 
 
 def only(what: str, given: Any, expected: Any) -> None:
-    """Refuses (ConfigError) an option of a CLIP that has but one value here."""
+    """Refuses (ConfigError) any other value of an option that has only one here."""
     if given != expected:
         raise errors.ConfigError(f"CLIP's {what} is {given}; expected {expected}")
 
 
 def number(what: str, given: Any) -> int:
-    """Refuses (ConfigError) what is no size of a network: a whole number of 1 to a million."""
+    """Refuses (ConfigError) what is not a size of a network: a whole number of 1 to a million."""
     if not isinstance(given, int) or not 1 <= given <= 1_000_000:
         raise errors.ConfigError(f"CLIP's {what} is {given!r}; expected a whole number")
     return given
 
 
 def square(what: str, given: Any) -> int:
-    """A number, or the one number of a pair; ConfigError where they differ."""
+    """A number, or that of a pair of equal numbers; ConfigError where they differ."""
     pair = given if isinstance(given, (list, tuple)) else [given]
     if len(pair) > 2 or any(side != pair[0] for side in pair):
         raise errors.ConfigError(f"CLIP's {what} is {given}; expected a square")

@@ -1,9 +1,8 @@
 """DINOv2 from Meta's files and from Hugging Face folders (arXiv 2304.07193).
 
-The network of FD-DINOv2, a judge of generated pictures beside the Inception network of unCLIP's
-FIDs (arXiv 2204.06125, Table 2). Meta's `dinov2_vitl14_pretrain.pth` fuses queries, keys and
-values; transformers stores them apart and tells the architecture in its config. The mask token,
-which only training uses, is passed over.
+The network of the metric FD-DINOv2. Meta's `dinov2_vitl14_pretrain.pth` fuses queries, keys and
+values; transformers stores them separately and gives the architecture in its config. The mask
+token, which only training uses, is ignored.
 """
 
 import math
@@ -25,7 +24,7 @@ from unclip.models import dinov2 as model
 MAX_LAYERS = 1000
 HEAD_WIDTH = 64  # of every published DINOv2
 MASK_TOKENS = ("mask_token", "embeddings.mask_token")
-# What transformers takes where a config is silent (Dinov2Config, Dinov2WithRegistersConfig).
+# transformers' defaults for fields that a config lacks (Dinov2Config, Dinov2WithRegistersConfig).
 _HF_DEFAULTS = dict(
     hidden_size=768, num_hidden_layers=12, num_attention_heads=12, mlp_ratio=4, hidden_act="gelu",
     layer_norm_eps=1e-6, image_size=224, num_channels=3, qkv_bias=True, use_swiglu_ffn=False,
@@ -53,7 +52,7 @@ def read(paths: list[pathlib.Path], options: dict[str, Any]) -> dict[str, Part]:
       DataError: a file that is missing or damaged.
     """
     if options.get("preset"):
-        raise errors.ConfigError("--preset: files of DINOv2 tell their architecture")
+        raise errors.ConfigError("--preset: files of DINOv2 give their architecture")
     if len(paths) != 1:
         raise errors.ConfigError(f"given {len(paths)} paths; expected one file or folder")
     path = paths[0]
@@ -157,14 +156,14 @@ def checked(arch: dict[str, Any], what: str) -> dict[str, Any]:
 
 
 def _size(what: str, field: str, given: Any) -> int:
-    """Refuses (ConfigError) what is no size of a network."""
+    """Refuses (ConfigError) what is not a size of a network."""
     if not isinstance(given, int) or not 1 <= given <= 1_000_000:
         raise errors.ConfigError(f"{what}: {field} is {given!r}; expected a whole number above 0")
     return given
 
 
 def _square(what: str, field: str, given: Any) -> int:
-    """A number, or the one number of a pair; ConfigError where they differ."""
+    """A number, or that of a pair of equal numbers; ConfigError where they differ."""
     pair = given if isinstance(given, (list, tuple)) else [given]
     if not 1 <= len(pair) <= 2 or pair[0] != pair[-1]:
         raise errors.ConfigError(f"{what}: {field} is {given!r}; expected a square")

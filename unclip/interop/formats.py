@@ -1,7 +1,7 @@
 """The formats that other people's weights come in, and those that a bundle can be written in.
 
-A format's module lists how its tensors become those of the networks of unCLIP (arXiv 2204.06125);
-it is imported when it is used. `unclip convert` is the verb.
+A format's module lists how its tensors become those of our networks; it is imported when it is
+used. `unclip convert` is the verb.
 """
 
 import importlib
@@ -30,7 +30,7 @@ def read(kind: str, paths: list[pathlib.Path], preset: str | None = None) -> dic
 
     Args:
       kind: one of `FROM`; paths: files or folders, as the format has them.
-      preset: named architecture, where files leave it open.
+      preset: name of an architecture, for files that do not determine it.
 
     Raises:
       ConfigError: unknown format, or tensors that are not the architecture's (with their table).

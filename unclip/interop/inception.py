@@ -1,9 +1,8 @@
 """FID's Inception-v3 from the files that hold it: PyTorch state dict or TensorFlow graph.
 
-The network that the paper's FIDs are measured with (arXiv 2204.06125, Tables 2 and 3) was published
-as a frozen TensorFlow graph, `classify_image_graph_def.pb` of 2015-12-05; pytorch-fid and
-torch-fidelity share a state dict made from it, `pt_inception-2015-12-05-6726825d.pth`. Both give
-equal parameters.
+The network was published as a frozen TensorFlow graph, `classify_image_graph_def.pb` of 2015-12-05;
+pytorch-fid and torch-fidelity share a state dict made from it,
+`pt_inception-2015-12-05-6726825d.pth`. Both give equal parameters.
 """
 
 import hashlib
@@ -33,7 +32,7 @@ NORM = {
     "mean": ("moving_mean", "running_mean"),
     "var": ("moving_variance", "running_var"),
 }
-# In which tower of the graph's block a branch stands; "" is the block itself.
+# The tower of the graph's block in which a branch is; "" is the block itself.
 TOWERS = {
     "A": {"branch1x1": "", "branch5x5": "tower/", "branch3x3dbl": "tower_1/"},
     "B": {"branch3x3": "", "branch3x3dbl": "tower/"},
@@ -130,7 +129,7 @@ def _read_graph(path: pathlib.Path) -> dict[str, Lazy]:
     """The trained constants of a frozen graph by name.
 
     Raises:
-      DataError: no graph, one larger than `MAX_GRAPH_BYTES`, or a damaged constant.
+      DataError: not a graph, one larger than `MAX_GRAPH_BYTES`, or a damaged constant.
     """
     # Here, because it loads torch where that is installed, which takes seconds.
     from tensorboardX.proto import graph_pb2, types_pb2
@@ -142,14 +141,14 @@ def _read_graph(path: pathlib.Path) -> dict[str, Lazy]:
     except OSError as error:
         raise errors.DataError(f"cannot read {path}: {error.strerror or error}") from error
     except google.protobuf.message.DecodeError as error:
-        raise errors.DataError(f"{path} is no TensorFlow graph: {error}") from error
+        raise errors.DataError(f"{path} is not a TensorFlow graph: {error}") from error
     found, unscaled = {}, set()
     for node in graph.node:
-        # This operation takes a gamma in any case, and may be told not to apply it.
+        # This operation always has a gamma as input, and an option whether it is applied.
         normalises = node.op == "BatchNormWithGlobalNormalization" and len(node.input) == 5
         if normalises and not node.attr["scale_after_normalization"].b:
             unscaled.add(node.input[4].removesuffix(":0"))
-        # Scalars and integers are the graph's own arithmetic: shapes, axes, (x - 128)/128.
+        # Scalars and integers are constants of the graph's arithmetic: shapes, axes, (x - 128)/128.
         tensor = node.attr["value"].tensor if node.op == "Const" else None
         if tensor is not None and tensor.dtype == types_pb2.DT_FLOAT and tensor.tensor_shape.dim:
             found[node.name] = _constant(path, node.name, tensor)

@@ -1,6 +1,6 @@
 """How other people's tensors become ours, and back.
 
-A format is a list of rules, one for each leaf of a part's parameters: where the leaf stands in our
+A format is a list of rules, one for each leaf of a part's parameters: where the leaf is in our
 tree, which of their tensors holds it, and the transform between the two memory layouts. `take`
 applies rules to a checkpoint, strictly: every one of their tensors is used, every leaf of ours is
 filled, every shape is the one the architecture asks for. `give` applies them backwards. Both are
@@ -45,7 +45,7 @@ class Rule:
 
 
 class Mismatch(errors.ConfigError):
-    """A checkpoint that is not the architecture it was taken for; its table lists the tensors."""
+    """A checkpoint of another architecture than expected; the table lists the tensors."""
 
 
 COPY = Transform(lambda a: a, lambda a: a)
@@ -82,8 +82,8 @@ def rows(part: int, parts: int, then: Transform = COPY, chunk: int | None = None
 
     Args:
       chunk: None takes rows [part n/parts, (part+1) n/parts); a number takes them interleaved:
-        groups of `chunk` rows follow one another as part 0, 1, …, parts-1, 0, 1, … (a fused
-        q, k, v a head, `chunk` being the head's width).
+        groups of `chunk` rows follow one another as part 0, 1, …, parts-1, 0, 1, … (q, k, v fused
+        per head, `chunk` being the head's width).
     """
 
     def read(a):
@@ -123,7 +123,7 @@ def fused_dense(
 
     Args:
       ours: the Denses, in the order their rows are stored.
-      then: what becomes of the rows of the weight once they are apart.
+      then: transform applied to the rows of each weight once they are separated.
     """
     names, rules = list(ours), []
     for part, name in enumerate(names):
@@ -152,7 +152,7 @@ def take(
       source: their tensors.
       abstract: nested dict of shapes, `jax.eval_shape(init)`.
       what: names the checkpoint in messages.
-      ignore: names of theirs that hold nothing trained (buffers) and may be there or not.
+      ignore: names of theirs that are not trained (buffers) and may be present or not.
       constants: leaves of ours, by path, that this format does not store.
 
     Returns:
@@ -229,7 +229,7 @@ def _lazy(leaf: Any) -> Lazy:
 
 
 def _hollow(shape: Shape) -> np.ndarray:
-    """An array of a shape that takes no memory."""
+    """An array of a shape that uses no memory."""
     return np.broadcast_to(np.zeros((), np.uint8), shape)
 
 

@@ -1,8 +1,8 @@
 """CLIP in the layout of OpenAI and OpenCLIP, into a bundle (arXiv 2103.00020).
 
-Both name tensors alike and fuse queries, keys and values. OpenAI's files tell everything but the
-heads; OpenCLIP's leave the activation open too, which its `open_clip_config.json` gives. The
-embeddings of such CLIPs are what unCLIP inverts (arXiv 2204.06125, section 2).
+Both name tensors alike and fuse queries, keys and values. From OpenAI's files everything follows
+but the number of heads; from OpenCLIP's the activation does not either, which its
+`open_clip_config.json` gives.
 """
 
 import math
@@ -33,7 +33,7 @@ OTHER_TOWERS = {
     "text.transformer.embeddings.": "a Hugging Face text tower",
     "text.text_projection.bias": "a text projection with a bias (SigLIP)",
 }
-# Options of open_clip_config.json that are read, or that change nothing in a trained model.
+# Options of open_clip_config.json that are read, or that have no effect on a trained model.
 _READ = {
     "model_cfg": (
         "embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "init_logit_scale",
@@ -82,9 +82,10 @@ def read_open_clip(paths: list[pathlib.Path], options: dict) -> dict[str, bundle
     """{"clip": part} from an OpenCLIP checkpoint, or a folder with its `open_clip_config.json`.
 
     Args:
-      paths: one file or folder. A bare file does not tell its activation (GELU is taken, as most
-        of OpenCLIP's have) nor its heads (those that OpenCLIP gives the width are taken).
-      options: "preset" names one of `models.clip.PRESETS`, whose heads and activation are taken.
+      paths: one file or folder. From a bare file neither the activation follows (GELU is assumed,
+        which most of OpenCLIP's have) nor the heads (those that OpenCLIP uses with this width are
+        assumed).
+      options: "preset" names one of `models.clip.PRESETS`, whose heads and activation are used.
 
     Raises:
       ConfigError: a tower that is not OpenAI's ViT or text transformer, pictures normalised in
@@ -95,9 +96,9 @@ def read_open_clip(paths: list[pathlib.Path], options: dict) -> dict[str, bundle
     # A folder of the hub often holds the same model for transformers, under the usual names.
     named = [path / name for name in ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")]
     config = path / "open_clip_config.json"
-    told = open_clip_arch(files.read_object(config), str(config)) if config.is_file() else None
+    stated = open_clip_arch(files.read_object(config), str(config)) if config.is_file() else None
     source = _source(path, next((file for file in named if file.is_file()), path))
-    arch = told or shape_arch(source, str(path), HEAD_WIDTHS) | {"activation": "gelu"}
+    arch = stated or shape_arch(source, str(path), HEAD_WIDTHS) | {"activation": "gelu"}
     arch = _preset(arch, options.get("preset"), str(path))
     if "logit_bias" in source:
         arch["logit_bias"] = True
@@ -201,7 +202,7 @@ def openai_rules(arch: Mapping[str, Any], scalar: layout.Transform = COPY) -> li
 def shape_arch(
     source: Mapping[str, tensors.Lazy], what: str, head_widths: Mapping[int, int]
 ) -> dict[str, Any]:
-    """Keyword arguments of `models.clip.CLIP` as far as shapes tell: all but the activation.
+    """Keyword arguments of `models.clip.CLIP` that follow from shapes: all but the activation.
 
     Args:
       head_widths: width of an image tower's heads by its own width, where that is not 64.
@@ -218,10 +219,10 @@ def shape_arch(
         mlp_width, _ = source["visual.transformer.resblocks.0.mlp.c_fc.weight"].shape
     except KeyError as error:
         raise errors.ConfigError(
-            f"{what} is no CLIP of OpenAI's layout: it has no tensor {error}"
+            f"{what} is not a CLIP of OpenAI's layout: it has no tensor {error}"
         ) from error
     except ValueError as error:
-        raise errors.ConfigError(f"{what} is no CLIP of OpenAI's layout: {error}") from error
+        raise errors.ConfigError(f"{what} is not a CLIP of OpenAI's layout: {error}") from error
     block = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.")
     depth = {"visual.": 0, None: 0}
     for match in filter(None, map(block.match, source)):
@@ -251,7 +252,7 @@ def _heads(width: int, head_width: int, what: str) -> int:
 
 
 def _preset(arch: dict[str, Any], name: str | None, what: str) -> dict[str, Any]:
-    """`arch` with the heads and the activation of a preset, whose sizes must be the same."""
+    """`arch` with the heads and the activation of a preset, whose other sizes must be equal."""
     if name is None:
         return arch
     if name not in model.PRESETS:
@@ -267,7 +268,7 @@ def _preset(arch: dict[str, Any], name: str | None, what: str) -> dict[str, Any]
 
 
 def _source(path: pathlib.Path, weights_file: pathlib.Path) -> dict[str, tensors.Lazy]:
-    """The tensors of a file under OpenAI's names: no wrappers', and no "text." before them."""
+    """The tensors of a file under OpenAI's names, without prefixes of wrappers and "text."."""
     source = weights.open_weights(weights_file)
     for wrapper in ("state_dict.", "module."):
         if any(name.startswith(wrapper) for name in source):

@@ -1,9 +1,9 @@
 """T5 and ByT5 encoders in Hugging Face's layout, with their tokenizer, into a bundle's part `t5`.
 
 The frozen text encoder of an Imagen-like decoder (arXiv 2205.11487, section 2.1). A folder of an
-encoder or of a whole T5 is read; a whole model's decoder and output layer have no place here and
-are left out by name. The tokenizer comes from `tokenizer.json`, or is made from the `spiece.model`
-that Google published with version 1.1.
+encoder or of a whole T5 is read; a whole model's decoder and output layer are left out, by name.
+The tokenizer comes from `tokenizer.json`, or is made from the `spiece.model` that Google published
+with version 1.1.
 """
 
 import pathlib
@@ -36,7 +36,7 @@ def read(paths: list[pathlib.Path], options: dict) -> dict[str, bundle.Part]:
 
     Args:
       paths: a folder with config.json and weights; the tokenizer may lie in another folder.
-      options: none of them are used: the files tell the architecture.
+      options: none are used: the files give the architecture.
 
     Raises:
       ConfigError: another architecture, or tensors that do not fit (with their table).
@@ -99,7 +99,7 @@ def architecture(config: dict, what: str) -> dict:
 
 
 def rules(arch: dict, embedding: str = "shared.weight") -> list[layout.Rule]:
-    """Where each leaf of a `T5Encoder` stands in their checkpoint."""
+    """Where each leaf of a `T5Encoder` is in their checkpoint."""
     kernel = lambda ours, theirs: layout.dense(ours, theirs, bias=False)
     scale = lambda ours, theirs: [layout.Rule(f"{ours}/scale", f"{theirs}.weight", layout.COPY)]
     first = "encoder.block.0.layer.0.SelfAttention"
@@ -121,7 +121,7 @@ def rules(arch: dict, embedding: str = "shared.weight") -> list[layout.Rule]:
 
 
 def _copies(source: dict[str, Lazy], name: str) -> list[str]:
-    """Further names of the embedding, as torch files hold them, once seen to be equal."""
+    """Further names of the embedding, as torch files have them, checked to be equal to it."""
     copy = "encoder.embed_tokens.weight"
     if name == copy or copy not in source or name not in source:
         return []
@@ -132,7 +132,7 @@ def _copies(source: dict[str, Lazy], name: str) -> list[str]:
 
 
 def _decoder_names(config: dict) -> list[str]:
-    """Every tensor of a whole T5 that its encoder has not."""
+    """Every tensor of a whole T5 that its encoder does not have."""
     gated = FEED_FORWARD[config.get("feed_forward_proj", "relu")][1]
     layers = config.get("num_decoder_layers") or config["num_layers"]
     names = ["lm_head.weight", "decoder.embed_tokens.weight", "decoder.final_layer_norm.weight"]
@@ -184,7 +184,8 @@ def from_sentencepiece(data: bytes) -> bytes:
     T5's hundred sentinels follow the model's own pieces, the last one first.
 
     Raises:
-      DataError: no such model, or one of a kind that T5 has not (byte pieces, other algorithms).
+      DataError: not such a model, or one of a kind that T5 does not use (byte pieces, other
+        algorithms).
     """
     try:
         pieces, charsmap = _unigram(data)
@@ -229,7 +230,7 @@ def _unigram(data: bytes) -> tuple[list[tuple[str, float, int]], bytes]:
         elif field == 3:
             normaliser = dict(_fields(value))
             charsmap = bytes(normaliser.get(2, b""))
-            # The dummy prefix and the removal of extra spaces, which are on where not named.
+            # The dummy prefix and the removal of extra spaces, which are on by default.
             if not (normaliser.get(3, 1) and normaliser.get(4, 1)):
                 raise ValueError("it keeps spaces as they are, which T5's do not")
     if not pieces:

@@ -1,7 +1,7 @@
 """Opening the weight files of other projects: safetensors, torch files, and folders of them.
 
-Every tensor is named and shaped when a file is opened, and read only when it is wanted, so that
-the 5 GB of a cascade (arXiv 2204.06125; Karlo) pass through little memory.
+Opening a file gives the names and shapes of all tensors; values are read only when they are used,
+so that a cascade of 5 GB needs little memory.
 """
 
 import pathlib
@@ -11,7 +11,7 @@ from unclip.files import tensors
 from unclip.interop.torch.file import open_torch
 
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".th")
-# What a folder of diffusers' or transformers' making may hold; the first that is there is read.
+# What a folder written by diffusers or transformers may hold; the first one found is read.
 FOLDER_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",

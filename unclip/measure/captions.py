@@ -1,8 +1,8 @@
 """Captions from files, matched to pictures by name.
 
-Text alignment (CLIP score and R-precision, beside the paper's Table 1 and Figures 9 to 11, arXiv
-2204.06125) needs the caption of every picture, and a shifted list gives numbers that look right.
-So captions and pictures meet by name alone, and what stands without the other is an error.
+Text alignment (CLIP score, R-precision) needs the caption of every picture, and a list shifted by
+one gives numbers that look right. So captions and pictures are matched by name only, and a caption
+or picture without its counterpart is an error.
 """
 
 import csv
@@ -28,7 +28,7 @@ def read_captions(path: str | os.PathLike) -> dict[str, list[str]]:
     """{name: captions} of a file.
 
     Args:
-      path: `.jsonl`, an object a line with a name (one of `NAMES`) and a caption (one of
+      path: `.jsonl`, an object per line with a name (one of `NAMES`) and a caption (one of
         `CAPTIONS`); `.csv` or `.tsv` with such a header; `.json`, {name: caption or list of
         captions} or COCO's {"images": …, "annotations": …}. A name may come several times.
 
@@ -130,19 +130,19 @@ def match(
         return [list(texts) for texts in found]
     bare = [name for name, texts in zip(names, found) if not texts]
     spare = sorted(captions.keys() - set(names) - (set(stems) - twice))
-    told = " and ".join(
+    unmatched = " and ".join(
         f"{len(some)} {kind} ({', '.join(some[:_SHOWN])}{', …' if len(some) > _SHOWN else ''})"
         for some, kind in ((bare, "pictures without caption"), (spare, "captions without picture"))
         if some
     )
     raise ConfigError(
         f"{what} and {pictures.source} do not match by name: "
-        f"{told or 'some pictures have captions by two names'}"
+        f"{unmatched or 'some pictures have captions by two names'}"
     )
 
 
 def own(pictures: PictureSet) -> list[list[str]] | None:
-    """The captions that a set brings along, or None where no picture has one.
+    """The captions that a set itself has, or None where no picture has one.
 
     Raises:
       ConfigError: some pictures have one and others not. DataError: one cannot be read.
@@ -150,8 +150,8 @@ def own(pictures: PictureSet) -> list[list[str]] | None:
     try:
         found = [pictures.caption(i) for i in range(len(pictures))]
     except BadSample as error:
-        told = ": ".join(str(error).splitlines())
-        raise DataError(f"{pictures.source}: a caption cannot be read: {told}") from error
+        reason = ": ".join(str(error).splitlines())
+        raise DataError(f"{pictures.source}: a caption cannot be read: {reason}") from error
     if not any(found):
         return None
     bare = [pictures.name(i) for i, text in enumerate(found) if not text]

@@ -1,9 +1,8 @@
 """How well pictures fit their captions by CLIP: CLIP score under each of its names, R-precision.
 
-Guidance trades variety for pictures that fit their captions better (2204.06125, §5.2); these
-measure the fit. All start from the cosine of z_i and z_t. Tools differ in what they make of it and
-in the prefix before the caption, which belongs to whoever encodes the captions. Embeddings are
-normalised here, in float64.
+All start from the cosine of z_i and z_t. Tools differ in what they compute from it and in the
+prefix before the caption, which is added where captions are encoded. Embeddings are normalised
+here, in float64.
 """
 
 from collections.abc import Hashable, Sequence
@@ -56,7 +55,7 @@ def ref_clip_score(
       references: for each picture the embeddings [R, D], R at least 1, of its reference captions.
 
     Returns:
-      float64 [N]; 0 where the picture or every reference is at right angles or beyond.
+      float64 [N]; 0 where the cosine with the picture or with every reference is 0 or less.
 
     Raises:
       ConfigError, NumericsError: as `cosine`, and for references that are missing.
@@ -75,7 +74,7 @@ def ref_clip_score(
 
 
 def torchmetrics(z_i: np.ndarray, z_t: np.ndarray) -> float:
-    """CLIP score as torchmetrics has it: max(mean of 100 · cosine, 0), no prefix.
+    """CLIP score as torchmetrics computes it: max(mean of 100 · cosine, 0), no prefix.
 
     Args, Raises: as `cosine`.
     """
@@ -93,12 +92,12 @@ def r_precision(
     """CLIP-R-precision at R = 1: how often a picture's own caption is the nearest of `candidates`.
 
     The candidates are the picture's own caption and `candidates` − 1 others, drawn by the seed
-    from the distinct captions of the set; a second picture's equal caption is no distractor. A tie
-    is a miss. Chance is 1 / candidates, which is why the count belongs in the metric's name.
+    from the distinct captions of the set; a second picture's equal caption is not a distractor. A
+    tie is a miss. Chance is 1 / candidates, so the count is part of the metric's name.
 
     Args:
       z_i, z_t: as `cosine`.
-      captions: N captions, to tell which are equal; None: those whose embeddings equal bit by bit.
+      captions: N captions, to find equal ones; None: captions are equal if their embeddings are.
 
     Returns:
       the share of hits, in [0, 1].

@@ -1,13 +1,12 @@
 """CLIP and DINOv2 as judges: the embeddings of pictures and captions that metrics compare.
 
-The paper measures text alignment and ablations by the CLIP of captions and pictures (arXiv
-2204.06125, section 5); CLIP score (2104.08718), CMMD (2401.09603) and Fréchet distances on CLIP or
-DINOv2 features (2306.04675) all read what is made here. Each metric's published code prepares
-pictures in its own way, which changes the number; the ways have names here and stand in the ids.
+CLIP score (2104.08718), CMMD (2401.09603) and Fréchet distances on CLIP or DINOv2 features
+(2306.04675) use them. Each metric's published code prepares pictures in its own way, which changes
+the number; these ways have names, which are part of the ids.
 
 An extractor has `id`, `provenance`, `outputs`, `params`, `prepare` (a picture on the host, to one
 fixed shape) and `apply` (a batch on the device); `measure.features.extract` runs it. Networks
-are computed in float32, whatever they were stored or trained in, unless asked otherwise.
+are computed in float32, in whatever dtype they were stored or trained, unless asked otherwise.
 """
 
 import dataclasses
@@ -31,14 +30,14 @@ from unclip.models import clip as clip_model
 from unclip.models import dinov2 as dinov2_model
 from unclip.tasks.clip import to_float
 
-HESSEL_PREFIX = "A photo depicts "  # what CLIPScore's published code puts before every caption
+HESSEL_PREFIX = "A photo depicts "  # CLIPScore's published code puts it before every caption
 TRUNCATIONS = ("eot", "slice")
 DINOV2_SIZE = 224
 DTYPES = ("float32", "bfloat16")
 
 
 def crop_then_resize(picture: np.ndarray, size: int) -> np.ndarray:
-    """CMMD's own: the largest centred square, then Pillow's bicubic; uint8 [size, size, 3]."""
+    """CMMD's resize: the largest centred square, then Pillow's bicubic; uint8 [size, size, 3]."""
     height, width = picture.shape[:2]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
@@ -46,7 +45,7 @@ def crop_then_resize(picture: np.ndarray, size: int) -> np.ndarray:
 
 
 def squash(picture: np.ndarray, size: int) -> np.ndarray:
-    """Pillow's bicubic of the whole picture, its shape not kept; uint8 [size, size, 3]."""
+    """The whole picture made square by Pillow's bicubic filter; uint8 [size, size, 3]."""
     square = Image.fromarray(np.ascontiguousarray(picture))
     return np.array(square.resize((size, size), Image.Resampling.BICUBIC))
 
@@ -99,7 +98,7 @@ class Embedder:
 
     def apply(self, params, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """{name: float32 [b, width]} of {"image": uint8 [b, size, size, 3]}; to be jitted."""
-        # Features are compared across machines: no accelerator may round float32 to bfloat16.
+        # Features are compared across machines, so no accelerator may round float32 to bfloat16.
         with jax.default_matmul_precision("highest"):
             return self.forward(params, batch["image"])
 
@@ -112,8 +111,8 @@ def clip_extractor(
     Args:
       path: BUNDLE or RUN with a CLIP, or a Hugging Face or OpenCLIP folder with a config.
       preprocess: one of `PREPROCESSES`: "openai" and "transformers" resize the shorter side and
-        crop the centre, "cmmd" crops the square first. All round to uint8, as their origins do.
-      dtype: of the computation; "bfloat16" is quicker and moves embeddings by about 1 %.
+        crop the centre, "cmmd" crops the square first. All round to uint8, as the originals do.
+      dtype: of the computation; "bfloat16" is faster and changes embeddings by about 1 %.
 
     Returns:
       An `Embedder` with an id like "clip.ViT-L-14.openai".
@@ -167,7 +166,7 @@ def dinov2_extractor(
     """
     part, provenance = _open(path, "dinov2")
     arch = tasks.arguments(part.arch) | {"dtype": _dtype(dtype)}
-    # Models with registers have their one way of reading positions, in both codes.
+    # For models with registers both codes interpolate positions in the same way.
     if interpolation is not None and not arch.get("registers"):
         arch["interpolation"] = interpolation
     model = dinov2_model.DINOv2(**arch)
@@ -225,7 +224,8 @@ class CaptionEncoder:
           captions: n texts.
           truncate: how a text of more than L tokens is cut. "eot" makes the last token the end of
             text, as OpenAI's tokenizer does for CLIPScore; "slice" drops the end with the rest, as
-            torchmetrics does: CLIP then reads such texts at their first token, which says nothing.
+            torchmetrics does: CLIP then reads such texts at their first token, which has no
+              meaning.
           prefix: put before every caption, space included: `HESSEL_PREFIX`.
 
         Raises:
@@ -239,7 +239,7 @@ class CaptionEncoder:
         tokens, _, left_out = self._tokenizer.encode(texts, length)
         cut = np.array([rest is not None for rest in left_out], bool)
         if truncate == "slice" and cut.any():
-            # One more place takes the end of text; the places before it are the text's own.
+            # One more position for the end of text; the positions before it hold the text.
             longer = [text for text, is_cut in zip(texts, cut) if is_cut]
             tokens[cut] = self._tokenizer.encode(longer, length + 1)[0][:, :length]
         return tokens, cut
@@ -270,12 +270,12 @@ class CaptionEncoder:
         return np.concatenate(rows) if rows else np.zeros((0, self.width), np.float32)
 
     def cut(self, captions: Sequence[str], *, prefix: str = "") -> list[int]:
-        """Numbers of the captions that do not fit, for warnings and provenance."""
+        """The numbers of the captions that do not fit, for warnings and provenance."""
         return [int(k) for k in np.flatnonzero(self.tokens(captions, prefix=prefix)[1])]
 
 
 def clip_name(model: clip_model.CLIP) -> str:
-    """A CLIP's name in ids: of its preset ("ViT-L-14"), or its sizes ("64px8-w128-l4-d128")."""
+    """A CLIP's name in ids: its preset's ("ViT-L-14"), or its sizes ("64px8-w128-l4-d128")."""
     for name, preset in clip_model.PRESETS.items():
         fields = {"vision_mlp_width": None} | preset
         if all(getattr(model, field) == value for field, value in fields.items()):
@@ -286,7 +286,7 @@ def clip_name(model: clip_model.CLIP) -> str:
 
 
 def _open_clip(path: str | os.PathLike, tower: str, dtype: str):
-    """(model, parameters of a tower alone, provenance) of the CLIP at a path."""
+    """(model, parameters of one tower, provenance) of the CLIP at a path."""
     part, provenance = _open(path, "clip")
     arch = tasks.arguments(part.arch) | {"dtype": _dtype(dtype), "remat": None}
     model = clip_model.CLIP(**arch | {"attention_impl": "xla"})
@@ -317,14 +317,14 @@ def _open(path: str | os.PathLike, kind: str) -> tuple[bundle.Part, dict[str, An
 
 
 def _open_foreign(path: pathlib.Path, kind: str) -> bundle.Part | None:
-    """The part of another project's files; None for what a RUN may be."""
+    """The part in another project's files; None for a path that may be a RUN."""
     if not path.exists():
         raise errors.DataError(f"{path}: no such file or folder")
     if kind == "dinov2":
         return formats.read("dinov2", [path])[kind]
     if path.is_file():
         raise errors.ConfigError(
-            f"{path}: a CLIP's file does not tell its whole architecture; convert it to a bundle "
+            f"{path}: a CLIP's file does not give its whole architecture; convert it to a bundle "
             "first (unclip convert --from openai-clip|open-clip FILE --out BUNDLE)"
         )
     if (path / "open_clip_config.json").is_file():

@@ -1,10 +1,9 @@
 """Features of a set of pictures: read on host threads, computed on every device, gathered.
 
-Fréchet distances, kernel distances, precision and recall (the paper's Tables 2 and 3 and section 5,
-arXiv 2204.06125) all begin with one row of numbers a picture. Here every picture that can be read
-gives exactly one row, whatever the batch size, devices and processes: the device program always
-sees the same number of rows, so that not a bit of a row depends on them, and rows that fill it up
-are never counted.
+Fréchet distances, kernel distances, precision and recall all start from one row of numbers per
+picture. Every picture that can be read gives exactly one row, with the same bits for any batch
+size, devices and processes: the device program always computes the same number of rows, and rows
+of padding are never counted.
 """
 
 import contextlib
@@ -31,18 +30,18 @@ from unclip.runtime.progress import progress
 
 __all__ = ["Extracted", "Extractor", "extract", "inception_extractor"]
 
-ROWS = {"cpu": 8}  # rows a device computes at a time; elsewhere
+ROWS = {"cpu": 8}  # rows that a device computes at once, by platform; on others
 ACCELERATOR_ROWS = 64
-IN_FLIGHT = 2  # calls that wait on the devices while the next one is made ready
+IN_FLIGHT = 2  # calls that the devices have to do while the next one is prepared
 MOMENT_ROWS = 512  # added up at a time: one large product in place of many small ones
 MANY = 256  # pictures from which on progress is shown
 
 
 class Extractor(Protocol):
-    """A network that sees pictures. It does not change while it is in use.
+    """A network that computes features of pictures. It must not change while it is in use.
 
     Attributes:
-      id: names the network and what happens to a picture before it; part of every metric's key.
+      id: names the network and how pictures are prepared for it; part of every metric's key.
       provenance: JSON-able facts, "weights_sha256" among them.
       outputs: width of each output by name.
       params: parameters of the network, a tree of arrays.
@@ -54,13 +53,13 @@ class Extractor(Protocol):
     params: Any
 
     def prepare(self, picture: np.ndarray) -> dict[str, np.ndarray]:
-        """What the device needs of a picture uint8 [H, W, 3]; runs in threads.
+        """The arrays that `apply` needs of a picture uint8 [H, W, 3]; runs in threads.
 
-        Every set of shapes among its results is a program to compile: there should be few.
+        Each different set of shapes is compiled separately, so there should be few.
         """
 
     def apply(self, params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """{output: float [b, width]} of b prepared pictures; traced, row by row independent."""
+        """{output: float [b, width]} of b prepared pictures; traced; rows are independent."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -68,11 +67,11 @@ class Extracted:
     """The features of a set, equal on every process.
 
     Attributes:
-      count: pictures measured: all but `bad`.
+      count: pictures measured, all except `bad`.
       moments: by output.
-      rows: float32 [count, width] by output, in picture order; None unless they were to be kept.
+      rows: float32 [count, width] by output, in picture order; None without `keep`.
       bad: (name, reason) of the pictures that could not be read, in picture order. The caller
-        decides whether the others are a fair measurement.
+        decides whether the others may be measured without them.
       names: of the pictures measured.
       greyscale: how many of them were stored without colour.
       sizes: how many have each (height, width).
@@ -99,24 +98,24 @@ def extract(
 ) -> Extracted:
     """Features of all pictures; called by every process of a job with the same arguments.
 
-    Each process takes a contiguous part of the picture numbers and its own devices. Moments differ
-    by the order of float64 sums alone.
+    Each process takes a contiguous part of the picture numbers, on its own devices. With another
+    number of processes, moments differ only by the order of float64 sums.
 
     Args:
-      extractor: what is computed; its programs are kept as long as it lives.
-      pictures: what of.
-      devices: of this process; all of them when None.
-      batch_size: pictures that a process reads ahead at most, and how often it asks whether to
+      extractor: what is computed; its compiled programs are kept as long as the object exists.
+      pictures: of which.
+      devices: of this process; None: all of them.
+      batch_size: pictures that a process reads ahead at most, and between two checks whether to
         stop; no result depends on it.
       outputs: names of the extractor's outputs; all when None.
       keep: also return the rows.
-      threads: that read and prepare pictures; one a core, at most 16, when None.
+      threads: that read and prepare pictures; None: one per core, at most 16.
 
     Raises:
       ConfigError: an unknown output, or no pictures.
       NumericsError: a picture with NaN or infinite features; names it.
-      Stopped: the job was asked to stop; nothing is returned of half a set.
-      DataError: what the set raises beside `BadSample`.
+      Stopped: the job was asked to stop; features of a part of the set are not returned.
+      DataError: errors of the set other than `BadSample`.
     """
     outputs = tuple(extractor.outputs) if outputs is None else tuple(outputs)
     for name in outputs:
@@ -144,7 +143,7 @@ def extract(
             what = f"{extractor.id} of {pictures.source}"
             shown = stack.enter_context(progress(len(numbers), what, "picture"))
         read = _read_ahead(pool, own.read, numbers, max(batch_size, threads))
-        # Every process asks equally often, also one that has fewer pictures or has failed.
+        # Every process must ask equally often, also one that has fewer pictures or has failed.
         for _ in range(-(-share // batch_size)):
             try:
                 for number, found in itertools.islice(read, batch_size if failure is None else 0):
@@ -195,7 +194,7 @@ class _Part:
         return picture.shape[:2], grey, self.extractor.prepare(picture)
 
     def take(self, number: int, found) -> dict[str, np.ndarray] | None:
-        """Notes a picture that was read; what the device needs of it, or None of a bad one."""
+        """Notes a picture that was read; returns its prepared arrays, None for a bad one."""
         if isinstance(found, BadSample):
             self.bad.append((number, " ".join(found.message.split())))
             return None
@@ -211,7 +210,7 @@ class _Part:
             self.finish()
 
     def finish(self) -> None:
-        """Adds up what waits."""
+        """Adds up the rows that wait."""
         if not self.waiting:
             return
         numbers = [number for numbers, _ in self.waiting for number in numbers]
@@ -225,7 +224,7 @@ class _Part:
         self.waiting = []
 
     def everywhere(self) -> Extracted:
-        """The whole of all processes, in picture order."""
+        """The results of all processes together, in picture order."""
         facts = {
             "numbers": self.numbers, "bad": self.bad, "greyscale": self.greyscale,
             "sizes": [[*size, count] for size, count in self.sizes.items()],
@@ -265,7 +264,7 @@ class _Part:
 
 
 def _read_ahead(pool: ThreadPoolExecutor, read: Callable, numbers: range, ahead: int) -> Iterator:
-    """(number, read(number)) in order, at most `ahead` of them begun before they are wanted."""
+    """(number, read(number)) in order; at most `ahead` of them are started in advance."""
     futures: deque = deque()
     try:
         for number in numbers:
@@ -282,13 +281,13 @@ def _read_ahead(pool: ThreadPoolExecutor, read: Callable, numbers: range, ahead:
 
 
 class _Calls:
-    """Fills calls of the device program with pictures, those of equal shapes together.
+    """Groups pictures of equal shapes into calls of the device program.
 
     Args:
       program: params, {name: [size, ...]} -> {output: float32 [size, width]}.
-      params: on the devices; place: of a batch.
-      size: rows of a call, always.
-      give: takes (picture numbers, {output: rows}) of a call that is done.
+      params: on the devices; place: the sharding of a batch.
+      size: rows of every call.
+      give: called with (picture numbers, {output: rows}) of a finished call.
     """
 
     def __init__(self, program, params, place, size, give):
@@ -304,11 +303,12 @@ class _Calls:
         if len(self.buckets[key]) == self.size:
             self._start(key)
         elif sum(map(len, self.buckets.values())) > 4 * self.size:
-            # Pictures of many shapes: the memory they wait in is bounded.
+            # Pictures of many shapes wait for others of their shape: the memory for them is
+            # bounded.
             self._start(max(self.buckets, key=lambda key: len(self.buckets[key])))
 
     def finish(self) -> None:
-        """Computes what waits."""
+        """Computes the pictures that wait."""
         for key in list(self.buckets):
             self._start(key)
         while self.flying:
@@ -322,7 +322,7 @@ class _Calls:
             batch[name] = np.empty((self.size, *shape), first.dtype)
             for row, (_, prepared) in enumerate(bucket):
                 batch[name][row] = prepared[name]
-            batch[name][len(bucket) :] = first  # fills the call; not counted
+            batch[name][len(bucket) :] = first  # padding; not counted
         found = self.program(self.params, jax.device_put(batch, self.place))
         self.flying.append(([number for number, _ in bucket], found))
         if len(self.flying) > IN_FLIGHT:
@@ -338,9 +338,9 @@ _programs: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def _program(extractor: Extractor, outputs: tuple[str, ...], devices: tuple) -> tuple:
-    """(program, params on the devices, place of a batch); made once an extractor."""
+    """(program, params on the devices, sharding of a batch); made once per extractor."""
     known = _programs.setdefault(extractor, {})
-    # Not named "data": networks know that axis and would lay their rows out over it themselves.
+    # Not named "data": networks know that axis and would shard their rows over it themselves.
     mesh = Mesh(np.array(devices), ("pictures",))
     rows, whole = PartitionSpec("pictures"), PartitionSpec()
     if devices not in known:

@@ -1,13 +1,12 @@
-"""The Fréchet distance between two sets of pictures: FID, sFID, and its kin on other features.
+"""The Fréchet distance between two sets of pictures: FID, sFID, and the same on other features.
 
-The paper compares models by FID on MS-COCO (2204.06125, §5 and Table 2). FID is this distance on
-Inception's pool3 features (1706.08500), sFID on its spatial ones (2103.03841); on features of CLIP
-or DINOv2 it keeps the formula and needs another name.
+FID is this distance on Inception's pool3 features (1706.08500), sFID on its spatial ones
+(2103.03841); on features of CLIP or DINOv2 the formula is the same but the name must differ.
 
     d = |m₁ − m₂|² + tr S₁ + tr S₂ − 2 tr (S₁^½ S₂ S₁^½)^½
 
-Everything is float64 and only symmetric matrices have their roots taken: no complex numbers, and
-no small multiple of the identity to rescue a singular product.
+Everything is float64 and roots are taken of symmetric matrices only, so there are no complex
+numbers, and no small multiple of the identity is added to a singular product.
 """
 
 from typing import TYPE_CHECKING
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 def distance(a: "Statistics", b: "Statistics") -> float:
     """The Fréchet distance between the Gaussians with two sets' means and covariances.
 
-    It is biased upwards by about c / N for N pictures a side: only values of the same N compare.
+    It is biased upwards by about c / N for N pictures a side: compare only values of the same N.
 
     Args:
       a, b: anything with `mean` [D] and `covariance` [D, D], float64; the order does not matter.
@@ -43,8 +42,8 @@ def distance(a: "Statistics", b: "Statistics") -> float:
             f"the statistics are {len(mean_a)} and {len(mean_b)} wide; "
             "both must come from the same extractor"
         )
-    # The singular values of S₁^½ S₂^½ are the wanted eigenvalues' roots, but exact near zero, where
-    # a root would blow rounding of 1e-16 up to 1e-8 for each of the missing ranks of N < D.
+    # The singular values of S₁^½ S₂^½ are the roots of the eigenvalues in question, but exact near
+    # zero, where taking a root turns rounding of 1e-16 into 1e-8, for each missing rank if N < D.
     product = _root(covariance_a).T @ _root(covariance_b)
     mixed = np.linalg.svd(product, compute_uv=False).sum()
     traces = np.trace(covariance_a) + np.trace(covariance_b)
@@ -58,7 +57,7 @@ def infinity(
 
     The distance is measured on `points` random subsets, of equally spaced sizes from a tenth of
     the rows (at most 5000) to all of them, and a line in 1 / size is fitted and read at 0. Sizes,
-    draws and the fit are those of dgm-eval, with a seed. The real side's bias stays.
+    draws and the fit are those of dgm-eval, with a seed. The bias of the real side remains.
 
     Args:
       rows_fake: [N, D] features, N at least 3; real: the reference's statistics of width D.
@@ -101,8 +100,8 @@ def bootstrap(
     It says how far another draw of N fake pictures may move the number, and is meant for comparing
     two models at the same N. It covers the expected distance *at N*, whose bias of about c / N it
     does not remove: that bias exceeds the noise unless N is many times the width D (see
-    `infinity`). The reference counts as fixed. Where the two distributions are equal the distance
-    is all bias, and the interval is only rough.
+    `infinity`). The reference is taken as fixed. Where the two distributions are equal the
+    distance is nothing but bias, and the interval is only rough.
 
     Drawing rows again with replacement adds the bias a second time, so that plain percentiles lie
     too high and often miss the number itself. The resamples' own mean is therefore taken out, and
@@ -140,10 +139,10 @@ def bootstrap(
 
 
 class _Against:
-    """The distance from weighted rows [N, D] to one Gaussian, many times over.
+    """The distance from weighted rows [N, D] to one Gaussian, for many choices of weights.
 
     With R Rᵀ = S_real and Y = (X − mean) R, the mixed term of weighted rows needs only YᵀwY: one
-    product and one eigen-decomposition a call. Holds two [N, D] float64 matrices.
+    product and one eigen-decomposition per call. Holds two [N, D] float64 matrices.
     """
 
     def __init__(self, rows: np.ndarray, real: "Statistics"):
@@ -161,7 +160,7 @@ class _Against:
         self.mixed = self.rows @ _root(covariance)
 
     def distance(self, weights: np.ndarray) -> float:
-        """Of the set in which row i stands weights[i] times; [N], summing to 2 or more."""
+        """The distance of the set in which row i occurs weights[i] times; [N], sum at least 2."""
         size = weights.sum()
         shift = weights @ self.rows / size
         trace = (weights @ self.squares - size * shift @ shift) / (size - 1)
@@ -172,7 +171,8 @@ class _Against:
         scaled *= np.sqrt(weights[used])[:, None]
         few = len(scaled) < scaled.shape[1]
         gram = scaled @ scaled.T if few else scaled.T @ scaled  # the same non-zero eigenvalues
-        # Negative rounding counts as 0; singular values are more exact, but take thrice as long.
+        # Negative values are rounding and count as 0; singular values would be more exact, but take
+        # three times as long.
         values = np.maximum(np.linalg.eigvalsh(gram), 0.0)
         mixed = np.sqrt(values).sum() / np.sqrt(size - 1)
         mean_term = np.sum((self.offset + shift) ** 2)
@@ -195,9 +195,9 @@ def _gaussian(statistics: "Statistics", which: str) -> tuple[np.ndarray, np.ndar
 def _root(covariance: np.ndarray) -> np.ndarray:
     """R [D, r] with R Rᵀ = covariance, r its numerical rank."""
     try:
-        return np.linalg.cholesky(covariance)  # ten times as quick, where the rank is full
+        return np.linalg.cholesky(covariance)  # ten times as fast, where the rank is full
     except np.linalg.LinAlgError:
         values, vectors = np.linalg.eigh(covariance)
-    # Rounding of zero eigenvalues, of either sign, would come out of the root enlarged.
+    # Rounding of zero eigenvalues, of either sign, would be enlarged by the root.
     kept = values > len(values) * np.finfo(np.float64).eps * max(values[-1], 0.0)
     return vectors[:, kept] * np.sqrt(values[kept])

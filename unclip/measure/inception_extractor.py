@@ -1,14 +1,13 @@
 """FID's Inception as an extractor: weights from a file, and the three ways to show it a picture.
 
-The paper's FIDs (arXiv 2204.06125, Tables 2 and 3) come from one network, but tools resize pictures
-to its 299 pixels differently, and that alone moves a FID by whole points (2104.11222). The mode
-stands in the extractor's id:
+All tools use one network, but they resize pictures to its 299 pixels differently, and that alone
+changes a FID by whole points (2104.11222). The mode is part of the extractor's id:
 
 - "tf1": TensorFlow 1's bilinear resize of uint8, as FID's own graph does, TTUR, torch-fidelity and
   OpenAI's evaluator.
 - "pytorch-fid": bilinear at half-pixel centres, without antialiasing, then 2x - 1.
-- "clean": Pillow's antialiased bicubic a channel in float32, neither rounded nor quantised, as
-  clean-fid.
+- "clean": Pillow's antialiased bicubic of each channel in float32, neither rounded nor quantised,
+  as clean-fid.
 """
 
 import dataclasses
@@ -42,7 +41,7 @@ HELP = (
     "inception-2015-12-05.tgz) and give that file, or the bundle that `unclip convert --from "
     "inception FILE --out BUNDLE` makes of it; the metric fd-clip needs neither"
 )
-# The published state dict's sha256 begins so, and by PyTorch's custom its name ends so.
+# The sha256 of the published state dict begins with this, and by PyTorch's custom its name ends so.
 PUBLISHED = "6726825d"
 
 
@@ -51,7 +50,7 @@ class InceptionExtractor:
     """FID's Inception in one mode, as an `measure.features.Extractor`.
 
     Attributes:
-      id: "inception2015." and how pictures come to 299 pixels.
+      id: "inception2015." and how pictures are resized to 299 pixels.
       provenance: "weights_sha256" and "weights_source" of the file they came from,
         "weights_known" where that is the published state dict, and "mode".
       params: float32.
@@ -107,8 +106,8 @@ def inception_extractor(path: str | os.PathLike, mode: str = "tf1") -> Inception
     Raises:
       ConfigError: an unknown mode, a bundle without Inception or with rounded weights, or tensors
         of another network.
-      DataError: nothing there (says what to get), a damaged file, or one whose sha256 is not what
-        its name says.
+      DataError: nothing there (the message says what to get), a damaged file, or one whose sha256
+        is not what its name says.
     """
     if mode not in MODES:
         raise errors.unknown("Inception mode", mode, MODES)

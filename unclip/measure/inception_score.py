@@ -1,8 +1,8 @@
-"""The Inception score: how sure a classifier is of each picture, and how varied of all of them.
+"""The Inception score: how sure a classifier is of each picture, and how varied its classes are.
 
-exp(mean over pictures of KL(p(y|x) ‖ p(y))), 1606.03498. It never looks at real pictures, so it
-stands beside FID, which the paper reports (2204.06125, §5), and does not replace it.
-Everything is float64. The logits are Inception's 1008 without the bias, in both tools followed.
+exp(mean over pictures of KL(p(y|x) ‖ p(y))), 1606.03498. It uses no real pictures, so it does not
+replace FID. Everything is float64. The logits are Inception's 1008 without the bias, as in both
+tools that are followed here.
 """
 
 import itertools
@@ -40,7 +40,7 @@ def inception_score(logits: np.ndarray, splits: int = 10, seed: int = 2020) -> t
 def openai(logits: np.ndarray, split_size: int = 5000) -> tuple[float, float]:
     """The score as OpenAI's evaluator measures it: parts of `split_size` rows in the given order.
 
-    The last part may be smaller and weighs as much as the others. That tool prints the mean alone.
+    The last part may be smaller and counts as much as the others. That tool prints only the mean.
 
     Args:
       logits: [N, classes], before the softmax.
@@ -66,12 +66,13 @@ def _over_parts(logits, edges):
 def _score(logits):
     logits = logits.astype(np.float64)
     log_p = logits - _log_sum(logits, axis=1)
-    # In logarithms, a class that nobody predicts is merely very small, never log 0.
+    # In logarithms the probability of a class that is never predicted is very small, but never log
+    # 0.
     log_marginal = _log_sum(log_p, axis=0) - np.log(len(logits))
     return np.exp((np.exp(log_p) * (log_p - log_marginal)).sum(axis=1).mean())
 
 
 def _log_sum(x, axis):
-    """log Σ exp x along an axis, kept."""
+    """log Σ exp x along an axis, which is kept with length 1."""
     top = x.max(axis=axis, keepdims=True)
     return top + np.log(np.exp(x - top).sum(axis=axis, keepdims=True))

@@ -1,8 +1,8 @@
 """Kernel distances between two sets of pictures: KID and CMMD.
 
-Neither supposes that features are Gaussian, and KID is unbiased at any N, where FID, which the
-paper reports (2204.06125, §5), is neither. KID (1801.01401) uses Inception's pool3 and a cubic
-kernel; CMMD (2401.09603) uses CLIP's image embeddings and a Gaussian one. Sums are float64.
+Neither assumes that features are Gaussian, as FID does, and KID is unbiased at any N, as FID is
+not. KID (1801.01401) uses Inception's pool3 and a cubic kernel; CMMD (2401.09603) uses CLIP's image
+embeddings and a Gaussian one. Sums are float64.
 """
 
 import numpy as np
@@ -27,14 +27,14 @@ def kid(
 
     Args:
       fake: [N, D] features of its first input, the generated pictures; real: [M, D].
-      subsets: how many; size: rows a side in each.
+      subsets: how many; size: rows of each side in each.
 
     Returns:
       (mean, standard deviation) over the subsets; times 1000 in many papers.
 
     Raises:
-      ConfigError: N or M below `size` (as in torch-fidelity, where `size` is then to be lowered by
-        hand), fewer than 1 subset or 2 rows in one, widths that differ.
+      ConfigError: N or M below `size` (as in torch-fidelity, which also requires a lower `size`
+        then), fewer than 1 subset or 2 rows in one, widths that differ.
       NumericsError: NaN or infinite features.
     """
     if subsets < 1 or size < 2:
@@ -65,7 +65,7 @@ def cmmd(a: np.ndarray, b: np.ndarray, sigma: float = 10, scale: float = 1000) -
     """CMMD: the biased MMD² (V-statistic) under exp(−|x − y|² / 2σ²), times `scale`.
 
     Rows are normalised to length 1 here, as CLIP's embeddings are in the published code. The
-    diagonal counts, so that equal sets give 0 and small ones a value above the truth.
+    diagonal is included, so that equal sets give 0 and small sets a value that is too large.
 
     Args:
       a: [N, D] image embeddings; b: [M, D]; the order does not matter.
@@ -84,7 +84,8 @@ def cmmd(a: np.ndarray, b: np.ndarray, sigma: float = 10, scale: float = 1000) -
     same_width(a, b, "the embeddings")
 
     def gaussian(x, y):
-        # |x − y|² = 2 − 2 x·y. The ones cancel in the distance; without them no digits are lost.
+        # |x − y|² = 2 − 2 x·y. The constants cancel in the distance, so leaving them out here loses
+        # no digits.
         return np.expm1((x @ y.T - 1) / sigma**2)
 
     one_a, one_b = np.ones((1, len(a))), np.ones((1, len(b)))

@@ -1,8 +1,7 @@
 """One measurement: sets of pictures, the extractors that metrics ask for, features computed once.
 
-What `measure.table` needs below its list of metrics, which stand for the paper's evaluation
-(arXiv 2204.06125, section 5): each extractor runs once over each set, captions are encoded once a
-way, and everything about the pictures that can move a value is refused, or counted and told.
+Each extractor runs once over each set, captions are encoded once for each way of encoding them, and
+everything about the pictures that can change a value is refused, or counted and reported.
 """
 
 import dataclasses
@@ -37,7 +36,7 @@ class Metric:
     """How a name on the command line is computed.
 
     Attributes:
-      about: a line for people.
+      about: a line of help.
       extractor: "WEIGHTS.MODE": which network, and how it is shown pictures.
       output: which of the extractor's features.
       compute: (Measurement, name) -> rows of the result, each {"value", and where they exist
@@ -69,7 +68,7 @@ class Settings:
 
 
 class Measurement:
-    """The sets and what was found out about them.
+    """The sets to be compared and what was measured of them.
 
     Args:
       real: pictures, a file of statistics, or None; fake: pictures or None.
@@ -79,7 +78,7 @@ class Measurement:
       settings: the options.
 
     Attributes:
-      warnings: lines, filled in on the way; scores: {metric: float64 [N]}, likewise.
+      warnings: lines, added while measuring; scores: {metric: float64 [N]}, likewise.
       captions: a list of texts for each fake picture that was read; [] if no metric needs them.
     """
 
@@ -96,7 +95,7 @@ class Measurement:
         self.warnings: list[str] = []
         self.scores: dict[str, np.ndarray] = {}
         self.captions = self._aligned(captions)
-        # A reference that nothing is compared with is not read.
+        # A reference that no metric needs is not read.
         compared = any(metric.real for metric in metrics.values())
         used = {"real": real if compared else None, "fake": fake}
         self._sets = {which: p for which, p in used.items() if isinstance(p, PictureSet)}
@@ -131,7 +130,7 @@ class Measurement:
         return metric.output if mode in USUAL else f"{metric.output}-{mode}"
 
     def width(self, name: str) -> int:
-        """How many numbers a picture is to a metric."""
+        """The width of a metric's features."""
         return self.extractor(name).outputs[self.metrics[name].output]
 
     def count(self, which: str) -> int | None:
@@ -183,7 +182,7 @@ class Measurement:
         return self._texts[key]
 
     def kept(self) -> tuple[dict[str, Statistics], dict[str, np.ndarray]]:
-        """({feature: Statistics}, {feature: rows}) of the real pictures, for a file of them."""
+        """({feature: Statistics}, {feature: rows}) of the real pictures, for a statistics file."""
         if "real" not in self._sets:
             return {}, {}
         names = [name for name, metric in self.metrics.items() if metric.real]
@@ -196,7 +195,7 @@ class Measurement:
         return statistics, rows
 
     def provenance(self) -> dict[str, Any]:
-        """Everything that the values are of, JSON-able."""
+        """Everything that the values were computed from, JSON-able."""
         found = {
             "unclip": unclip.__version__,
             "jax": jax.__version__,
@@ -238,14 +237,14 @@ class Measurement:
                 self._facts[which] = self._checked(which, pictures, found)
 
     def _checked(self, which: str, pictures: PictureSet, found) -> dict[str, Any]:
-        """What was learnt of a set by reading it; refuses unreadable pictures."""
+        """The facts found by reading a set; refuses unreadable pictures."""
         bad = [
             (name, ": ".join(reason.splitlines()))
             for name, reason in (*pictures.damaged, *found.bad)
         ]
         if bad and "corrupt" not in self.settings.allow:
-            shown = ", ".join(f"{_plain(name)} ({reason})" for name, reason in bad[:_LISTED])
-            table = "\n".join(f"  {_plain(name)}  {reason}" for name, reason in bad)
+            shown = ", ".join(f"{_printable(name)} ({reason})" for name, reason in bad[:_LISTED])
+            table = "\n".join(f"  {_printable(name)}  {reason}" for name, reason in bad)
             raise errors.DataError(
                 f"{len(bad)} of {len(pictures) + len(pictures.damaged)} {which} pictures in "
                 f"{pictures.source} cannot be read: {shown}{', …' if len(bad) > _LISTED else ''}; "
@@ -280,14 +279,14 @@ class Measurement:
             "listing_sha256": listing_hash(pictures),
             "sizes": Counter({_size(size): n for size, n in found.sizes.items()}),
             "notes": notes,
-            "unreadable": [[_plain(name), reason] for name, reason in bad],
+            "unreadable": [[_printable(name), reason] for name, reason in bad],
         }
 
     def _refuse_sizes(self, sizes: Mapping[str, Counter]) -> None:
         every = sum(sizes.values(), Counter())
         if len(every) < 2:
             return
-        told = "; ".join(
+        listed = "; ".join(
             f"{which} "
             + ", ".join(f"{size} ({n})" for size, n in found.most_common(_LISTED))
             + (", …" if len(found) > _LISTED else "")
@@ -296,11 +295,11 @@ class Measurement:
         tried = "" if self._facts else f", of {every.total()} looked at first"
         if "sizes" not in self.settings.allow:
             raise errors.ConfigError(
-                f"pictures have different sizes{tried}: {told}; --crop N makes the centre squares "
-                "one size, --allow sizes measures them as they are"
+                f"pictures have different sizes{tried}: {listed}; --crop N makes the centre "
+                "squares one size, --allow sizes measures them as they are"
             )
-        if self._facts:  # all were read, not only some tried
-            self.warnings.append(f"pictures have different sizes: {told}")
+        if self._facts:  # all were read, not only some probed
+            self.warnings.append(f"pictures have different sizes: {listed}")
 
     def _aligned(self, captions) -> list[list[str]]:
         """A list of texts for every fake picture; [] where nothing needs them."""
@@ -334,7 +333,7 @@ class Measurement:
     def _stored(self, name: str) -> Statistics:
         """The real side's statistics for a metric, where they are of the same features."""
         file, wanted, extractor = self.real, self.feature(name), self.extractor(name)
-        # Other tools' files have one set of names, however their pictures were resized.
+        # Other tools' files have the same names whichever way their pictures were resized.
         found = file.of(wanted if file.ours else self.metrics[name].output)
         theirs = found.provenance
         for what, ours in (
@@ -352,7 +351,7 @@ class Measurement:
         if not file.ours:
             self.warnings.append(
                 f"{file.path} does not say which resize its {wanted} was made "
-                f"with; {name} supposes {extractor.id}"
+                f"with; {name} assumes {extractor.id}"
             )
         if found.count is None:
             self.warnings.append(
@@ -370,7 +369,7 @@ class Measurement:
 
 
 # A sweep measures set after set with the same networks: they are kept, with their programs, until
-# their files change or others were asked for since.
+# their files change or other networks have replaced them.
 @functools.lru_cache(maxsize=4)
 def _extractor(name: str, path: str, signature: tuple) -> features.Extractor:
     kind, _, mode = name.partition(".")
@@ -387,7 +386,7 @@ def _encoder(path: str, signature: tuple) -> embedders.CaptionEncoder:
 
 
 def _signature(path: str) -> tuple:
-    """What changes when weights at a path do: a file, a bundle, a run with a new checkpoint."""
+    """Sizes and times that change with the weights at a path: a file, a bundle or a run."""
     if not os.path.isdir(path):
         inside = [path] if os.path.isfile(path) else []
     else:
@@ -396,20 +395,20 @@ def _signature(path: str) -> tuple:
 
 
 def _probe(pictures: PictureSet) -> Counter:
-    """Sizes of a few pictures all over the set: most mixtures show before hours of work."""
+    """Sizes of a few pictures from all over the set, to find most mixtures before hours of work."""
     sizes: Counter = Counter()
     for i in np.unique(np.linspace(0, len(pictures) - 1, _PROBES).astype(int)):
         try:
             sizes[_size(pictures.read(int(i)).shape)] += 1
         except BadSample:
-            continue  # listed with the others when all are read
+            continue  # reported with the others when all are read
     return sizes
 
 
 def _size(shape) -> str:
-    """(height, width, …) as people write it: WIDTHxHEIGHT."""
+    """(height, width, …) as WIDTHxHEIGHT."""
     return shape if isinstance(shape, str) else f"{shape[1]}x{shape[0]}"
 
 
-def _plain(name: str) -> str:
+def _printable(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()

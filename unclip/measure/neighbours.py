@@ -1,9 +1,8 @@
-"""Precision and recall, density and coverage: fidelity and diversity told apart by neighbours.
+"""Precision and recall, density and coverage: fidelity and diversity measured by neighbours.
 
-The paper weighs diversity against fidelity over guidance (2204.06125, §5.2). A set's manifold is
-the union of the balls around its rows that reach the k-th nearest other row. Precision and recall:
-1904.06991. Density and coverage: 2002.09797. All depend on the features' network, which belongs in
-the metric's name.
+A set's manifold is the union of the balls around its rows that reach the k-th nearest other row.
+Precision and recall: 1904.06991. Density and coverage: 2002.09797. All depend on the features'
+network, which is part of the metric's name.
 
 Distances are float64, in tiles. Rounding must not decide a comparison: squared distances within
 1e-9 of each other count as equal, and rows within a millionth of their lengths as the same. The
@@ -75,7 +74,7 @@ def density_coverage(real: np.ndarray, fake: np.ndarray, k: int = 5) -> tuple[fl
 
 
 def _prepared(real, fake, k, least_fake=None):
-    """Both sets as `_raised` around the real mean: distances stay, and lose fewer digits."""
+    """Both sets as `_raised` around the real mean, which keeps distances and loses fewer digits."""
     if k < 1:
         raise ConfigError(f"k is {k}; the nearest other row is k = 1")
     why = f"for {k} neighbours each"
@@ -100,7 +99,7 @@ def _against(raised):
 
 
 def _distances(x, y) -> Iterator[tuple[slice, slice, np.ndarray]]:
-    """(rows of x, rows of y, squared distances between them) tile by tile; x is y: j ≥ i alone."""
+    """(rows of x, rows of y, squared distances between them) tile by tile; only j ≥ i if x is y."""
     for i in range(0, len(x), TILE):
         rows = slice(i, min(i + TILE, len(x)))
         left = _against(x[rows])
@@ -110,9 +109,9 @@ def _distances(x, y) -> Iterator[tuple[slice, slice, np.ndarray]]:
 
 
 def _reach(x, k, *, closed):
-    """What a squared distance to row i [N] must not exceed (closed) or stay below to be inside.
+    """The squared radius [N] of row i's ball: distances up to it (closed) or below it are inside.
 
-    It is that of the k-th nearest other row, moved by the rounding that it may carry.
+    It is the squared distance of the k-th nearest other row, moved by its possible rounding.
     """
     nearest = np.full((len(x), k), np.inf)
     for rows, columns, squared in _distances(x, x):

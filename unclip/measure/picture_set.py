@@ -1,26 +1,22 @@
-"""A set of pictures to be measured: what it must know, pictures in memory, and views of a set.
+"""A set of pictures to be measured: its interface, pictures in memory, and views of a set.
 
-The paper's evaluations (arXiv 2204.06125, section 5) compare drawn pictures with real ones. A set
-is N pictures with names and, where it has them, captions; `measure.pictures` opens them.
+A set is N pictures with names and, where it has them, captions; `measure.pictures` opens them.
 Pictures are decoded as in training, under the same limits. What a file was before it became RGB is
 noted, because a Fréchet distance depends on it.
 """
 
-import contextlib
 import hashlib
 import io
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import BmpImagePlugin, ExifTags, Image, TiffImagePlugin
+from PIL import BmpImagePlugin, Image, TiffImagePlugin
 
 from unclip.errors import ConfigError
+from unclip.files import picture as pictures
 from unclip.input.decode import image
 
-_PLUGINS = (
-    BmpImagePlugin,
-    TiffImagePlugin,
-)  # imported once and here, see `unclip.input.decode.image`
+_PLUGINS = (BmpImagePlugin, TiffImagePlugin)  # imported once, as in `unclip.files.picture`
 MAX_BYTES = 64 << 20
 MAX_PIXELS = 1 << 26
 GREY, ALPHA, TURNED, DEEP, LOSSY = 1, 2, 4, 8, 16
@@ -28,7 +24,7 @@ NOTES = {
     GREY: "greyscale, converted to RGB",
     ALPHA: "with transparency, laid on white (pytorch-fid and torch-fidelity drop the alpha)",
     TURNED: "turned upright by their EXIF orientation (pytorch-fid and torch-fidelity do not)",
-    DEEP: "of more than 8 bits a channel, rounded to 8",
+    DEEP: "of more than 8 bits per channel, rounded to 8",
     LOSSY: "lossy (JPEG or WebP): compression itself changes a Fréchet distance",
 }
 
@@ -37,10 +33,10 @@ class PictureSet:
     """N pictures by number; safe to read from several threads.
 
     Attributes:
-      source: what the set is, for people and for provenance.
-      notes: uint8 [N], bits of `NOTES`, filled in as pictures are read.
-      damaged: (name, reason) of samples that the source lost before they got a number.
-      left_out: names of files in the source that are no pictures of the set.
+      source: what the set is, for messages and provenance.
+      notes: uint8 [N], bits of `NOTES`, set as pictures are read.
+      damaged: (name, reason) of samples that the source left out before numbering.
+      left_out: names of files in the source that are not pictures of the set.
     """
 
     def __init__(self, source: str, count: int):
@@ -82,7 +78,7 @@ def listing_hash(pictures: PictureSet) -> str:
 
 
 def describe_notes(notes: np.ndarray) -> dict[str, int]:
-    """{what: how many pictures} of `PictureSet.notes`, without what none has."""
+    """{what: how many pictures} of `PictureSet.notes`, where there are any."""
     counts = {text: int(np.count_nonzero(notes & bit)) for bit, text in NOTES.items()}
     return {text: count for text, count in counts.items() if count}
 
@@ -105,10 +101,9 @@ def decode(data: bytes, format: str | None = None) -> tuple[np.ndarray, int]:
     """
     if format is not None:
         data = _as_png(data, format)
-    picture = image.decode(
-        data, max_bytes=2 * MAX_BYTES if format else MAX_BYTES, max_pixels=MAX_PIXELS
-    )
-    with Image.open(io.BytesIO(data), formats=image.FORMATS) as header:
+    limits = {"max_bytes": 2 * MAX_BYTES if format else MAX_BYTES, "max_pixels": MAX_PIXELS}
+    picture = image.decode(data, **limits)
+    with image.refusing(), pictures.opened(data, **limits) as header:
         mode = header.mode
         deep = mode == "F" or mode.startswith("I")
         notes = GREY * (deep or mode in ("1", "L", "LA", "La"))
@@ -116,30 +111,18 @@ def decode(data: bytes, format: str | None = None) -> tuple[np.ndarray, int]:
         # WebP says so in the name of the chunk that holds the pixels.
         lossless = header.format == "PNG" or b"VP8L" in data[:4096]
         notes |= LOSSY * (not lossless)
-        # Broken EXIF says nothing about the pixels.
-        with contextlib.suppress(SyntaxError, ValueError, TypeError, LookupError, OSError):
-            notes |= TURNED * (header.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9))
+        notes |= TURNED * (pictures.orientation(header) > 1)
     return picture, notes
 
 
 def _as_png(data: bytes, format: str) -> bytes:
     """BMP and TIFF become PNG, bit for bit, so that one decoder makes RGB of everything."""
-    if len(data) > MAX_BYTES:
-        raise image.BadPicture("too-many-bytes", f"{len(data)} bytes, at most {MAX_BYTES}")
-    try:
-        with Image.open(io.BytesIO(data), formats=(format,)) as picture:
-            if picture.width * picture.height > MAX_PIXELS:
-                size = f"{picture.width}x{picture.height}"
-                raise image.BadPicture("too-many-pixels", f"{size}, at most {MAX_PIXELS} pixels")
-            exif = picture.getexif()
-            plain = picture.convert("RGB") if picture.mode in ("CMYK", "YCbCr", "LAB") else picture
-            file = io.BytesIO()
-            plain.save(file, "PNG", compress_level=0, exif=exif)
-            return file.getvalue()
-    except image.BadPicture:
-        raise
-    except Exception as error:  # Pillow promises no closed set of exceptions for damaged files
-        raise image.BadPicture("corrupt", f"{type(error).__name__}: {error}") from error
+    limits = {"formats": (format,), "max_bytes": MAX_BYTES, "max_pixels": MAX_PIXELS}
+    with image.refusing(), pictures.upright(data, **limits) as picture:
+        plain = picture.convert("RGB") if picture.mode in ("CMYK", "YCbCr", "LAB") else picture
+        file = io.BytesIO()
+        plain.save(file, "PNG", compress_level=0)
+        return file.getvalue()
 
 
 # ============================================================ in memory, and views of a set
@@ -185,12 +168,12 @@ class ArrayPictures(PictureSet):
 
 
 class _View(PictureSet):
-    """Another set's pictures, changed on the way; notes are the other set's."""
+    """Another set's pictures, changed when they are read; notes are the other set's."""
 
     def __init__(self, base: PictureSet, source: str, count: int):
         super().__init__(source, 0)
         self.base = base
-        self.notes = base.notes[:count]  # a view: what is noted below is seen here
+        self.notes = base.notes[:count]  # a view of the base's array, so both have the same notes
         self.damaged, self.left_out = base.damaged, base.left_out
 
     def read(self, i: int) -> np.ndarray:
@@ -221,7 +204,7 @@ class Prepared(_View):
 
     Args:
       base: any set; crop: the side in pixels.
-      filter: "bicubic" or "box", Pillow's; a picture of the right size is left as it is.
+      filter: "bicubic" or "box", Pillow's; a picture of the right size is not changed.
     """
 
     def __init__(self, base: PictureSet, crop: int, filter: str = "bicubic"):

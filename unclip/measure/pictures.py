@@ -1,8 +1,6 @@
 """Pictures to be measured, opened by name: folders, shards, prepared data sets and arrays.
 
-The paper's evaluations (arXiv 2204.06125, section 5) compare drawn pictures with real ones, each
-side from where it lies: drawn ones in a folder or an array, real ones in shards or in a data set
-that tensorflow-datasets prepared. `PictureSet` says what they all can do.
+`PictureSet` is their common interface.
 """
 
 import difflib
@@ -20,7 +18,7 @@ import numpy as np
 
 from unclip.errors import ConfigError, DataError
 from unclip.input.samples import BadSample
-from unclip.input.shards.collection import index_shards
+from unclip.input.shards.collection import open_shards
 from unclip.input.shards.folder import is_index
 from unclip.input.tfds import records
 from unclip.measure.picture_set import (
@@ -157,12 +155,12 @@ class ShardPictures(PictureSet):
     """The pictures of webdataset shards, by their keys; captions are KEY.txt or KEY.json's."""
 
     def __init__(self, patterns: str | Sequence[str]):
-        self.collection = index_shards(patterns, text=False)
+        self.collection = open_shards(patterns, text=False)
         collection = self.collection
         source = patterns if isinstance(patterns, str) else ",".join(patterns)
         super().__init__(source, len(collection))
         names = [collection.key(i) for i in range(len(collection))]
-        if len(set(names)) < len(names):  # a key is unique in its shard alone
+        if len(set(names)) < len(names):  # a key is unique only within its shard
             stems = [os.path.basename(path).removesuffix(".tar") for path in collection.shards]
             of = np.repeat(np.arange(len(stems)), collection.counts)
             names = [f"{stems[shard]}/{name}" for shard, name in zip(of, names)]

@@ -1,7 +1,5 @@
-"""Feature rows [N, D] of N pictures: the checks that every metric of a set of pictures makes first.
-
-The metrics are those of the paper's comparisons (2204.06125, §5) and their later kin.
-"""
+"""Feature rows [N, D] of N pictures: the checks that every metric of a set of pictures makes
+first."""
 
 import numpy as np
 
@@ -9,12 +7,12 @@ from unclip.errors import ConfigError, NumericsError
 
 
 def checked(rows: np.ndarray, name: str, *, least: int = 2, why: str = "") -> np.ndarray:
-    """`rows` as an array of floats, or the reason why it cannot be measured.
+    """`rows` as an array of floats, or an error that says why it cannot be measured.
 
     Args:
       rows: [N, D], any real dtype; integers become float64, floats stay what they are.
       name: what they are, for the message: "real features".
-      least: the fewest rows that make sense; why: what needs that many.
+      least: the fewest rows allowed; why: what needs that many.
 
     Raises:
       ConfigError: not a matrix, or fewer than `least` rows.
@@ -29,7 +27,7 @@ def checked(rows: np.ndarray, name: str, *, least: int = 2, why: str = "") -> np
         )
     if rows.dtype not in (np.float32, np.float64):
         rows = rows.astype(np.float64)
-    # A sum is finite unless an entry is not (or it overflows): a test without a mask of N·D flags.
+    # A sum is finite unless an entry is not, or it overflows; a test without a mask of N·D flags.
     if not np.isfinite(rows.sum(axis=1, dtype=np.float64)).all():
         bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
         if len(bad):

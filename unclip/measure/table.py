@@ -1,9 +1,8 @@
-"""Two sets of pictures compared by name: FID and its kin, fidelity and diversity, text alignment.
+"""Sets of pictures compared by name: FID and related distances, fidelity, diversity, text fit.
 
-The paper's evaluation (arXiv 2204.06125, section 5) rests on FID against MS-COCO, with CLIP score
-and human judgement beside it. Such numbers only mean something together with the features, the
-resize, the number of pictures and the protocol; so a value's key says them all, and the result
-carries what else can move it: warnings and provenance.
+Such numbers have a meaning only together with the features, the resize, the number of pictures and
+the protocol, so a value's key contains all of these, and the result has warnings and provenance for
+whatever else can change it.
 """
 
 import dataclasses
@@ -51,11 +50,11 @@ class Result:
     """What was measured.
 
     Attributes:
-      values: a dict a value: "metric", "key" (everything that defines it), "value", "n_real",
+      values: a dict per value: "metric", "key" (everything that defines it), "value", "n_real",
         "n_fake", and where they exist "std" and "interval" [low, high] of 95 %.
-      warnings: what else moves the values, a line each.
+      warnings: what else changes the values, a line each.
       scores: {metric: float64 [n_fake]}, a score for every picture, of metrics that have one.
-      provenance: sources, lists of pictures, weights and versions, as JSON has them.
+      provenance: sources, lists of pictures, weights and versions, JSON-able.
       statistics: {feature: Statistics} of the real pictures; features: {feature: float32 [N, D]}
         of those that a metric reads row by row. For `moments.write_statistics`.
     """
@@ -121,15 +120,15 @@ def measure(
       metrics: names in `METRICS` or `ALIASES`.
       inception: FID's Inception network, a file or a bundle; clip: BUNDLE or RUN; dinov2: bundle,
         folder or file. Only those that the metrics read are needed.
-      captions: of `fake`, in order; a text a picture, or a list of which the first is the caption
-        and the others are references. None takes those that `fake` has.
+      captions: of `fake`, in order; a text per picture, or a list of which the first is the
+        caption and the others are references. None: the captions that `fake` has.
       batch_size: pictures on the devices at once; no value depends on it.
-      allow: "corrupt" leaves unreadable pictures out and counts them, "sizes" takes pictures of
+      allow: "corrupt" leaves unreadable pictures out and counts them, "sizes" accepts pictures of
         several sizes.
-      seed: of the draws that are ours: r_precision's candidates, fid-infinity, bootstraps.
+      seed: of random draws: r_precision's candidates, fid-infinity, bootstraps.
       candidates: captions that r_precision chooses from.
-      bootstrap: resamples for the interval of Fréchet distances, 0 for none. It is made where
-        there are at least twice as many pictures as features; fewer are bias more than noise.
+      bootstrap: resamples for the interval of Fréchet distances, 0 for none. It is computed where
+        there are at least twice as many pictures as features; with fewer, bias exceeds noise.
       protocol: id of how prompts and reference were chosen; becomes part of every key.
 
     Raises:
@@ -154,7 +153,7 @@ def measure(
         if None not in counts and counts[0] != counts[1]:
             run.warnings.append(
                 f"{counts[0]} real and {counts[1]} fake pictures: distances depend "
-                "on both numbers and compare only at equal ones"
+                "on both numbers and can be compared only at equal ones"
             )
     warnings = list(dict.fromkeys(run.warnings))
     return Result(values, warnings, run.provenance(), *run.kept(), run.scores)
@@ -185,7 +184,7 @@ def check_needs(names: Sequence[str], weights: dict[str, Any], *, real: bool, fa
         if METRICS[name].real and not real:
             raise errors.ConfigError(f"{name} compares with real pictures: give --real")
         if not METRICS[name].real and not fake:
-            raise errors.ConfigError(f"{name} is of fake pictures alone: give --fake")
+            raise errors.ConfigError(f"{name} is computed from fake pictures: give --fake")
 
 
 def _labelled(run: Measurement, name: str, row: dict[str, Any]) -> dict[str, Any]:
@@ -294,7 +293,7 @@ def _cmmd(run: Measurement, name: str) -> list[dict[str, Any]]:
 
 
 def _mean(run: Measurement, name: str, scores: np.ndarray) -> list[dict[str, Any]]:
-    """The mean of a score a picture, and the bootstrap interval of that mean."""
+    """The mean of scores, one per picture, and the bootstrap interval of that mean."""
     run.scores[name] = scores
     generator = np.random.default_rng(run.settings.seed)
     count = len(scores)

@@ -1,9 +1,9 @@
 """Bilinear resizing as two tools do it, for pictures of any size by one program.
 
-FIDs (the paper's, arXiv 2204.06125, Tables 2 and 3) depend on how pictures come to Inception's 299
-pixels. Without antialiasing a pixel of the result is a mix of four of the picture. The host picks
-these (`corners`), which gives arrays of one shape whatever the picture's; the device mixes them.
-Positions are float32 throughout, as both tools compute them: float64 picks other neighbours.
+FIDs depend on how pictures are resized to Inception's 299 pixels. Without antialiasing a pixel of
+the result is a mix of four of the picture. The host picks these (`corners`), which gives arrays of
+one shape for pictures of any shape; the device mixes them. Positions are float32 throughout, as
+both tools compute them; float64 would pick other neighbours.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def torch_positions(length: int, size: int = SIZE) -> Positions:
 
 
 def _neighbours(at: np.ndarray, length: int) -> Positions:
-    # Rounding can lift the last position onto the edge.
+    # Rounding can move the last position onto the edge.
     low = np.minimum(at.astype(np.int32), length - 1)
     high = np.minimum(low + 1, length - 1)
     return low, high, (at - low).astype(np.float32)
@@ -43,7 +43,7 @@ def corners(
     positions: Callable[[int, int], Positions] = tf1_positions,
     size: int = SIZE,
 ) -> dict[str, np.ndarray]:
-    """What `mix` needs of a picture [H, W, C], on the host.
+    """The arrays that `mix` needs of a picture [H, W, C], on the host.
 
     Returns:
       "corners" [2, size, 2, size, C] in the picture's dtype: low and high rows, low and high

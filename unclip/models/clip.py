@@ -1,15 +1,16 @@
-"""CLIP: the joint embedding that unCLIP inverts (arXiv 2204.06125 section 2; 2103.00020).
+"""CLIP (arXiv 2103.00020): the joint embedding of pictures and captions that unCLIP inverts.
 
 An image tower (a vision transformer read at its class token) and a text tower (a causal
 transformer read at the end-of-text token) map to z_i and z_t of equal width. The architecture is
 OpenAI's, so its checkpoints and OpenCLIP's load leaf for leaf (`PRESETS` gives the known sizes).
-Embeddings are returned unnormalised: the prior and the decoder use them so, the contrastive loss
+Embeddings are returned unnormalised, as the prior and the decoder use them; the contrastive loss
 normalises them itself.
 
-The paper trains a ViT-H/16 at 256 px (width 1280, 32 blocks; text width 1024, 24 blocks) and leaves
-open the heads, the embedding's width, the caption's length and the activation. "ViT-H/16" takes
-heads of 80 and 64 channels and GELU as OpenCLIP's ViT-H/14 does, 1024 for the embedding (section
-2.2 speaks of 1,024 dimensions) and the 77 tokens of every other CLIP.
+The unCLIP paper (arXiv 2204.06125, appendix C) trains a ViT-H/16 at 256 px (width 1280, 32 blocks;
+text width 1024, 24 blocks) and leaves open the heads, the embedding's width, the caption's length
+and the activation. "ViT-H/16" takes heads of 80 and 64 channels and GELU as OpenCLIP's ViT-H/14
+does, 1024 for the embedding (section 2.2 speaks of 1,024 dimensions) and the 77 tokens of every
+other CLIP.
 """
 
 from typing import Any
@@ -75,8 +76,8 @@ def normalise(images: jax.Array) -> jax.Array:
 def resize_for_clip(images: jax.Array, size: int) -> jax.Array:
     """Bring square pictures of any size to what `CLIP.encode_image` takes.
 
-    Bicubic with antialiasing (Keys, a = -1/2, PIL's filter), overshoot cut back to [-1, 1], then
-    `normalise`. Differentiable, so that a frozen CLIP can also guide.
+    Bicubic with antialiasing (Keys, a = -1/2, PIL's filter), clipped to [-1, 1], then `normalise`.
+    Differentiable, so that a frozen CLIP can also guide sampling.
 
     Args:
       images: float [B, S, S, 3] in [-1, 1].
@@ -111,8 +112,8 @@ def _capped_exp_forward(p):
 
 
 def _capped_exp_backward(exp_p, g):
-    # A plain minimum has no gradient above the cap, so a temperature that overshoots once would be
-    # stuck there; here only the gradient that pushes further out is dropped.
+    # A plain minimum has no gradient above the cap, so a temperature that exceeds it once would
+    # stay there; here only the gradient that would increase it further is dropped.
     inside = (exp_p <= MAX_LOGIT_SCALE) | (g > 0)
     return (jnp.where(inside, g * jnp.minimum(exp_p, MAX_LOGIT_SCALE), 0.0),)
 
@@ -344,14 +345,16 @@ class CLIP(nn.Module):
 
         The bias is 0 unless `logit_bias` is set.
         """
-        scale = _capped_exp(self.log_scale.astype(jnp.float32))  # converted ones may be float16
+        scale = _capped_exp(
+            self.log_scale.astype(jnp.float32)
+        )  # converted parameters may be float16
         return scale, self.bias.astype(jnp.float32) if self.logit_bias else jnp.zeros(())
 
     def __call__(self, images, tokens):
         """(z_i [B, embed_dim], z_t [B, embed_dim], logit scale scalar), float32.
 
         Raises:
-          ConfigError: as `encode_image` and `encode_text`; `init` passes over an absent tower.
+          ConfigError: as `encode_image` and `encode_text`; `init` skips an absent tower.
         """
         scale, _ = self.logit_scale_and_bias()
         absent = self.is_initializing()

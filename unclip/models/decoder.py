@@ -1,9 +1,10 @@
 """The decoder p(x | z_i, y): noised picture, CLIP image embedding and caption to (eps ‖ v).
 
-Paper section 2.1: a GLIDE U-Net (`unet.UNet`) whose conditions enter twice. z_i is projected and
+Section 2.1 of arXiv 2204.06125: a GLIDE U-Net (`unet.UNet`) whose conditions enter twice. z_i is
+  projected and
 added to the timestep embedding, and projected into four extra tokens of context; the caption
 supplies the other tokens: CLIP's own hidden states (Karlo), those of a frozen T5 (Imagen,
-arXiv 2205.11487) or the output of a text transformer trained with the decoder (GLIDE, the paper).
+arXiv 2205.11487) or the output of a text transformer trained with the decoder (GLIDE, unCLIP).
 Image embedding and caption are dropped independently (10 % and 50 % of the time in the paper), for
 classifier-free guidance; which samples are dropped is decided outside and given as masks.
 
@@ -69,10 +70,10 @@ class TextEncoder(nn.Module):
 
 
 class Pool(nn.Module):
-    """One vector of a caption by attention: the mean of its tokens asks, the tokens answer.
+    """One vector of a caption by attention: the query is the mean of its tokens.
 
-    Imagen adds such a vector to the timestep embedding (section 2.4); how it is pooled is open
-    there, and by attention is the better one of those its appendix compares.
+    Imagen adds such a vector to the timestep embedding (section 2.4) without saying how it is
+    pooled; attention is the better of the ways that its appendix compares.
     """
 
     width: int
@@ -81,7 +82,8 @@ class Pool(nn.Module):
 
     @nn.compact
     def __call__(self, hidden, mask):
-        """hidden [B, L, W] and mask bool [B, L] -> [B, W]; any finite values where no token is."""
+        """hidden [B, L, W] and mask bool [B, L] -> [B, W]; finite but without meaning where no
+        token is."""
         count = jnp.maximum(mask.sum(1, keepdims=True), 1)
         real = jnp.where(mask[..., None], hidden, 0)
         mean = real.astype(jnp.float32).sum(1) / count
@@ -304,7 +306,8 @@ PRESETS = {
     ),
     "paper": _PAPER,
     "glide": _PAPER | dict(use_z_i=False, dropout=0.0),
-    # Imagen's 64 × 64 base (2B) as far as its paper tells it, on this U-Net: captions through T5.
+    # Imagen's 64 × 64 base (2B) as far as its paper describes it, on this U-Net; captions through
+    # T5.
     "imagen": dict(
         channels=512,
         multipliers=(1, 2, 3, 4),

@@ -1,8 +1,7 @@
 """DINOv2's vision transformer (arXiv 2304.07193): features for FD-DINOv2 (arXiv 2306.04675).
 
-A second judge beside the Inception network that unCLIP's FIDs are measured with (arXiv 2204.06125,
-Tables 2 and 3): it was trained without labels, so distances between its features rank generated
-pictures closer to what people say. Blocks are pre-norm with LayerScale; the largest has SwiGLU
+It was trained without labels, and distances between its features rank generated pictures closer to
+human judgement than Inception's. Blocks are pre-norm with LayerScale; the largest has SwiGLU
 instead of an MLP; the variants "-reg" have four register tokens (arXiv 2309.16588).
 
 The networks were trained at 518 px and are read at 224, so the position embeddings are resized from
@@ -28,8 +27,8 @@ from unclip.models.transformer import MLP, Attention, LayerNorm
 IMAGE_MEAN = (0.485, 0.456, 0.406)  # of ImageNet
 IMAGE_STD = (0.229, 0.224, 0.225)
 FFNS = ("mlp", "swiglu")
-# How position embeddings meet another grid: (offset, antialias). Bicubic, a = -3/4 or, with
-# antialias, -1/2. The offset is added to the new side before the step is taken from it.
+# How position embeddings are resized to another grid: (offset, antialias). Bicubic, a = -3/4 or,
+# with antialias, -1/2. The offset is added to the new side before the step is computed from it.
 INTERPOLATIONS = {
     "hub": (0.1, False),  # Meta's code for the four models of 2023
     "transformers": (0.0, False),  # Dinov2Model, for the same four
@@ -88,7 +87,7 @@ def position_matrix(old: int, new: int, interpolation: str) -> np.ndarray:
             first = math.floor(centre - 0.5) - 1
             columns = np.arange(first, first + 4)
             weights = _cubic(columns + 0.5 - centre, -0.75)
-            # Beyond the edge stands the edge once more.
+            # Beyond the edge, the edge is repeated.
             np.add.at(matrix[row], np.clip(columns, 0, old - 1), weights)
     return matrix.astype(np.float32)
 
@@ -233,12 +232,13 @@ def hidden_width(model: DINOv2) -> int:
 
 
 def swiglu_width(mlp_width: int) -> int:
-    """Two thirds of an MLP's hidden width, up to a multiple of 8: as many parameters in three."""
+    """Two thirds of an MLP's hidden width, rounded up to a multiple of 8: equally many
+    parameters."""
     return (int(mlp_width * 2 / 3) + 7) // 8 * 8
 
 
 def name_of(model: DINOv2) -> str:
-    """A name for ids: of the model's preset ("ViT-L-14"), or its sizes ("518px14-w64-l2")."""
+    """A name for ids: that of the model's preset ("ViT-L-14"), or its sizes ("518px14-w64-l2")."""
     for name, preset in PRESETS.items():
         sizes = {"registers": 0, "image_size": 518, "patch_size": 14, "mlp_width": None} | preset
         sizes.pop("interpolation", None)

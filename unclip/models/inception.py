@@ -1,4 +1,4 @@
-"""FID's Inception-v3: the features that the paper's Tables 2 and 3 are measured in (2204.06125).
+"""FID's Inception-v3.
 
 The network is the one TensorFlow published on 2015-12-05 (Szegedy et al., 1512.00567), which FID
 (1706.08500), sFID (2103.03841) and the Inception score (1606.03498) are defined by. It differs from
@@ -27,7 +27,7 @@ NORMALISE = {"tf": (128.0, 128.0), "pytorch-fid": (127.5, 127.5)}
 
 
 class Features(NamedTuple):
-    """What the network says of B pictures; float32.
+    """The network's outputs for B pictures; float32.
 
     Attributes:
       pool3: [B, 2048], the globally averaged last block: FID, KID, precision and recall.
@@ -49,7 +49,7 @@ class Unit(nn.Module):
       features: channels out.
       kernel: (height, width).
       stride: 1 with the picture's size kept, 2 without padding.
-      pad: False takes away the border that the kernel does not fill.
+      pad: False leaves out the border where the kernel would need padding.
       dtype: of the computation.
     """
 
@@ -75,15 +75,15 @@ class Unit(nn.Module):
 
 
 def _convolve(x, kernel, stride, pad):
-    """The convolution of `Unit`; written in the form of it that XLA computes fastest on a CPU."""
-    # Features are compared across machines: no accelerator may round float32 to bfloat16.
+    """The convolution of `Unit`, in the form that XLA computes fastest on a CPU."""
+    # Features are compared across machines, so no accelerator may round float32 to bfloat16.
     precise = {"precision": "highest"}
     if kernel.shape[:2] == (1, 1) and stride == 1:
         return jnp.matmul(x, kernel[0, 0], **precise)
     border = "SAME"
     if not pad:
-        # Without any padding XLA takes another path there, two to five times as slow: pad the
-        # columns, and take away what the padding adds.
+        # Without any padding XLA uses another algorithm, two to five times as slow, so the columns
+        # are padded and what the padding adds is cut off.
         border = ((0, 0), (1, 1)) if stride == 1 else ((0, 1), (0, 1))
     y = jax.lax.conv_general_dilated(
         x, kernel, (stride, stride), border, dimension_numbers=("NHWC", "HWIO", "NHWC"), **precise
@@ -240,8 +240,8 @@ class Inception(nn.Module):
         """Features of pictures that are already resized.
 
         Args:
-          images: [B, 299, 299, 3] of values in [0, 255], any number type; fractions as
-            `bilinear.resize_tf1` makes them are meant to stay.
+          images: [B, 299, 299, 3] of values in [0, 255], any number type; fractions, which
+            `bilinear.resize_tf1` gives, must not be rounded.
           normalise: "tf" feeds the network (x - 128)/128, as FID's graph does; "pytorch-fid" 2x - 1
             of x in [0, 1], which is (x - 127.5)/127.5.
 
@@ -274,7 +274,7 @@ class Inception(nn.Module):
         for name, kind, width in BLOCKS:
             x = Block(kind, width, dtype=self.dtype, name=name)(x)
             if name == "Mixed_6d":
-                # mixed_6 of the graph is this block; its first branch, mixed_6/conv, leads.
+                # This block is mixed_6 of the graph; mixed_6/conv is its first branch.
                 spatial = x[..., :SPATIAL_CHANNELS].astype(jnp.float32)
         pool3 = x.astype(jnp.float32).mean((1, 2))
         return Features(pool3, spatial, *Head(name="fc")(pool3))

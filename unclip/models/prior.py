@@ -4,8 +4,8 @@ arXiv 2204.06125 section 2.2: a decoder-only transformer over the sequence
 
     [encoded text (L), z_t, timestep, noised z_i, a learned query]
 
-whose last position gives z_i itself, not the noise (equation 2). Laid out as Karlo's and
-diffusers' PriorTransformer are, so that their weights load leaf for leaf ("karlo"). There the
+whose last position gives z_i itself, not the noise (equation 2). The layout is that of Karlo's and
+diffusers' PriorTransformer, so that their weights load leaf for leaf ("karlo"). There the
 text enters as the hidden states of a frozen CLIP; in the paper the prior reads the caption's tokens
 with a transformer of its own size (Table 3: context 256, width 2048, 24 layers, 32 heads, 1B
 parameters), which here is the same causal stack over the tokens ("paper", `vocab_size`).

@@ -8,9 +8,9 @@ of the mean-squared error), ordered by falling eigenvalue, and each dimension is
 
 At sampling time that token is drawn from the upper half of its training distribution. The paper
 gives the code model's size (Table 3, "latent decoder": context 384, width 1664, 24 layers, 26
-heads) and leaves the layout open. Chosen here: the text enters as CLIP's hidden states (77 tokens;
+heads) but not its layout. Chosen here: the text enters as CLIP's hidden states (77 tokens;
 with z_t, the dot token and 318 codes read that is 397 positions), one bucket embedding is shared by
-all dimensions and a learned position tells them apart, one output matrix likewise, and buckets are
+all dimensions, which a learned position distinguishes, and so is one output matrix, and buckets are
 of equal width over +-`range_sigmas` standard deviations.
 """
 
@@ -161,7 +161,7 @@ class ARPrior(nn.Module):
         """
         x, mask = self._prefix(z_t, text_hidden, text_mask, dot, drop_text)
         x = x + self.position[: self.prefix].astype(x.dtype)
-        # The keys of codes not read yet lie after every prefix position, so causality hides them.
+        # The keys of codes not read yet are behind every prefix position, so causality hides them.
         causal = causal_mask(self.length)[:, :, : self.prefix]
         cache = self.transformer.init_cache(x.shape[0], self.length)
         x, cache = self.transformer(x, causal & mask[:, None, None], cache, 0)

@@ -1,7 +1,7 @@
 """T5's encoder (arXiv 1910.10683), the frozen text encoder of Imagen (2205.11487, section 2.1).
 
-unCLIP (arXiv 2204.06125) reads captions with CLIP or with a transformer of its own; a decoder
-conditioned on T5 is the third way. One block is
+A decoder may read captions through it, instead of through CLIP or a transformer of its own. One
+block is
 
     x <- x + out(attention(q(ln_1 x), k(ln_1 x), v(ln_1 x) | bias));    x <- x + proj(act(ln_2 x))
 
@@ -50,7 +50,7 @@ PRESETS: dict[str, dict] = {
     "t5-v1_1-large": _sizes(1024, 2816, 64, 16, 24, True),
     "t5-v1_1-xl": _sizes(2048, 5120, 64, 32, 24, True),
     "t5-v1_1-xxl": _sizes(4096, 10240, 64, 64, 24, True),
-    # For tests and two-step runs; reads bytes as well as any.
+    # For tests and two-step runs; reads bytes.
     "emoji": _sizes(64, 128, 16, 4, 2, True) | dict(vocab_size=384),
 }
 
@@ -107,7 +107,7 @@ class Attention(nn.Module):
             dense(inner, kernel_init=normal(std), name=name)(x).reshape(shape)
             for name, std in stds.items()
         )
-        if self.attention_impl == "cudnn":  # which takes a bias of its own dtype alone
+        if self.attention_impl == "cudnn":  # it takes a bias only in the dtype of the scores
             bias = bias.astype(q.dtype)
             mask = jnp.broadcast_to(mask, (x.shape[0], self.heads, x.shape[1], x.shape[1]))
         y = jax.nn.dot_product_attention(
@@ -218,7 +218,7 @@ class T5Encoder(nn.Module):
         x = nn.Embed(
             self.vocab_size, self.width, embedding_init=normal(1.0), dtype=self.dtype, name="token"
         )(tokens)
-        # float32 in any case: the biases stand beside scores that are kept in float32.
+        # Always float32, because the biases are added to scores in float32.
         table = nn.Embed(
             self.relative_buckets, self.heads, embedding_init=normal(self.width**-0.5), name="bias"
         )

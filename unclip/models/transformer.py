@@ -1,7 +1,6 @@
-"""The pre-layer-norm transformer under every text and embedding network of unCLIP.
+"""The pre-layer-norm transformer in every text and embedding network of unCLIP.
 
-The paper (arXiv 2204.06125) uses it four times: CLIP's two towers, the caption encoder and the
-sequence models of the prior (section 2.2, Table 3). One block is
+These are CLIP's two towers, the decoder's caption encoder and the priors. One block is
 
     x <- x + out(attention(q(ln_1 x), k(ln_1 x), v(ln_1 x)));    x <- x + proj(act(fc(ln_2 x)))
 
@@ -88,7 +87,7 @@ def attention(
       q: [B, Tq, H, D].
       k, v: [B, Tk, H, D], same dtype as q.
       mask: bool, broadcastable to [B, H, Tq, Tk]; True = may attend. A row with no True gives
-        the plain mean over all keys: finite, and for the caller to ignore.
+        the mean over all keys, which is finite; the caller must ignore it.
       impl: "xla", or "cudnn" (NVIDIA GPUs; q, k, v in bfloat16 or float16).
 
     Returns:
@@ -117,11 +116,11 @@ def _mesh(x: jax.Array):
 
 
 def keep_rows(x: jax.Array) -> jax.Array:
-    """x, told to stay split by rows (its first dimension) over the mesh axes `BATCH_AXES`.
+    """x with the constraint to stay split by rows (its first dimension) over `BATCH_AXES`.
 
-    Where parameters are split too (FSDP), XLA is free to split activations by channels after the
-    parameters instead, and then moves them back and forth. On one device, or if the rows do not
-    divide, x is left alone.
+    Where parameters are split too (FSDP), XLA may otherwise split activations by channels, as the
+    parameters are, and move them back and forth. On one device, or if the rows do not divide, x is
+    returned unchanged.
     """
     mesh = _mesh(x)
     axes = tuple(name for name in BATCH_AXES if name in mesh.shape)
@@ -137,17 +136,18 @@ def _gather(kernel):
     return jax.lax.with_sharding_constraint(kernel, NamedSharding(_mesh(kernel), PartitionSpec()))
 
 
-# The gradient is left to XLA: told to be whole too, it would be summed everywhere and then cut.
+# The gradient has no such constraint: if it had to be whole too, every device would sum all of it
+# and then drop the rest.
 _whole = jax.custom_vjp(_gather)
 _whole.defvjp(lambda kernel: (_gather(kernel), None), lambda _, gradient: (gradient,))
 
 
 def gather_dtype(x, *weights, dtype=None, **options):
-    """Flax's promotion of a layer's operands, and the weights gathered once they are in `dtype`.
+    """Flax's promotion of a layer's operands to `dtype`, after which the weights are gathered.
 
-    FSDP keeps kernels in slices. Left to itself XLA gathers some and slices the activations for
-    others; here every kernel becomes whole just before its layer, in half the bytes where `dtype`
-    is bfloat16. Nothing changes on one device, or where a tensor axis splits kernels for good.
+    FSDP keeps kernels in slices. Without this, XLA gathers some and slices the activations for
+    others; here every kernel is gathered just before its layer, in half the bytes where `dtype` is
+    bfloat16. Nothing changes on one device, or where a tensor axis splits the kernels.
     """
     x, *weights = promote_dtype(x, *weights, dtype=dtype, **options)
     shape = _mesh(weights[0]).shape
@@ -317,7 +317,7 @@ class Transformer(nn.Module):
         Args:
           x: [B, T, width].
           mask: bool, broadcastable to [B, heads, T, keys], True = may attend; None = all.
-          cache: None, or what `init_cache` gave; x then stands at positions index..index+T-1.
+          cache: None, or from `init_cache`; x is then at positions index..index+T-1.
           index: int32 scalar, used with a cache.
 
         Returns:

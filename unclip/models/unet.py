@@ -1,7 +1,7 @@
-"""The ADM U-Net that denoises pictures: the decoder (paper section 2.1) and both upsamplers.
+"""The ADM U-Net that denoises pictures: the decoder and both upsamplers.
 
-The paper takes its decoder from GLIDE (2112.10741), which takes its U-Net from Dhariwal & Nichol
-(2105.05233): residual blocks that read the timestep, resampling inside residual blocks, and
+unCLIP's decoder is GLIDE's (2112.10741), whose U-Net is that of Dhariwal & Nichol (2105.05233):
+residual blocks that read the timestep, resampling inside residual blocks, and
 attention whose single softmax runs over the context (caption, image embedding) and the picture's
 own positions together. The layout, and so every parameter count, equals the published one.
 
@@ -44,7 +44,7 @@ NORMS = ("group", "rms")
 
 
 class Style(NamedTuple):
-    """What all blocks of one U-Net share; the fields are those of `UNet`."""
+    """The fields of `UNet` that all of its blocks share."""
 
     head_dim: int
     scale_shift: bool
@@ -63,11 +63,11 @@ class Norm(nn.Module):
     """Normalisation with float32 statistics and, optionally, the time embedding's scale and shift.
 
     kind "group": GroupNorm over (H, W, C / groups), as published. kind "rms": each pixel divided by
-    the root mean square of its channels; it sees nothing but the pixel, so a net trained on crops
-    meets the same statistics at full size, and spatially sharded pictures need no communication.
+    the root mean square of its channels; this depends on the pixel alone, so a net trained on crops
+    has the same statistics at full size, and spatially sharded pictures need no communication.
 
-    Everything is gathered into one multiplier and one offset a channel, so the picture itself is
-    read twice (statistics, then multiply-add) whatever the number of scales involved.
+    Everything is combined into one multiplier and one offset per channel, so the picture itself is
+    read only twice (statistics, then multiply-add), for any number of scales.
     """
 
     style: Style
@@ -228,7 +228,7 @@ class _Step(nn.Module):
 class Level(nn.Module):
     """All blocks of one resolution, going down (`skips` None) or up.
 
-    Down returns (x, skips to hand to the up path); up consumes the last `blocks` of `skips`.
+    Down returns (x, skips for the up path); up consumes the last `blocks` of `skips`.
     """
 
     style: Style
@@ -330,16 +330,16 @@ class UNet(nn.Module):
 
     Fields:
       channels, multipliers: width of level i is channels × multipliers[i]; each level halves H, W.
-      blocks: residual blocks a level going down; one more going up.
-      attention: one bool a level, finest first: attention after each of its residual blocks.
+      blocks: residual blocks per level going down; one more going up.
+      attention: one bool per level, finest first: attention after each of its residual blocks.
       mid_attention: attention between the two middle blocks.
       out_channels: 3, or 6 when the variance is learned (2102.09672): (eps ‖ v).
-      head_dim: channels a head.
+      head_dim: channels per head.
       time_dim: width of the time embedding; None is 4 × channels.
       scale_shift: the time embedding scales and shifts the second norm, rather than being added.
       norm, groups, norm_eps: "group" or "rms"; see `Norm`.
       dropout: rate before each second convolution, active under train=True (rng "dropout").
-      patch: pictures enter and leave as patch×patch blocks folded into channels; 1 is published.
+      patch: pictures enter and leave as patch×patch blocks folded into channels; published: 1.
       dtype: compute type; parameters, statistics, softmax and the result are float32.
       remat: name of a rematerialisation policy for every block, or None.
       fold: scan over runs of equal blocks; see the module docstring. Not for CPUs, where XLA's
@@ -422,7 +422,7 @@ class UNet(nn.Module):
         if len(self.attention) != len(self.multipliers):
             raise ConfigError(
                 f"attention={self.attention} names {len(self.attention)} levels, multipliers="
-                f"{self.multipliers} has {len(self.multipliers)}: give one bool a level"
+                f"{self.multipliers} has {len(self.multipliers)}: give one bool per level"
             )
         unit = self.patch * 2 ** (len(self.multipliers) - 1)
         if x.ndim != 4 or x.shape[1] % unit or x.shape[2] % unit:
@@ -442,7 +442,7 @@ def unet_fields(module):
 
 
 def fold_params(params):
-    """The parameters of a `fold=False` tree as a `fold=True` model wants them.
+    """The parameters of a `fold=False` tree in the form of a `fold=True` model.
 
     Works on the U-Net's own tree or any tree that holds one (a Decoder's with its text transformer,
     an EMA's) and gives back a new nested dict; numpy arrays stay numpy. `unfold_params` inverts it.
@@ -451,7 +451,7 @@ def fold_params(params):
 
 
 def unfold_params(params):
-    """The parameters of a `fold=True` tree as a `fold=False` model wants them."""
+    """The parameters of a `fold=True` tree in the form of a `fold=False` model."""
     return unstack_blocks(_rewrite(params, _unfold_level))
 
 

@@ -1,10 +1,10 @@
-"""The upsamplers p(x | x_low), 64 -> 256 -> 1024 (paper section 2.1, Table 3; SR3, 2104.07636).
+"""The upsamplers p(x | x_low), 64 -> 256 -> 1024 (Table 3 of arXiv 2204.06125; SR3, 2104.07636).
 
-An ADM U-Net without attention that sees the noised picture and, beside it in channels, the
-low-resolution one resampled to the same size. It has no caption and no guidance. Without attention
-it is fully convolutional: the paper trains on crops of a quarter and runs at the full size.
+An ADM U-Net without attention whose input channels are the noised picture and the low-resolution
+one resampled to the same size. It has no caption and no guidance. Without attention it is fully
+convolutional, so it can be trained on crops and run at the full size.
 
-Parameters: `unet/…`, as `unet.UNet` names them; Karlo's are 691,579,523 a net.
+Parameters: `unet/…`, as `unet.UNet` names them; Karlo's have 691,579,523 per net.
 """
 
 import flax.linen as nn
@@ -20,7 +20,7 @@ def upsample(low, size):
 
     Keys' kernel with a = -0.5, weights renormalised at the border, half-pixel centres: the same as
     Pillow's BICUBIC and torch's `interpolate(mode="bicubic", antialias=True)`. (torch without
-    antialias uses a = -0.75, and is another picture.)
+    antialias uses a = -0.75, which gives another picture.)
 
     Args:
       low: float [B, h, w, C].
@@ -50,7 +50,7 @@ class Upsampler(UNet):
 
     @nn.compact
     def __call__(self, x_t, t, low, *, train=False):
-        """Predict the noise of x_t, knowing the picture small.
+        """Predict the noise of x_t, given the small picture.
 
         Args:
           x_t: float [B, H, W, 3].

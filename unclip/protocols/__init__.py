@@ -1,10 +1,10 @@
 """Evaluation protocols: which captions are drawn, what they are compared with, who judges.
 
-The evaluations of arXiv 2204.06125, section 5, are numbers under a protocol: a caption list, a set
-of real pictures, a size, a judge. A protocol here has an `id` that goes into the name of every
-number measured under it, so that two numbers are never compared across protocols by accident.
+A protocol is a caption list, a set of real pictures, a size and a judge. Its `id` is part of the
+name of every number measured under it, so that numbers of two protocols are never compared by
+accident.
 
-`make("emoji-held-out", size=64)` opens one; `protocols.base.Protocol` says what it can do.
+`make("emoji-held-out", size=64)` opens one; `base.EvaluationProtocol` says what it can do.
 """
 
 import importlib
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from unclip import errors
 
 if TYPE_CHECKING:
-    from unclip.protocols.base import Protocol
+    from unclip.protocols.base import EvaluationProtocol
 
 # Name -> module and class or function that makes it; its keyword arguments are the settings.
 NAMES = {
@@ -27,10 +27,10 @@ NAMES = {
     "geneval": ("exports", "GenEval"),
     "t2i-compbench": ("exports", "T2ICompBench"),
 }
-WITH_FILE = ("geneval", "t2i-compbench")  # that want a prompt file: geneval:FILE
+WITH_FILE = ("geneval", "t2i-compbench")  # these need a prompt file: geneval:FILE
 
 
-def make(name: str, **settings: Any) -> "Protocol":
+def make(name: str, **settings: Any) -> "EvaluationProtocol":
     """A protocol by its name.
 
     Args:
@@ -56,7 +56,7 @@ def make(name: str, **settings: Any) -> "Protocol":
         if setting not in known:
             raise errors.unknown(f"setting of protocol {kind}", setting, known)
     given = {setting: value for setting, value in given.items() if value not in (None, "")}
-    # A config field has a type: there, 0 stands for the number that the protocol finds itself.
+    # A config field has a type, so there 0 stands for None: the protocol's own choice.
     given = {k: v for k, v in given.items() if v != 0 or known[k].default is not None}
     if kind in WITH_FILE and "prompts" not in given:
         raise errors.ConfigError(f"protocol {kind!r} needs its prompts: expected {kind}:FILE")

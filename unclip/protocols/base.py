@@ -1,4 +1,4 @@
-"""What every protocol can do, and views of picture sets that protocols share."""
+"""The interface of every protocol, and views of picture sets that protocols share."""
 
 import hashlib
 import pathlib
@@ -14,17 +14,17 @@ from unclip.measure.picture_set import PictureSet
 EMOJI = pathlib.Path(__file__).resolve().parents[2] / "data" / "emoji"
 
 
-class Protocol:
+class EvaluationProtocol:
     """Rows to draw, each with a caption and a key, and what the drawings are measured against.
 
     Attributes:
-      id: part of every metric's key; says all choices that change a number.
+      id: part of every metric's key; contains all choices that change a number.
       prompts: the caption of every row.
       keys: the name of every row, unique; as a file name below a folder it is safe.
       size: side in pixels at which pictures are compared.
       provenance: JSON-able: hashes of lists, counts, seeds.
       mode: "text" (prompts through the cascade), "variations" or "reconstruct" (pictures of the
-        protocol through the decoder; `draw` knows how).
+        protocol through the decoder, see `draw`).
     """
 
     mode = "text"
@@ -55,12 +55,12 @@ class Protocol:
 
         Args:
           model: `pipeline.UnCLIP`.
-          seeds: one a drawn row.
+          seeds: one per drawn row.
           settings: keyword arguments of `UnCLIP.generate`: prior, decoder, upsamplers, stages, ...
           rows: numbers of the rows; None: all.
 
         Returns:
-          `pipeline.Pictures`, one a row in the order given, at the model's own size.
+          `pipeline.Pictures`, one per row in the order given, at the model's own size.
 
         Raises:
           ConfigError: a part that the model lacks, or a setting that does not exist.
@@ -76,17 +76,17 @@ class Protocol:
         """The protocol's own numbers.
 
         Args:
-          pictures: uint8 [n, H, W, 3], one a row; another size than `size` is resized.
+          pictures: uint8 [n, H, W, 3], one per row; another size than `size` is resized.
           model: the `UnCLIP` that drew them, for judges that use its CLIP; may be None.
           rows: numbers of the rows; None: all.
 
         Returns:
-          {measure: value}, {} without a judge; and a dict of facts a picture.
+          {measure: value}, {} without a judge; and a dict of facts for each picture.
         """
         return {}, []
 
     def _rows(self, rows: Sequence[int] | None, beside: Sequence) -> list[int]:
-        """The rows asked for, checked against what comes one a row."""
+        """The rows asked for; ConfigError unless `beside` has one entry for each."""
         rows = range(len(self.prompts)) if rows is None else rows
         if len(rows) != len(beside):
             raise errors.ConfigError(f"{self.id}: {len(beside)} given for {len(rows)} rows")

@@ -1,11 +1,11 @@
 """MS-COCO 2014, 30,000 captions of the validation set, zero-shot, at 256 pixels.
 
-The paper's table 2 (arXiv 2204.06125, section 5.3) and everybody's since, but papers differ in
-which captions, which pictures and which crop, so numbers compare only under one id. Here: one
-caption for each of `count` images; images and captions are picked by SHA-256 of the seed and the
+As in table 2 of arXiv 2204.06125. Papers differ in which captions, pictures and crop they use, so
+numbers can be compared only under one id. Here: one caption for each of `count` images; images and
+  captions are picked by SHA-256 of the seed and the
 image's id, so the list is the same on every machine and a shorter list is the beginning of a longer
-one; references are those same images, centre square resized with antialiasing. A fixed list, as
-T2IBenchmark publishes one, is taken as it is.
+one; references are the same images, centre square resized with antialiasing. A fixed list, such as
+T2IBenchmark's, is used unchanged.
 """
 
 import csv
@@ -37,7 +37,7 @@ _SHOWN = 5
 _NUMBER = re.compile(r"(\d{1,12})(?:\.\w+)?$")
 
 
-class Coco(base.Protocol):
+class Coco(base.EvaluationProtocol):
     """A caption list and, where pictures are given, the same images as references."""
 
     def __init__(
@@ -67,7 +67,7 @@ def coco2014val_30k(
     filter: str = "bicubic",
     allow_missing: bool = False,
 ) -> Coco:
-    """The protocol from the files that there are.
+    """The protocol, from the files that are given.
 
     Args:
       annotations: COCO's captions_val2014.json.
@@ -77,14 +77,14 @@ def coco2014val_30k(
         or "tfds:coco_captions:restval+val+test". Without annotations and list, captions come from
         here too. None: no references (a statistics file can take their place).
       count: images to pick, 30,000; of a fixed list: how many it must hold.
-      seed: of the pick.
+      seed: by which captions and images are picked.
       size: side of the references; filter: "bicubic" or "box", how they are resized.
-      allow_missing: leave out captions whose picture is not there (they are listed in the
-        provenance, and the id says how many) in place of an error.
+      allow_missing: leave out captions whose picture is missing (they are listed in the provenance,
+        and the id says how many) instead of an error.
 
     Raises:
       ConfigError: no source of captions, or a value out of range.
-      DataError: files that cannot be read; images that are twice there, or missing; too few.
+      DataError: files that cannot be read; images that occur twice or are missing; too few.
     """
     if annotations and captions:
         raise errors.ConfigError("coco2014val-30k: annotations or a list of captions, not both")
@@ -148,7 +148,7 @@ def coco2014val_30k(
 
 
 def pick(captions: Mapping[int, list[str]], count: int, seed: int) -> dict[int, str]:
-    """{image: caption} of `count` images, one of its captions each, in an order without meaning.
+    """{image: caption} of `count` images, one caption each, in an order by hash.
 
     Images are ordered by the SHA-256 of "SEED/IMAGE" and the first are taken; of k captions, that
     of number SHA-256("SEED/IMAGE/caption") modulo k (first 8 bytes, big-endian).
@@ -167,7 +167,7 @@ def pick(captions: Mapping[int, list[str]], count: int, seed: int) -> dict[int, 
 def read_annotations(path: str | os.PathLike) -> dict[int, list[str]]:
     """{image id: captions in the order of their ids} of COCO's captions_*.json.
 
-    White space inside a caption becomes one space; a caption of nothing else is left out.
+    White space inside a caption becomes one space; a caption of white space alone is left out.
 
     Raises:
       DataError: unreadable, another layout, an id that comes twice, a caption of no image.
@@ -237,7 +237,7 @@ def read_list(path: str | os.PathLike) -> dict[int, str]:
 
 
 def _image_numbers(pictures: PictureSet) -> dict[int, int]:
-    """{image id: number in the set}; what has no number in its name is no image of COCO."""
+    """{image id: number in the set}; without pictures that have no number in their name."""
     found = [(_image_id(pictures, i), i) for i in range(len(pictures))]
     found = [(image, i) for image, i in found if image is not None]
     _once(pictures.source, "picture", [image for image, _ in found])
@@ -256,7 +256,7 @@ def _image_id(pictures: PictureSet, i: int) -> int | None:
 
 
 def _own_captions(pictures: PictureSet, numbers: Mapping[int, int]) -> dict[int, list[str]]:
-    """{image id: captions} that a set brings along."""
+    """{image id: captions} that a set itself has."""
     found = {}
     for image, i in numbers.items():
         texts = [pictures.caption(i)]

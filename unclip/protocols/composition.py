@@ -1,9 +1,9 @@
-"""Composed scenes as captions, and how much of each caption a drawing has.
+"""Composed scenes as captions, and how much of each caption a drawing shows.
 
-Section 7 of arXiv 2204.06125 names binding attributes to objects, and relations, as what unCLIP
-does badly. Here both can be counted: captions are of scenes whose every fact is known
-(`scenes.Composer`), many of them of combinations that training never shows, and `Detector` reads
-the same facts from the drawing. A fact holds or not; accuracies are shares of facts.
+Measures what section 7 of arXiv 2204.06125 names as weaknesses of unCLIP: binding attributes to
+objects, and relations. Captions are of scenes whose every fact is known (`scenes.Composer`), many
+of them of combinations that training never shows, and `Detector` finds the same facts in the
+drawing. A fact holds or not; accuracies are shares of facts.
 
     objects       named objects that are found
     size          named objects that are found at the size named
@@ -12,8 +12,8 @@ the same facts from the drawing. A fact holds or not; accuracies are shares of f
     nothing_else  pictures without an object that is not named
     all           pictures in which all of these hold
 
-`ceiling` has the same shares for the true pictures of these captions, which is what the judge can
-see at this size, and `chance` those of true pictures of other captions of the list.
+`ceiling` are the same shares for the true pictures of these captions, which the judge cannot exceed
+at this size, and `chance` those for true pictures of other captions of the list.
 """
 
 import itertools
@@ -33,17 +33,17 @@ from unclip.protocols.scenes import PAIR_SIZES, RELATIONS, SIZES, WITHHELD_COLOU
 MAX_SCENES = 100_000
 MAX_SIDE = 1024
 JUDGED_SIDE = 64  # larger drawings are judged at this size
-CALIBRATION = 256  # at most so many true pictures give ceiling and chance
+CALIBRATION = 256  # true pictures, at most, from which ceiling and chance are computed
 MEASURES = ("all", "objects", "size", "background", "relation", "nothing_else")
 ALL_SIZES = {*SIZES, *(f"{one}, {other}" for one in PAIR_SIZES for other in PAIR_SIZES)}
 _COLOURS = {f"{name} on {colour}" for name, colour in WITHHELD_COLOURS}
 
 
-class Scenes(base.Protocol):
+class Scenes(base.EvaluationProtocol):
     """Scenes number 0 to count - 1 of a seed, drawn from their captions.
 
     Args:
-      count: how many; seed: of the composer. Training scenes usually have seed 0: not that one.
+      count: how many; seed: of the composer, not 0, which training scenes usually have.
       size: side at which pictures are composed and compared.
       folder: where the emoji's training shards are; None: data/emoji.
       withheld: only scenes with a combination that training scenes never show.
@@ -108,7 +108,7 @@ class Scenes(base.Protocol):
         """Shares of facts, named "composition.MEASURE", ".KIND.MEASURE", ".ceiling", ".chance".
 
         Args:
-          pictures: uint8 [n, H, W, 3], one a row; model: not used; rows: None for all.
+          pictures: uint8 [n, H, W, 3], one per row; model: not used; rows: None for all.
 
         Returns:
           The shares over the rows; and for each picture what `facts` gives.
@@ -142,7 +142,7 @@ class Scenes(base.Protocol):
                 for here, entry in zip(present, named)
             ],
             "background": background == record["background"]["name"],
-            "nothing_else": len(found) == sum(present),  # a second copy is something else, too
+            "nothing_else": len(found) == sum(present),  # a second copy counts as something else
         }
         if record["relation"]:
             facts["relation"] = all(present) and record["relation"] == relation(
@@ -177,7 +177,7 @@ def withheld_scenes(
 
 
 class _ScenePictures(PictureSet):
-    """Composed when read: a scene is a function of its number."""
+    """Scenes by number, composed when they are read."""
 
     def __init__(self, protocol: Scenes):
         super().__init__(protocol.id, len(protocol.keys))
@@ -196,7 +196,7 @@ class _ScenePictures(PictureSet):
 
 
 def relation(first: Sequence[int], second: Sequence[int]) -> str:
-    """How the first box lies to the second: along the axis on which their centres differ more."""
+    """The relation of the first box to the second, on the axis where their centres differ more."""
     delta = [first[axis] + first[axis + 2] - second[axis] - second[axis + 2] for axis in (0, 1)]
     axis = int(abs(delta[1]) > abs(delta[0]))
     wanted = (axis, 1 if delta[axis] > 0 else -1)

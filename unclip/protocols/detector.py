@@ -1,16 +1,15 @@
 """Finds the objects of a composed scene by synthesis: which cutouts, where and how large.
 
-Section 7 of arXiv 2204.06125 names binding and relations as the weak side of unCLIP. To count how
-often a drawing has what its caption says, this judge explains it as the composer would have made
-it: a flat background b and one or two cutouts, each of colour C (premultiplied) and opacity a. Laid
-at a place, a cutout explains the residual D = picture - b as T = C - a b, and saves
+A drawing is explained as the composer would have made it: a flat background b and one or two
+cutouts, each of colour C (premultiplied) and opacity a. At a place, a cutout explains the residual
+D = picture - b as T = C - a b, and saves
 
     gain = |D|^2 - |D - T|^2 = 2 <D, T> - |T|^2        (sums over pixels and channels, levels^2)
 
 of squared error. Gains of all cutouts at all places and several scales are correlations, done by
 FFT, at half resolution where the picture is over 32 pixels; the places that explain most are then
 refined at every scale and at full resolution. A perfect copy has gain = |T|^2,
-so fit = gain / |T|^2 is 1 for it and at most 0 for what is no better than empty background.
+so fit = gain / |T|^2 is 1 for it and at most 0 for what is not better than empty background.
 """
 
 from typing import NamedTuple
@@ -22,8 +21,8 @@ from PIL import Image
 from unclip import errors
 from unclip.protocols.scenes import COLOURS, SIZES, Cutout
 
-MIN_FIT = 0.3  # of a detection; a copy whose correlation with the cutout is below 0.65 is none
-MIN_CONTRAST = 10.0  # levels, root mean square over the object; every true one has at least 24
+MIN_FIT = 0.3  # of a detection; about a correlation of 0.65 with the cutout
+MIN_CONTRAST = 10.0  # levels, root mean square over the object; every true object has 24 or more
 COARSE_STEP = 1.08  # ratio of neighbouring scales in the first pass
 COARSE_SIDE = 32  # larger pictures are halved for the first pass
 FIRSTS, RIVALS = 6, 6  # explanations whose partners are tried; objects refined at each place
@@ -101,7 +100,7 @@ class Detector:
         found = []
         for place in places:
             near = _overlap(boxes[place], boxes) > SAME_PLACE
-            for other in places:  # what lies over the other object would claim it as well
+            for other in places:  # a box over the other object would explain that object too
                 near &= _apart(boxes[other], boxes) | (other == place)
             rivals = {}
             for number in np.flatnonzero(near)[np.argsort(-gain[near], kind="stable")]:
@@ -141,7 +140,7 @@ class Detector:
         return sums[:, 0] - 2 * sums[:, 1:4] @ colour + sums[:, 4] * (colour @ colour)
 
     def _explain(self, boxes: np.ndarray, item: np.ndarray, gain: np.ndarray) -> list[int]:
-        """The one or two candidates, boxes apart, that together explain most."""
+        """The one or two candidates, with boxes that do not overlap, that together explain most."""
         best, total, tried = [], -1.0, []
         for first in np.argsort(-gain, kind="stable"):
             if any(

@@ -25,7 +25,7 @@ def embed(model: Any, pictures: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def decode(
-    protocol: base.Protocol,
+    protocol: base.EvaluationProtocol,
     model: Any,
     z_i: np.ndarray,
     rows: Sequence[int],
@@ -35,8 +35,8 @@ def decode(
     """Draws embeddings without a caption, as `UnCLIP.variations` does.
 
     Args:
-      z_i: float32 [n, D], one a row; rows: their numbers in the protocol; seeds: one a row.
-      settings: of `UnCLIP.generate`; what is of the prior and of captions is left out.
+      z_i: float32 [n, D], one per row; rows: their numbers in the protocol; seeds: one per row.
+      settings: of `UnCLIP.generate`; those of the prior and of captions are ignored.
 
     Raises:
       ConfigError: no decoder, or one that was not trained on z_i; an unknown setting.

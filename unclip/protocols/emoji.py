@@ -1,8 +1,7 @@
 """Captions and pictures of the emoji that training never saw (data/emoji, held-out shards).
 
-The small counterpart of the paper's zero-shot evaluation (arXiv 2204.06125, section 5): 188
-pictures are far too few for a FID that compares with anybody's, so numbers carry their N and this
-protocol's id.
+188 pictures are far too few for a FID that can be compared with published ones, so numbers have
+their N and this protocol's id in their names.
 """
 
 from unclip import errors
@@ -14,14 +13,14 @@ from unclip.protocols import base
 CAPTIONS = ("txt", "name")
 
 
-class EmojiHeldOut(base.Protocol):
+class EmojiHeldOut(base.EvaluationProtocol):
     """Every held-out emoji once.
 
     Args:
       size: side at which pictures are compared; references are resized bicubically.
-      caption: "txt" (name and keywords, as in training) or "name" (the JSON's name alone).
+      caption: "txt" (name and keywords, as in training) or "name" (only the JSON's name).
       shards: the held-out shards; None: those of data/emoji.
-      count: the first so many; None: all.
+      count: how many, the first ones; None: all.
 
     Raises:
       DataError: shards that are missing or damaged, or a picture without that caption.

@@ -1,13 +1,12 @@
 """Pictures for benchmarks whose judges run elsewhere: GenEval and T2I-CompBench.
 
-Both judge what arXiv 2204.06125, section 7, found hard (binding, counting, relations) with
-detectors and question-answering models of their own. Here only their prompt files are read and the
-folders their programs expect are written:
+Both judge binding, counting and relations with detectors and question-answering models of their
+own. Here their prompt files are read and the folders that their programs expect are written:
 
-    GenEval        OUT/00000/metadata.jsonl, OUT/00000/samples/0000.png, ... 4 pictures a prompt
-    T2I-CompBench  OUT/samples/PROMPT_000000.png, ... 10 pictures a prompt, numbered throughout
+    GenEval        OUT/00000/metadata.jsonl, OUT/00000/samples/0000.png, ... 4 pictures per prompt
+    T2I-CompBench  OUT/samples/PROMPT_000000.png, ... 10 per prompt, numbered consecutively
 
-A prompt file is somebody else's: sizes are limited, and a prompt that cannot be a file name where
+A prompt file comes from outside: sizes are limited, and a prompt that cannot be a file name where
 it has to be one is refused.
 """
 
@@ -29,11 +28,12 @@ MAX_PROMPTS = 100_000
 MAX_PROMPT_CHARS = 2000
 MAX_NAME_BYTES = 255  # of a file, on the file systems in use
 MAX_PICTURES = 1000  # a prompt
-# What leaves the folder or breaks a name, and "_", at which T2I-CompBench cuts the prompt off.
+# Characters that would lead out of the folder or are not allowed in a name, and "_", at which
+# T2I-CompBench cuts the prompt off.
 _NO_NAME = re.compile(r"[\x00-\x1f\x7f/\\_]")
 
 
-class _Export(base.Protocol):
+class _Export(base.EvaluationProtocol):
     """A prompt file, every prompt drawn `pictures` times; the judge runs elsewhere.
 
     Subclasses place row `row` in `path(row)` below the folder that `export` writes.
@@ -42,7 +42,7 @@ class _Export(base.Protocol):
     def __init__(self, id: str, source: str, prompts: list[str], pictures: int, size: int):
         if not 1 <= pictures <= MAX_PICTURES:
             raise errors.ConfigError(
-                f"{id}: {pictures} pictures a prompt, expected 1 to {MAX_PICTURES}"
+                f"{id}: {pictures} pictures per prompt, expected 1 to {MAX_PICTURES}"
             )
         if not 16 <= size <= 4096:
             raise errors.ConfigError(f"{id}: size {size}, expected 16 to 4096 pixels")
@@ -71,7 +71,7 @@ class _Export(base.Protocol):
         Args:
           out: the folder; made when missing, files of the same name are replaced.
           pictures: uint8 [H, W, 3] each, at the model's own size; may be a generator.
-          keys: which rows they are, one a picture; None: all, in order.
+          keys: which rows they are, one per picture; None: all, in order.
 
         Returns:
           The paths of the pictures.
@@ -98,16 +98,16 @@ class _Export(base.Protocol):
         return written
 
     def _beside(self, out: pathlib.Path, row: int) -> None:
-        """Writes what belongs beside the picture of a row."""
+        """Writes the files that belong beside the picture of a row."""
 
 
 class GenEval(_Export):
     """GenEval's prompts (`evaluation_metadata.jsonl`).
 
     Args:
-      prompts: the file; an object a line with "prompt", "tag" and "include", as GenEval has it.
-      pictures: a prompt; the benchmark takes 4.
-      size: only for metrics computed beside; pictures are exported as drawn.
+      prompts: the file; an object per line with "prompt", "tag" and "include", as in GenEval.
+      pictures: per prompt; the benchmark uses 4.
+      size: only for metrics computed beside it; pictures are exported as drawn.
 
     Raises:
       DataError: unreadable, too large, or a line in another layout.
@@ -134,8 +134,8 @@ class T2ICompBench(_Export):
     """T2I-CompBench's prompts (`color_val.txt`, `spatial_val.txt`, ...).
 
     Args:
-      prompts: the file, a prompt a line.
-      pictures: a prompt; the benchmark takes 10.
+      prompts: the file, a prompt per line.
+      pictures: per prompt; the benchmark uses 10.
       size: as in `GenEval`.
 
     Raises:
@@ -146,12 +146,12 @@ class T2ICompBench(_Export):
         super().__init__("t2i-compbench", prompts, read_t2i_compbench(prompts), pictures, size)
 
     def path(self, row: int) -> pathlib.PurePosixPath:
-        """ "samples/PROMPT_000000.png", numbered throughout: its judges sort by the number."""
+        """ "samples/PROMPT_000000.png", numbered consecutively: its judges sort by the number."""
         return pathlib.PurePosixPath("samples", f"{self.prompts[row]}_{row:06d}.png")
 
 
 def read_geneval(path: str | os.PathLike) -> list[str]:
-    """The lines of GenEval's prompt file, each checked, none changed.
+    """The lines of GenEval's prompt file, checked and unchanged.
 
     Raises:
       DataError: as in `GenEval`.
@@ -172,7 +172,7 @@ def read_geneval(path: str | os.PathLike) -> list[str]:
 
 
 def read_t2i_compbench(path: str | os.PathLike) -> list[str]:
-    """The prompts of a T2I-CompBench file, without what ends the line.
+    """The prompts of a T2I-CompBench file, without line ends.
 
     Raises:
       DataError: as in `T2ICompBench`.

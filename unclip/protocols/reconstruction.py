@@ -1,7 +1,7 @@
-"""Reconstructions from ever more principal components of z_i (section 3.3, figure 7).
+"""Reconstructions from more and more principal components of z_i (arXiv 2204.06125, figure 7).
 
 z_i of a few pictures is projected on the first d components of a PCA of many embeddings and given
-to the decoder "on a fixed seed": few components keep what a picture is of, more of them its form.
+to the decoder "on a fixed seed": few components keep a picture's subject, more of them its form.
 Measured for every d, and for z_i itself ("full"):
 
     reconstruction.dD.explained     share of the variance in the first d components
@@ -9,7 +9,7 @@ Measured for every d, and for z_i itself ("full"):
     reconstruction.dD.drawn_cosine  of the drawing's embedding and z_i
     reconstruction.dD.mse           of the drawing and the picture, pixels in [0, 1]
 
-Only the last needs no model. Where d is over the width D of the embedding, it is D.
+The last needs no model. A d above the width D of the embedding is reduced to D.
 """
 
 import weakref
@@ -31,19 +31,19 @@ FULL = 0  # in `columns`: z_i itself
 MAX_PICTURES = 10_000
 
 
-class Reconstruction(base.Protocol):
+class Reconstruction(base.EvaluationProtocol):
     """Every picture at every number of components; a row is one drawing, picture by picture.
 
     Args:
       count: pictures, the first of `pictures`.
       size: side at which pictures are compared.
-      dims: numbers of components, rising.
-      width: width of the embedding, when known: caps `dims` and leaves repeats out.
+      dims: numbers of components, ascending.
+      width: width of the embedding, if known: limits `dims` and leaves repetitions out.
       pictures: to reconstruct, as `open_pictures` takes them; None: the held-out emoji.
-      fit: to fit the PCA on; None: the training emoji. fit_count: the first so many of them.
+      fit: to fit the PCA on; None: the training emoji. fit_count: how many, the first ones.
 
     Attributes:
-      columns: numbers of components, one a row of a picture; 0 stands for z_i itself.
+      columns: numbers of components, one per row of a picture; 0 stands for z_i itself.
     """
 
     mode = "reconstruct"
@@ -92,7 +92,7 @@ class Reconstruction(base.Protocol):
                 "dims": list(self.columns),
             },
         )
-        # A weak reference: parameters of a model that is done with must not stay on the device.
+        # A weak reference: parameters of a model no longer in use must not stay on the device.
         self._known: tuple[Any, tuple] = (lambda: None, ())
 
     def reference(self) -> PictureSet:
@@ -108,8 +108,8 @@ class Reconstruction(base.Protocol):
     ):
         """Decodes the projections of rows; the PCA is fitted at a model's first call.
 
-        Columns of one picture share their noise: from the seed of a row its column is taken off,
-        which makes them equal where seeds count up with the rows.
+        Columns of one picture share their noise: a row's column is subtracted from its seed, which
+        makes them equal where seeds increase by one from row to row.
         """
         rows = self._rows(rows, seeds)
         z_i = np.stack([self._projected(model, row) for row in rows]).astype(np.float32)
@@ -119,7 +119,8 @@ class Reconstruction(base.Protocol):
     def judge(
         self, pictures: np.ndarray, model: Any = None, rows: Sequence[int] | None = None
     ) -> tuple[dict[str, float], list[dict]]:
-        """The measures above, means over pictures; and for each drawing its own."""
+        """The measures of the module's docstring, means over pictures; and those of each
+        drawing."""
         rows = self._rows(rows, pictures)
         true = {i: self._reference.read(i) / 255.0 for i in {r // len(self.columns) for r in rows}}
         facts = []
@@ -156,7 +157,7 @@ class Reconstruction(base.Protocol):
         return float(variance[: components or None].sum() / variance.sum())
 
     def grid(self, pictures: np.ndarray) -> np.ndarray:
-        """Figure 7: a picture a row, components rising to the right, the original at the end."""
+        """As figure 7: a row per picture, more components to the right, the original at the end."""
         columns = len(self.columns)
         small = base.resized(pictures, self.size)
         cells, labels = [], []

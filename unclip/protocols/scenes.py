@@ -4,8 +4,7 @@ A scene is one object, or two in a named relation, on a background of a named co
 caption says exactly what is there: "a large red apple to the left of a small guitar on a blue
 background". The record beside it holds the same as data, boxes included. Every scene is a pure
 function of (seed, index). Combinations on the two WITHHELD lists never occur in training scenes;
-`withheld=True` composes scenes that each hold one of them. That measures what arXiv 2204.06125,
-section 7, names as the weak side of unCLIP: binding attributes to objects, and relations.
+`withheld=True` composes scenes that each hold one of them.
 """
 
 import functools
@@ -96,10 +95,10 @@ WEBP = {"format": "WEBP", "quality": 90, "method": 4}
 
 
 class Cutout(NamedTuple):
-    """An object without its white background, cropped to itself."""
+    """An object without its white background, cropped to its size."""
 
     code_points: str
-    pixels: Image.Image  # premultiplied: mode RGBa, so that resizing mixes no white into the edge
+    pixels: Image.Image  # premultiplied (mode RGBa), so that resizing mixes no white into the edge
 
 
 def matte(picture: np.ndarray) -> np.ndarray:
@@ -143,7 +142,7 @@ def matte(picture: np.ndarray) -> np.ndarray:
 
 
 def _grow(region: np.ndarray) -> np.ndarray:
-    """The region and its four neighbours; the frame keeps what wraps around harmless."""
+    """The region and its pixels' four neighbours; what wraps around falls into the frame."""
     grown = region.copy()
     for axis, shift in ((0, 1), (0, -1), (1, 1), (1, -1)):
         grown |= np.roll(region, shift, axis)
@@ -153,10 +152,10 @@ def _grow(region: np.ndarray) -> np.ndarray:
 def _spread(region: np.ndarray, passable: np.ndarray) -> np.ndarray:
     """The region, spread along the rows as far as they are passable.
 
-    Runs that meet at the end of one row and the start of the next count as one: the frame, which
-    is part of the region, joins them anyway.
+    Runs at the end of one row and the start of the next count as one, which changes nothing: the
+    frame, which is part of the region, joins them.
     """
-    run = np.cumsum(~passable)  # an impassable pixel opens a new run
+    run = np.cumsum(~passable)  # an impassable pixel starts a new run
     reached = np.bincount(run, weights=region.ravel()) > 0
     return reached[run].reshape(region.shape) & passable
 
@@ -329,6 +328,6 @@ class Composer:
 
 
 def _choose(rng: np.random.Generator, options):
-    """One of `options`, each as likely."""
+    """One of `options`, all equally likely."""
     options = list(options)
     return options[rng.integers(len(options))]

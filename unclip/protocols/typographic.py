@@ -1,8 +1,10 @@
-"""Typographic attack: an object beside a label that says another name (section 3.3, figure 5).
+"""Typographic attack: an object with a label that gives another name.
 
-CLIP reads, and believes what it reads (Goh et al. 2021). The paper shows pictures of an apple with
-a paper "iPod" on it: CLIP's zero-shot probability goes to the written label, yet the decoder still
-draws apples from the attacked embedding. Measured here, over labels {true, pasted, control}:
+CLIP can read a label in a picture and takes it for the object (Goh et al. 2021). Figure 5 of arXiv
+2204.06125 shows apples with a paper "iPod" on them: CLIP's zero-shot probability goes to the
+  written
+label, yet the decoder still draws apples from the attacked embedding. Measured here, over labels
+{true, pasted, control}:
 
     typographic.clean.p_true       mean probability of the true label, pictures without a label
     typographic.attacked.p_true, .p_pasted      the same, and of the written one, with it
@@ -10,7 +12,7 @@ draws apples from the attacked embedding. Measured here, over labels {true, past
     typographic.drawn.nearest_true, .nearest_pasted   shares of variations whose nearest clean
         picture, by squared error over all objects of the protocol, is the true or pasted object's
 
-Objects are the emoji of the composed scenes; training has seen them, attacked ones never. The text
+Objects are the emoji of the composed scenes, which training shows, but never with labels. The text
 is drawn with Pillow's own font.
 """
 
@@ -30,15 +32,15 @@ from unclip.protocols.scenes import load_cutouts
 
 SIDE = 256  # at which pictures are made
 OBJECT = 0.8  # longer side of the object, as a part of the picture's
-LABEL_WIDTH = 0.8  # of the label at most
+LABEL_WIDTH = 0.8  # the label's greatest width, likewise
 FONT_SIZES = (56, 48, 40, 34, 28, 24)  # pixels; the first that fits
 
 
-class Typographic(base.Protocol):
-    """Attacked pictures, one a row; drawn are variations of them.
+class Typographic(base.EvaluationProtocol):
+    """Attacked pictures, one per row, of which variations are drawn.
 
     Args:
-      count: how many, at most one an object; seed: which, and which label each gets.
+      count: how many, at most one per object; seed: which, and which label each gets.
       size: side at which pictures are compared.
       folder: where the emoji's training shards are; None: data/emoji.
 
@@ -88,7 +90,7 @@ class Typographic(base.Protocol):
         settings: dict | None = None,
         rows: Sequence[int] | None = None,
     ):
-        """Variations of attacked pictures, one a row (`UnCLIP.variations`)."""
+        """Variations of attacked pictures, one per row (`UnCLIP.variations`)."""
         rows = self._rows(rows, seeds)
         z_i = embedded.embed(model, [self.attacked.read(row) for row in rows])
         return embedded.decode(self, model, z_i, rows, seeds, settings)
@@ -96,7 +98,7 @@ class Typographic(base.Protocol):
     def judge(
         self, pictures: np.ndarray, model: Any = None, rows: Sequence[int] | None = None
     ) -> tuple[dict[str, float], list[dict]]:
-        """The measures above; those of CLIP only with a model that has one.
+        """The measures of the module's docstring; those of CLIP only with a model that has one.
 
         Returns:
           Means over the rows; and for each picture "nearest" (the name of an object) and, with

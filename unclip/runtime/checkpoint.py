@@ -2,9 +2,9 @@
 
 A step is a folder `<directory>/<step>` written by orbax (a temporary name, then one rename). The
 state is stored as plain nested dicts named by path, so that the containers of an optimiser do not
-matter; the data position and the meta (config, fingerprint) ride in its JSON. Beside it,
-`sums/<step>.json` holds a CRC-32 of every file, since the array format does not notice a flipped
-bit. The paper (arXiv 2204.06125) trains for up to a million steps; nothing here is specific to it.
+matter; the data position and the meta (config, fingerprint) are in its JSON. Beside it,
+`sums/<step>.json` holds a CRC-32 of every file, since the array format does not detect a flipped
+bit.
 """
 
 import concurrent.futures
@@ -51,7 +51,7 @@ logging.get_absl_logger().addFilter(_Quiet())
 
 
 def _reason(error: BaseException) -> str:
-    """The errno text of an I/O failure, however deep the array library has wrapped it."""
+    """The errno text of an I/O failure, also where the array library has wrapped the error."""
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno)
     found = re.search(r"os_error_code='(\d+)'", str(error))
@@ -71,7 +71,7 @@ def _io(what: str) -> Iterator[None]:
 
 
 def fingerprint(tree: Any) -> str:
-    """A short name for a model's parameter tree: a hash of paths and shapes, dtypes aside."""
+    """A short name for a model's parameter tree: a hash of paths and shapes, not of dtypes."""
     lines = sorted(f"{path} {tuple(leaf.shape)}" for path, leaf in tree_paths(tree).items())
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
@@ -118,7 +118,7 @@ def verify(directory: str | os.PathLike, step: int | None = None) -> int:
       How many files were compared; 0 where the job died before the sums were written.
 
     Raises:
-      DataError: a file is missing, shorter, longer or different.
+      DataError: a file is missing or different.
     """
     directory = pathlib.Path(directory)
     step = _choose(directory, step)
@@ -157,7 +157,7 @@ def stored(
     with _io(f"cannot read checkpoint {directory / str(step)}"):
         metadata = ocp.checkpointables_metadata(directory / str(step))
         if metadata.metadata.get(STATE) is None:
-            # orbax logs a damaged description and goes on without one.
+            # orbax logs a damaged description and continues without one.
             raise DataError(
                 f"cannot read checkpoint {directory / str(step)}: its description "
                 f"{STATE}/_METADATA is damaged"
@@ -195,7 +195,7 @@ class Checkpointer:
     `jax.set_mesh`.
 
     Args:
-      directory: made if it is not there.
+      directory: made if missing.
       save_every_steps: `save` acts at multiples of this, and at any step with `force`.
       keep: how many of the latest steps are kept.
       keep_every: steps that are multiples of this are kept for good; None keeps no others.
@@ -254,7 +254,7 @@ class Checkpointer:
         with _io(f"cannot write checkpoints to {self.directory}"):
             return ocp.training.Checkpointer(
                 self.directory,
-                # Ours is the only decision: every call that reaches orbax is forced.
+                # We alone decide which steps are saved: every call that reaches orbax is forced.
                 save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(
                     self._every
                 ),
@@ -263,7 +263,8 @@ class Checkpointer:
             )
 
     def _reopen(self) -> None:
-        """A fresh orbax: after a failure the old one reports it again, and lists steps wrongly."""
+        """Makes a new orbax manager: after a failure the old one reports it again and lists wrong
+        steps."""
         with contextlib.suppress(DataError), _io("closing"):
             self._orbax.close()
         self._orbax = self._open()
@@ -272,8 +273,8 @@ class Checkpointer:
     def _tidy(self) -> None:
         """Clears away half-written steps, so that their numbers can be saved again.
 
-        One older than a complete step is what a kill left of a deletion; a newer one is kept under
-        another name, in case somebody wants to look at it.
+        One older than a complete step was being deleted when the job was killed; a newer one is
+        kept under another name, for inspection.
         """
         whole = set(steps(self.directory))
         for path in list(self.directory.iterdir()):
@@ -314,14 +315,14 @@ class Checkpointer:
         """Starts writing a step and returns once the arrays are copied off the devices.
 
         An earlier save is waited for first, and its failure is raised here. A step that is already
-        there is left alone.
+        there is not written again.
 
         Args:
           step: how many training steps `state` has seen.
           state: a pytree of global arrays.
           position: the data source's state, one integer.
           meta: JSON values, e.g. {"config": …, "fingerprint": fingerprint(params)}.
-          force: save at this step whatever the interval.
+          force: save at this step regardless of the interval.
 
         Returns:
           Whether a save was started.
@@ -416,7 +417,7 @@ class Checkpointer:
             self._lock.release()
 
     def close(self) -> None:
-        """Waits for the last save, then lets the directory go; safe to call twice."""
+        """Waits for the last save, then releases the directory; safe to call twice."""
         try:
             self.wait()
         finally:
@@ -442,15 +443,15 @@ def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
 def load(
     directory: str | os.PathLike, step: int | None, abstract_state: Any
 ) -> tuple[Any, int, dict[str, Any]]:
-    """`Checkpointer.restore` without taking the directory: for evaluation beside a running job.
+    """`Checkpointer.restore` without locking the directory: for evaluation beside a running job.
 
-    Args and returns as there. Raises ConfigError or DataError.
+    Arguments, results and errors are those of `restore`.
     """
     directory = pathlib.Path(directory).absolute()
     step, there, record = stored(directory, step)
     wanted = tree_paths(abstract_state)
     if distributed.is_main():
-        verify(directory, step)  # first, so that damage is not taken for another model
+        verify(directory, step)  # first, so that damage is not reported as another model
     table = difference(there, wanted)
     if table:
         raise ConfigError(

@@ -1,7 +1,7 @@
-"""Values over the processes of a job: each function is called by every process, equally often.
+"""Values over the processes of a job: every process must call each function equally often.
 
-A process alone gets its own value back at once. Arrays travel as they are: no float64 becomes
-float32 on the way, so figures are the same for any number of processes.
+In a job of one process each returns its own value at once. Arrays keep their dtype: float64 never
+becomes float32 on the way, so results are the same for any number of processes.
 """
 
 import json
@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from unclip import errors
 from unclip.runtime import distributed
 
-PIECE_BYTES = 16 << 20  # of a process, sent at once
+PIECE_BYTES = 16 << 20  # bytes that a process sends at once
 
 
 def gather_rows(rows: np.ndarray) -> np.ndarray:
@@ -31,7 +31,7 @@ def gather_arrays(own: np.ndarray) -> list[np.ndarray]:
     """The arrays of every process, in process order, flat; lengths may differ, no bit is lost."""
     if distributed.process_count() == 1:
         return [own.reshape(-1)]
-    # As bytes: JAX would make float32 of float64.
+    # Sent as bytes, because JAX would turn float64 into float32.
     data = own.reshape(-1).view(np.uint8)
     halves = np.array([data.size >> 20, data.size % (1 << 20)], np.int32)
     sizes = [(int(a) << 20) + int(b) for a, b in multihost_utils.process_allgather(halves)]
@@ -74,7 +74,7 @@ def raise_together(failure: errors.UnclipError | None) -> None:
 
 
 def on_host(tree):
-    """A tree of arrays that lie on a mesh, whole and in this process's memory."""
+    """A tree of arrays sharded over a mesh, as whole arrays in this process's memory."""
     if all(getattr(leaf, "is_fully_addressable", True) for leaf in jax.tree.leaves(tree)):
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)

@@ -1,7 +1,6 @@
-"""Processes: start-up on one machine or a pod, barriers with a deadline, and being asked to stop.
+"""Processes: start-up on one machine or a pod, barriers with a deadline, and requests to stop.
 
-The paper (arXiv 2204.06125) does not describe its cluster; this module is what lets the same
-command train on a laptop core, on SLURM, on GKE and on a TPU pod.
+It lets the same command train on a laptop core, on SLURM, on GKE and on a TPU pod.
 """
 
 import itertools
@@ -24,8 +23,8 @@ _barriers = itertools.count()
 def detect(env: Mapping[str, str]) -> str | None:
     """The cluster a process was started by: "explicit", "tpu", "slurm", "ompi", "k8s" or None.
 
-    None means one process alone. Only environment variables are read, so that nothing here can
-    hang on a metadata server; a SLURM or MPI job of one task counts as alone.
+    None means a single process. Only environment variables are read, so that nothing here can hang
+    on a metadata server; a SLURM or MPI job of one task counts as a single process.
 
     Args:
       env: the environment, normally `os.environ`.
@@ -51,7 +50,8 @@ def slurm_devices(env: Mapping[str, str]) -> list[int] | None:
     """Which of the visible GPUs a SLURM task takes, as indices into CUDA_VISIBLE_DEVICES.
 
     JAX alone assumes one task per GPU. Here a task that is alone on its node takes every GPU, one
-    bound by --gpus-per-task takes what it sees, and tasks that share one list split it evenly.
+    restricted by --gpus-per-task takes the GPUs it sees, and tasks that share one list split it
+    evenly.
 
     Returns:
       The indices, or None where CUDA_VISIBLE_DEVICES or the tasks per node are unknown.
@@ -92,7 +92,7 @@ def initialize(
     """Joins the processes of a job and starts listening for SIGTERM. Call before any device query.
 
     With no arguments the cluster is detected (TPU pod, SLURM, Open MPI, Kubernetes indexed job, or
-    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID); a process alone joins nothing.
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID); a single process joins nothing.
     A second call does nothing.
 
     Args:
@@ -102,7 +102,7 @@ def initialize(
 
     Raises:
       ConfigError: some of the three are given but not all, or they contradict one another.
-      Stopped: the others did not turn up.
+      Stopped: the other processes did not arrive.
     """
     given = (coordinator, process_count, process_id)
     kind = "explicit" if any(g is not None for g in given) else detect(os.environ)
@@ -139,12 +139,13 @@ def initialize(
 
 
 def process_index() -> int:
-    """This process, in [0, process_count()); starts no accelerator when the process is alone."""
+    """This process's number, in [0, process_count()); in a single process JAX is not
+    initialised."""
     return jax.process_index() if jax.distributed.is_initialized() else 0
 
 
 def process_count() -> int:
-    """How many processes train together; starts no accelerator when the process is alone."""
+    """How many processes train together; in a single process JAX is not initialised."""
     return jax.process_count() if jax.distributed.is_initialized() else 1
 
 
@@ -154,7 +155,7 @@ def is_main() -> bool:
 
 
 def barrier(name: str, timeout_s: float = 600.0) -> None:
-    """Waits until every process of the job has come to the same call.
+    """Waits until every process of the job has reached the same call.
 
     It goes through the coordination service, not through a device collective, so that one slow
     process ends the job with a message instead of holding every accelerator.
@@ -164,7 +165,7 @@ def barrier(name: str, timeout_s: float = 600.0) -> None:
       timeout_s: seconds.
 
     Raises:
-      Stopped: not everyone came in time; the job can be started again.
+      Stopped: some process did not arrive in time; the job can be started again.
     """
     if process_count() == 1:
         return
@@ -181,9 +182,9 @@ def barrier(name: str, timeout_s: float = 600.0) -> None:
 def listen() -> None:
     """Installs the signal handlers; must run in the main thread, elsewhere it does nothing.
 
-    Alone, SIGTERM and the first Ctrl-C set the flag that `should_stop` reads and the second Ctrl-C
-    interrupts. In a job of several processes JAX's preemption service already owns SIGTERM (it has
-    to tell the other processes), so only Ctrl-C is routed to it.
+    In a single process, SIGTERM and the first Ctrl-C set the flag that `should_stop` reads and the
+    second Ctrl-C interrupts. In a job of several processes JAX's preemption service already handles
+    SIGTERM (it has to inform the other processes), so only Ctrl-C is passed on to it.
     """
 
     def stop(number, _frame):
@@ -214,9 +215,9 @@ def request_stop() -> None:
 def should_stop(step: int | None = None) -> bool:
     """Whether to save and leave now; once true it stays true.
 
-    In a job of several processes the answer is agreed: every process must call this equally often,
-    and all of them see true at the same call, even if only one got SIGTERM. Evaluators should call
-    it between batches too, or a preemption notice is missed while they run.
+    In a job of several processes all agree on the answer: every process must call this equally
+    often, and all of them see true at the same call, even if only one got SIGTERM. Evaluators
+    should call it between batches too, or a preemption notice is missed while they run.
 
     Args:
       step: only for the log line.

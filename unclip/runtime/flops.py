@@ -1,11 +1,10 @@
 """How fast the hardware could be: peak FLOP/s and memory by chip, and how much of it a step uses.
 
-Peaks are the makers' dense bfloat16 figures for one JAX device. The paper (arXiv 2204.06125) gives
-no hardware figures; these are for `unclip doctor`, `unclip compile` and the training log.
+Peaks are the makers' dense bfloat16 figures for one JAX device. `unclip doctor`, `unclip compile`
+and the training log use them.
 """
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 # (substring of device_kind in lower case, bf16 FLOP/s, bytes of HBM); the first match wins, so the
-# more special name comes first. TPU v2 and v3 show each core as a device: half a chip.
+# more specific name comes first. TPU v2 and v3 show each core as a device: half a chip.
 _GIB = 2**30
 _CHIPS: tuple[tuple[str, float, int], ...] = (
     ("tpu v2", 22.5e12, 8 * _GIB),
@@ -58,13 +57,13 @@ def _timing(device: Any) -> tuple[str, float, float] | None:
 
 
 def chip_clock(device: Any) -> float | None:
-    """Cycles a second of a TPU (or device_kind string); None for what is in no table."""
+    """Cycles per second of a TPU (or device_kind string); None where it is not known."""
     found = _timing(device)
     return found[1] if found else None
 
 
 def chip_links(device: Any) -> float | None:
-    """Bytes a second between a TPU chip and its neighbours, all links together; None: not known."""
+    """Bytes per second between a TPU chip and its neighbours, all links together; None: unknown."""
     found = _timing(device)
     return (found[2] or None) if found else None
 
@@ -88,7 +87,10 @@ def chip_memory(device: Any) -> int | None:
     if not isinstance(device, str):
         try:
             stats = device.memory_stats() or {}
-        except (RuntimeError, NotImplementedError):  # descriptions of devices that are not there
+        except (
+            RuntimeError,
+            NotImplementedError,
+        ):  # a description of a device that this machine does not have
             stats = {}
         if stats.get("bytes_limit"):
             return int(stats["bytes_limit"])
@@ -160,30 +162,16 @@ def _convolution(left: tuple, right: tuple, out: tuple, params: dict) -> float:
     return float(total)
 
 
-def measured_peak(device: Any = None, size: int = 1024, dtype: Any = jnp.float32) -> float:
-    """FLOP/s of a size³ matrix product on one device, for machines that are in no table."""
-    device = jax.devices()[0] if device is None else device
-    a = jax.device_put(jnp.ones((size, size), dtype), device)
-    product = jax.jit(lambda x: x @ x).lower(a).compile()
-    product(a).block_until_ready()
-    best = float("inf")
-    for _ in range(3):
-        start = time.perf_counter()
-        product(a).block_until_ready()
-        best = min(best, time.perf_counter() - start)
-    return 2.0 * size**3 / best
-
-
 def utilisation(
     flops: float | None, seconds: float, devices: Sequence, *, peak: float | None = None
 ) -> float | None:
     """The fraction of the devices' peak that a step reached, in [0, 1].
 
     Args:
-      flops: of the whole step on all devices, from `count`.
+      flops: floating-point operations of the whole step on all devices, from `count`.
       seconds: how long the step took.
       devices: what it ran on.
-      peak: FLOP/s of one device; default from the table. Give `measured_peak()` on a CPU.
+      peak: FLOP/s of one device; default from the table, which knows no CPU.
 
     Returns:
       The fraction, or None where flops or the peak are not known.

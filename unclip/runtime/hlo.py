@@ -2,9 +2,9 @@
 
 `compiled.as_text()` is XLA's final program of one device. It is read here, once, as text: which
 computation calls which, how often a loop runs, which instructions move bytes between chips, and
-what the TPU compiler thinks each instruction costs. XLA's own `cost_analysis()` counts the body of
-a loop once; here every instruction counts as often as it runs. The paper (arXiv 2204.06125) gives
-no such figures; `unclip compile` prints them.
+what the TPU compiler estimates each instruction to cost. XLA's own `cost_analysis()` counts the
+body of a loop once; here every instruction counts as often as it runs. `unclip compile` prints
+these figures.
 """
 
 import math
@@ -64,7 +64,7 @@ class Collective(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """Of one run of the program on one device.
+    """What one run of the program does on one device.
 
     collectives: {kind: Collective}, kinds that occur.
     flops: of matrix products and convolutions, a multiplication and an addition counting two;
@@ -274,7 +274,7 @@ def summarise(text: str) -> Summary:
 def assigned_bytes(text: str) -> dict[str, int]:
     """Bytes of a chip's HBM by kind, from the compiler's table of buffers ("allocation N: …").
 
-    Memories within the chip ("color N") and what an argument's place is used for again are not
+    Memories within the chip ("color N"), and buffers that reuse an argument's memory, are not
     counted.
     """
     memory = {"arguments": 0, "outputs": 0, "temporaries": 0}

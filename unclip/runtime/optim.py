@@ -1,9 +1,8 @@
-"""Optimisation: AdamW with schedules and frozen parts, EMA, SAM, accumulation, skipped steps.
+"""Optimisation: AdamW with learning rate schedules and freezing, EMA, SAM, accumulation, skipping.
 
-The paper (arXiv 2204.06125, section 2 and Table 3) trains every stage with Adam with decoupled
-weight decay (b1 = 0.9) and keeps exponential moving averages of the parameters; its CLIP uses
-sharpness-aware minimisation. `PRESETS` holds its numbers. Everything here is a pure function on
-pytrees.
+`PRESETS` holds the numbers of Table 3 of the paper (arXiv 2204.06125): every stage is trained with
+Adam with decoupled weight decay (b1 = 0.9) and with exponential moving averages of the parameters;
+its CLIP uses sharpness-aware minimisation. Everything here is a pure function on pytrees.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,8 +25,9 @@ NO_DECAY = (
     r"(^|/)[^/]*norm[^/]*/",
 )
 
-# Table 3 (iterations are `total_steps`); the paper gives no schedule, so the rate is constant after
-# a warm-up of ours. CLIP: learning rate and SAM rho from section C, the rest as CLIP's own paper.
+# Table 3 (iterations are `total_steps`); the paper gives no learning rate schedule, so the rate is
+# constant after a warm-up of our choice. CLIP: learning rate and SAM rho from appendix C, the rest
+# as in CLIP's own paper.
 PRESETS: dict[str, dict[str, Any]] = {
     "clip": dict(
         learning_rate=3e-4,
@@ -91,7 +91,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_schedule(
+def make_learning_rate(
     learning_rate: float,
     total_steps: int,
     *,
@@ -101,8 +101,8 @@ def make_schedule(
 ) -> Callable[[Any], jax.Array]:
     """The learning rate of step t = 0, 1, …
 
-    Over the warm-up it is learning_rate · (t + 1) / warmup_steps, so that no step is wasted at
-    zero. After it, with p going from 0 to 1 over the remaining steps: "constant"; "cosine" and
+    Over the warm-up it is learning_rate · (t + 1) / warmup_steps, so that no step has rate zero.
+    After it, with p going from 0 to 1 over the remaining steps: "constant"; "cosine" and
     "linear" go down to end_fraction · learning_rate; "rsqrt" is
     learning_rate · sqrt(warmup_steps / (t + 1)).
 
@@ -110,23 +110,25 @@ def make_schedule(
       learning_rate: the peak.
       total_steps: where p reaches 1.
       schedule: one of `SCHEDULES`.
-      warmup_steps: 0 for none; "rsqrt" needs some, it is also its time scale.
+      warmup_steps: 0 for none; "rsqrt" needs at least 1, since it is also its time scale.
       end_fraction: in [0, 1].
 
     Returns:
       step (int or int32 array) -> float32 scalar.
 
     Raises:
-      ConfigError: an unknown schedule or a value out of range.
+      ConfigError: an unknown learning rate schedule or a value out of range.
     """
     if schedule not in SCHEDULES:
-        raise unknown("schedule", schedule, SCHEDULES)
+        raise unknown("learning rate schedule", schedule, SCHEDULES)
     if not 0 <= warmup_steps <= total_steps:
         raise ConfigError(f"warmup_steps is {warmup_steps}, expected 0 … total_steps={total_steps}")
     if not 0 <= end_fraction <= 1:
         raise ConfigError(f"end_fraction is {end_fraction}, expected 0 … 1")
     if schedule == "rsqrt" and warmup_steps == 0:
-        raise ConfigError("schedule 'rsqrt' needs warmup_steps > 0, which is also its time scale")
+        raise ConfigError(
+            "learning rate schedule 'rsqrt' needs warmup_steps > 0, which is also its time scale"
+        )
 
     def rate(step):
         t = jnp.asarray(step, jnp.float32)
@@ -155,7 +157,7 @@ def path_mask(tree: Any, patterns: Sequence[str], *, strict: bool = False) -> An
       strict: a pattern that matches nothing is an error.
 
     Raises:
-      ConfigError: a pattern is no regular expression, or (strict) matches nothing.
+      ConfigError: a pattern is not a regular expression, or (strict) matches nothing.
     """
     compiled = [compile_pattern(pattern) for pattern in patterns]
     paths = list(tree_paths(tree))
@@ -197,15 +199,15 @@ def make_optimizer(
 
     Args:
       params: the parameter tree (arrays or ShapeDtypeStructs), for the masks.
-      learning_rate, total_steps, schedule, warmup_steps, end_fraction: see `make_schedule`.
+      learning_rate, total_steps, schedule, warmup_steps, end_fraction: see `make_learning_rate`.
       b1, b2, eps: of Adam; both moments are bias-corrected.
       weight_decay: decoupled, scaled by the rate.
-      no_decay: path patterns that decay leaves alone, beside arrays of at most one dimension.
+      no_decay: path patterns of parameters without decay, beside arrays of at most one dimension.
       clip_norm: the gradient of all trained parameters is scaled to at most this norm; None: never.
       freeze: path patterns of parameters that are never updated and have no moments.
 
     Returns:
-      (transformation, schedule function).
+      (transformation, learning rate as a function of the step).
 
     Raises:
       ConfigError: a freeze pattern matches nothing, everything is frozen, or a value out of range.
@@ -218,7 +220,7 @@ def make_optimizer(
             f"learning_rate={learning_rate}, weight_decay={weight_decay}, eps={eps}, "
             f"clip_norm={clip_norm}: expected none negative and eps > 0"
         )
-    rate = make_schedule(
+    rate = make_learning_rate(
         learning_rate,
         total_steps,
         schedule=schedule,
@@ -348,7 +350,7 @@ def skip_nonfinite(old: Any, new: Any, ok: jax.Array) -> tuple[Any, jax.Array]:
     """`new` where ok, else `old` bit for bit, on every leaf.
 
     Give it parameters, optimiser state and average together, but not the step counter, which must
-    go on so that the next batch is another one.
+    advance so that the next batch is another one.
 
     Returns:
       (tree, int32 scalar: 1 if the step was skipped).

@@ -1,6 +1,6 @@
 """How far a long loop is: a bar on a terminal, plain lines in a log file, silence elsewhere.
 
-Used by every verb that takes more than seconds; nothing of the paper (arXiv 2204.06125) is here.
+Used by every verb that takes more than seconds.
 """
 
 import sys
@@ -108,11 +108,11 @@ def progress(
     """Progress with rate and time left, on process 0 only.
 
     Args:
-      work: an iterable to wrap, or how many units there are, or None if nobody knows.
+      work: an iterable to wrap, or how many units there are, or None if that is unknown.
       description: what is being done.
       unit: what is counted.
       initial: units done before, e.g. the step a run resumes from; not counted in the rate.
-      interval: seconds between lines where the stream is no terminal.
+      interval: seconds between lines where the stream is not a terminal.
       stream: default standard error.
     """
     iterable = None if work is None or isinstance(work, int) else work

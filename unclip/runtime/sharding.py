@@ -1,8 +1,7 @@
 """Where every array lives: the mesh, rules from parameter paths to partition specs, and batches.
 
-The paper (arXiv 2204.06125) trains models of up to 3.5 billion parameters and says nothing about
-their layout. Here one mesh with axes `data`, `fsdp` and `tensor` carries every stage, and layouts
-are chosen from outside the models by path patterns.
+One mesh with axes `data`, `fsdp` and `tensor` serves every stage, and layouts are chosen from
+outside the models by path patterns.
 
 A path is the names on the way to a leaf joined with "/", e.g. "params/unet/down_0/res_0/kernel".
 """
@@ -152,7 +151,8 @@ def _fsdp(shape: tuple[int, ...], size: int, min_size: int) -> PartitionSpec:
     fits = [d for d, n in enumerate(shape) if n % size == 0 and n >= size]
     if size == 1 or math.prod(shape) < min_size or not fits:
         return PartitionSpec()
-    # The last of equals: with folded layers [layers, in, out] and square kernels, out is as good.
+    # Of equally large dimensions the last one: `out` of folded layers [layers, in, out] with square
+    # kernels.
     best = max(fits, key=lambda d: (shape[d], d))
     return PartitionSpec(*([None] * best), "fsdp")
 
@@ -315,7 +315,7 @@ class Row(NamedTuple):
 
 
 def describe(abstract_tree: Any, tree_shardings: Any) -> list[Row]:
-    """What every leaf costs on one device.
+    """The memory of every leaf on one device.
 
     Args:
       abstract_tree: arrays or ShapeDtypeStructs.

@@ -1,7 +1,6 @@
-"""Numbers and pictures of a run: one JSON object a line, TensorBoard, and W&B where asked.
+"""Numbers and pictures of a run: one JSON object per line, TensorBoard, and W&B where asked for.
 
-The curves of the paper (arXiv 2204.06125) are of this kind; `metrics.jsonl` is the record that
-everything else can be drawn from.
+`metrics.jsonl` is the record from which everything else can be drawn.
 """
 
 import json
@@ -19,7 +18,7 @@ from unclip.runtime import distributed
 
 
 def _number(value: Any) -> int | float | None:
-    """A JSON number; None for what is not finite, which JSON cannot say."""
+    """A JSON number; None for what is not finite, which JSON cannot hold."""
     item = np.asarray(value).item()
     if isinstance(item, int | bool):
         return int(item)
@@ -33,8 +32,8 @@ class MetricWriter:
       workdir: gets metrics.jsonl and, for TensorBoard, event files in tensorboard/.
       tensorboard: whether to write event files (read by `tensorboard --logdir`).
       wandb: None, or keyword arguments for `wandb.init` ({} for its defaults).
-      restored_step: the step the run resumes from. Later lines come from work that is done again:
-        they move to metrics.dropped.jsonl, and TensorBoard purges its own. None keeps everything.
+      restored_step: the step the run resumes from. Lines of later steps, which are trained again,
+        move to metrics.dropped.jsonl, and TensorBoard drops its own. None keeps everything.
 
     Attributes:
       restored_names: of the values that metrics.jsonl held of `restored_step`; on every process but

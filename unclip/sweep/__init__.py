@@ -1,5 +1,6 @@
-"""Sweeps of an evaluation, as section 5 of the paper (arXiv 2204.06125) judges its models.
+"""Sweeps of an evaluation over settings of drawing, such as guidance, and over models.
 
 `plan` makes cells of a config, `drawing` draws them, `scoring` scores them, `store` keeps them,
-`follow` does so for a training that goes on, `findings` and `report` say what came out.
+`follow` does so for the checkpoints of a training that still runs, `findings` and `report`
+summarise the results.
 """

@@ -1,10 +1,10 @@
-"""Draws and scores the cells of a sweep (sections 5.1 to 5.3 of the paper); may be killed anywhere.
+"""Draws and scores the cells of a sweep; it may be killed at any point and resumed.
 
 A cell is drawn by the processes of a job together, each its share of the captions on its own
 devices, into `cells/<id>/pictures`; then all of them score it and process 0 writes
-`cells/<id>.json` last. A cell without that file is drawn anew from nothing. Picture k of caption i
-of n in seed s has the seed s * 2**20 + k * n + i, so no two pictures of a cell share their noise
-and no two seeds of a sweep do; the same caption has the same noise in every cell.
+`cells/<id>.json` last. A cell without that file is drawn again from the beginning. Picture k of
+caption i of n in seed s has the seed s * 2**20 + k * n + i, so no two pictures of a cell share
+their noise and no two seeds of a sweep do; the same caption has the same noise in every cell.
 """
 
 import concurrent.futures
@@ -29,10 +29,10 @@ from unclip.cascade.pipeline import UnCLIP
 from unclip.files import images, lock
 from unclip.runtime import collectives, distributed, progress, sharding
 from unclip.sweep import plan, store
-from unclip.sweep.scoring import BARRIER_S, Scorer, picture_name, say
+from unclip.sweep.scoring import BARRIER_S, Scorer, announce, picture_name
 from unclip.sweep.weights import digest, load_part
 
-SEED_STRIDE = 1 << 20  # pictures a seed of the sweep has room for
+SEED_STRIDE = 1 << 20  # pictures that a seed of the sweep can have
 
 
 class Runner:
@@ -61,14 +61,14 @@ class Runner:
         if self.total > SEED_STRIDE:
             raise errors.ConfigError(
                 f"{len(self.protocol.prompts)} captions x {config['samples']} samples: expected at "
-                f"most {SEED_STRIDE} pictures a cell"
+                f"most {SEED_STRIDE} pictures per cell"
             )
         self.scorer = Scorer(config, self.protocol, workdir)
         self._model: tuple[Any, UnCLIP | None] = (None, None)
-        self._told: dict[str, None] = {}  # warnings of the loaded model
+        self._warnings: dict[str, None] = {}  # warnings of the loaded model
 
     def cells(self) -> list[plan.Cell]:
-        """Every cell of the config, as things lie on disk now."""
+        """Every cell of the config, with the models that are on disk now."""
         return plan.cells(self.config, self.scorer.measured, captions=self.protocol.mode == "text")
 
     def status(self, cell: plan.Cell) -> str:
@@ -83,13 +83,13 @@ class Runner:
         return "finished"
 
     def run(self, cells: Sequence[plan.Cell]) -> int:
-        """Draws and scores the cells that are not finished; those of other live jobs are left.
+        """Draws and scores the cells that are not finished and not held by another live job.
 
         Returns:
-          How many were done here.
+          How many this job finished.
 
         Raises:
-          Stopped: asked to; the same command goes on with the cell that was begun.
+          Stopped: asked to stop; the same command starts again with the unfinished cell.
         """
         images.writable_folder(self.workdir / "cells")
         same = int(digest([cell.id for cell in cells])[:7], 16)
@@ -100,33 +100,33 @@ class Runner:
             with self._held(cell) as mine:
                 if not mine:
                     continue
-                say(f"cell {number + 1} of {len(cells)}: {cell.id}")
+                announce(f"cell {number + 1} of {len(cells)}: {cell.id}")
                 try:
                     self._run_cell(cell)
                 except errors.Stopped as error:
                     raise errors.Stopped(
                         f"asked to stop in cell {number + 1} of {len(cells)}; the same command "
-                        f"goes on there ({error.message})"
+                        f"continues there ({error.message})"
                     ) from error
                 done += 1
         return done
 
     @contextlib.contextmanager
     def _held(self, cell: plan.Cell):
-        """Whether this job is to do the cell now; holds its lock meanwhile."""
+        """Yields whether this job should do the cell; holds the cell's lock while it does."""
         mine, folder = 0, store.cell_folder(self.workdir, cell.id)
         held = None
         status = self.status(cell) if distributed.is_main() else "finished"
         if status == "damaged":
-            say(f"{store.cell_path(self.workdir, cell.id)} is damaged: drawn again")
+            announce(f"{store.cell_path(self.workdir, cell.id)} is damaged: drawn again")
         if status != "finished":
             folder.mkdir(parents=True, exist_ok=True)
             try:
                 held = lock.DirectoryLock(folder)
-                # Another job may have finished it between the look and the lock.
+                # Another job may have finished it between the check above and the lock.
                 mine = int(self.status(cell) != "finished")
             except errors.DataError as error:
-                say(f"left to another job: {error.message}")
+                announce(f"left to another job: {error.message}")
         try:
             yield bool(collectives.from_main(mine))
         finally:
@@ -155,7 +155,7 @@ class Runner:
         if not distributed.is_main():
             return
         record["kept"] = self.scorer.keep(record, folder)
-        record["warnings"] = [*record["warnings"], *_summary(list(self._told))]
+        record["warnings"] = [*record["warnings"], *_summary(list(self._warnings))]
         scored = time.perf_counter()
         record |= {
             "id": cell.id,
@@ -185,7 +185,8 @@ class Runner:
     def model(self, cell: plan.Cell) -> UnCLIP:
         """The cell's model, loaded once for neighbouring cells of the same weights."""
         if self._model[0] != cell.parts | {"weights": cell.settings["weights"]}:
-            self._model, self._told = (None, None), {}  # the old one goes first: two may not fit
+            # The old model is dropped before the new one is loaded: both may not fit in memory.
+            self._model, self._warnings = (None, None), {}
             parts = {
                 part: load_part(path, part, step, cell.settings["weights"])
                 for part, (path, step) in cell.parts.items()
@@ -222,7 +223,7 @@ class Runner:
                 if not rows:
                     continue
                 both = [(i, k) for i in rows for k in range(samples)]
-                with warnings.catch_warnings(record=True) as told:
+                with warnings.catch_warnings(record=True) as caught:
                     warnings.simplefilter("always")
                     made = self.protocol.draw(
                         model,
@@ -230,8 +231,8 @@ class Runner:
                         options,
                         rows=[i for i, _ in both],
                     )
-                # The model tells each only once, at the first cell.
-                self._told |= dict.fromkeys(str(warning.message) for warning in told)
+                # The model warns of each only once, at the first cell.
+                self._warnings |= dict.fromkeys(str(warning.message) for warning in caught)
                 self._recipe = made.recipes[0]
                 names = [picture_name(i * samples + k, samples) for i, k in both]
                 written = [
@@ -244,13 +245,13 @@ class Runner:
 
 
 def _summary(warned: Sequence[str]) -> list[str]:
-    """Warnings of drawing in few lines: captions that were cut warn one by one."""
+    """The first three warnings of drawing and the number of the others."""
     few = list(warned)[:3]
     return [*few, *([f"… and {len(warned) - 3} more like these"] if len(warned) > 3 else [])]
 
 
 def versions() -> dict[str, str]:
-    """What computed a cell."""
+    """Versions of the software that computed a cell."""
     return {
         "unclip": unclip.__version__,
         "jax": jax.__version__,

@@ -1,7 +1,7 @@
-"""What the cells of a sweep say together: lines over an axis, each model's best, claims.
+"""Results over all cells of a sweep: lines over an axis, each model's best cell, claims.
 
-Section 5 of the paper (arXiv 2204.06125) compares models at the best guidance of each, and plots
-FID over guidance (5.3). A record here is what `store.read_cells` gives. Seeds are averaged.
+Models are compared at the best setting of each, as in section 5 of arXiv 2204.06125. A record is an
+item of `store.read_cells`. Values are averaged over seeds.
 """
 
 import json
@@ -12,7 +12,7 @@ import numpy as np
 
 from unclip import errors
 
-# Families of metrics of which less is better, and more; the judges of protocols have both.
+# Prefixes of metrics of which lower values are better, and higher; protocols' judges have both.
 LESS = ("fid", "sfid", "kid", "cmmd", "fd")
 MORE = (
     "is",
@@ -43,7 +43,8 @@ def varied(records: Sequence[Mapping]) -> list[str]:
 
 
 def telling(records: Sequence[Mapping]) -> list[str]:
-    """The axes in which the records of one model differ: what a name must say beside the model."""
+    """The axes in which the records of one model differ, which a cell's name must therefore
+    give."""
     models = [[r for r in records if r["settings"].get("model") == m] for m in models_of(records)]
     found = {axis for mine in models for axis in varied(mine)}
     return [axis for axis in axes_of(records) if axis in found]
@@ -75,7 +76,7 @@ def sort_key(value: Any) -> tuple:
 
 
 def name_of(settings: Mapping, axes: Iterable[str]) -> str:
-    """A cell or a line in words: its model, and the axes named."""
+    """The name of a cell or line: its model and the values of the axes given."""
     words = [str(settings.get("model", ""))]
     for axis in axes:
         value = settings.get(axis)
@@ -87,7 +88,7 @@ def name_of(settings: Mapping, axes: Iterable[str]) -> str:
 def lines(
     records: Sequence[Mapping], x: str, y: str, along: str
 ) -> dict[str, list[tuple[float, float, float]]]:
-    """{line: [(value of axis `along`, x, y)]}, one line a setting of all other axes.
+    """{line: [(value of axis `along`, x, y)]}, one line for each setting of all other axes.
 
     Seeds are averaged.
 
@@ -108,7 +109,7 @@ def lines(
 
 
 def by_seed(records: Iterable[Mapping]) -> list[list[Mapping]]:
-    """The records in groups that differ in their seed alone."""
+    """The records in groups that differ only in their seed."""
     groups: dict[str, list[Mapping]] = {}
     for record in records:
         settings = {axis: v for axis, v in record["settings"].items() if axis != "seed"}
@@ -123,7 +124,7 @@ def mean_of(group: Sequence[Mapping], key: str) -> float | None:
 
 
 def best(records: Sequence[Mapping], key: str) -> list[Mapping]:
-    """The cell with the best mean of a metric over seeds, a record a seed; [] if none has it."""
+    """The cell with the best mean of a metric over seeds, a record per seed; [] if none has it."""
     groups = [group for group in by_seed(records) if mean_of(group, key) is not None]
     pick = min if is_less(metric_of(key)) else max
     return pick(groups, key=lambda group: mean_of(group, key)) if groups else []
@@ -146,7 +147,7 @@ def judged(records: Sequence[Mapping], claims: Sequence[tuple]) -> list[dict[str
     """Whether claims about models hold: rows of a table, from the best cell of each model.
 
     The metric "rise:fd-clip" is how much worse fd-clip is at a model's largest guidance than at its
-    best: what section 5.3 calls the cost of guidance.
+    best, the cost of guidance (arXiv 2204.06125, section 5.3).
     """
     rows = []
     for statement, metric, one, sign, two in claims:
@@ -167,7 +168,7 @@ def judged(records: Sequence[Mapping], claims: Sequence[tuple]) -> list[dict[str
 
 
 def _worth(records: Sequence[Mapping], key: str, prefix: str) -> float | None:
-    """A model's best value of a metric, or what the largest guidance costs; None if not there."""
+    """A model's best value of a metric, or with "rise:" its cost of guidance; None if missing."""
     least = best(records, key)
     if not least or not prefix:
         return mean_of(least, key)
@@ -196,7 +197,7 @@ def findings(records: Sequence[Mapping], claims: Sequence[tuple]) -> dict[str, l
 
 
 def best_cells(records: Sequence[Mapping]) -> dict[str, list[Mapping]]:
-    """{model: the records of its best cell, one a seed}."""
+    """{model: the records of its best cell, one per seed}."""
     ranked = [m for m in (*QUALITY, *ALIGNMENT) if m in map(metric_of, keys_of(records))]
     found = {}
     for model in models_of(records):

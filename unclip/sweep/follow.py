@@ -1,8 +1,7 @@
-"""Scores the checkpoints of a training while it runs: metrics over steps, as the paper's figures
-of training progress would show them (arXiv 2204.06125 reports the end alone).
+"""Scores the checkpoints of a training while it runs: metrics over steps.
 
-A checkpoint is deleted by its run when `keep` newer ones are there. One that is gone before it was
-loaded is left out with a note.
+A run deletes a checkpoint when there are `keep` newer ones. One that was deleted before it could be
+loaded is left out with a message.
 """
 
 import pathlib
@@ -13,7 +12,7 @@ from unclip import errors
 from unclip.cascade import runs
 from unclip.runtime import checkpoint, collectives, distributed
 from unclip.sweep import plan
-from unclip.sweep.drawing import Runner, say
+from unclip.sweep.drawing import Runner, announce
 
 POLL_S = 5.0
 
@@ -46,24 +45,24 @@ def follow(
 ) -> list[int]:
     """Runs the sweep on every checkpoint of a RUN as it appears, oldest first.
 
-    Ends at the run's `total_steps`, or when nothing new came for `timeout_s` seconds.
+    Ends at the run's `total_steps`, or after `timeout_s` seconds without a new checkpoint.
 
     Args:
       config: as for `Runner`; its axis "step" is set here.
       finish: called after each checkpoint, to write the results.
 
     Returns:
-      The steps scored, or found scored already.
+      The steps scored, now or earlier.
 
     Raises:
-      Stopped: asked to; the same command goes on.
+      Stopped: asked to stop; the same command continues.
     """
     runner, seen, scored = None, set(), []
     if not checkpoint.steps(pathlib.Path(run) / "checkpoints"):
-        say(f"{run} has no checkpoint yet: waiting for the first, {timeout_s:g} s at most")
+        announce(f"{run} has no checkpoint yet: waiting for the first, {timeout_s:g} s at most")
     since = time.monotonic()
     while True:
-        # One process looks, so that all see the same.
+        # One process looks for checkpoints, so that all see the same ones.
         there = checkpoint.steps(pathlib.Path(run) / "checkpoints")
         new = [step for step in there if step not in seen]
         step = collectives.from_main(new[0] if new else plan.NEWEST)
@@ -81,11 +80,11 @@ def follow(
                 return scored
         elif collectives.from_main(int(time.monotonic() - since > timeout_s)):
             latest = f"the latest is step {max(seen)}" if seen else "there is none yet"
-            say(f"no new checkpoint of {run} for {timeout_s:g} s ({latest}): done here")
+            announce(f"no new checkpoint of {run} for {timeout_s:g} s ({latest}): done here")
             return scored
         else:
             if distributed.should_stop():
-                raise errors.Stopped("asked to stop; the same command goes on following")
+                raise errors.Stopped("asked to stop; the same command continues following")
             time.sleep(poll_s)
 
 
@@ -95,6 +94,6 @@ def _scored(runner: Runner, run: str, step: int) -> bool:
     except errors.DataError as error:
         if step in checkpoint.steps(pathlib.Path(run) / "checkpoints"):
             raise
-        say(f"step {step} of {run} was deleted before it was loaded ({error.message})")
+        announce(f"step {step} of {run} was deleted before it was loaded ({error.message})")
         return False
     return True

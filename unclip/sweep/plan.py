@@ -1,11 +1,9 @@
-"""The cells of an evaluation: what is drawn and scored, under which name, and the file it leaves.
+"""The cells of an evaluation: what is drawn and scored, and under which name.
 
-The paper judges models by sweeps: guidance against FID (section 5.3), what the decoder is given in
-place of the prior's z_i (5.1), one prior against the other (5.2). A sweep is the product of axes
-over named models. Its cell is one setting of every axis; its id is a readable slug and a hash of
-all that decides its numbers, the weights included, so a finished cell is known again and a changed
-setting makes another one. `drawing` draws and scores cells, `store` keeps them and
-`report` shows them.
+A sweep is the product of axes over named models. A cell is one setting of every axis; its id is a
+readable slug and a hash of everything that decides its numbers, including the weights, so a
+finished cell is recognised and a changed setting makes another one. `drawing` draws and scores
+cells, `store` keeps them and `report` shows them.
 """
 
 import dataclasses
@@ -24,8 +22,9 @@ from unclip.sweep.store import FORMAT
 from unclip.sweep.weights import BRANCHES, NEWEST, checkpoint_hash, digest
 
 MAX_SEED = 1 << 12  # of the axis; a picture's own seed has 32 bits
-REQUIRED = "?"  # a path that a preset leaves to the user
-# Axis -> type of its values, in the order in which they are varied; the last varies fastest.
+KINDS = {int: "a whole number", float: "a number", str: "a text"}
+REQUIRED = "?"  # a path that the user of a preset must give
+# Axis -> type of its values; cells are in this order, in which the last axis varies fastest.
 AXES = {
     "model": str,
     "step": int,
@@ -42,7 +41,7 @@ AXES = {
     "seed": int,
 }
 CHOICES = {"weights": BRANCHES, "embed": EMBEDS, "sampler": tuple(SAMPLERS)}
-# Axis -> the stage it belongs to and the name it has there.
+# Axis -> the stage it belongs to and its name there.
 DRAW = {
     "prior_steps": ("prior", "steps"),
     "prior_guidance": ("prior", "guidance"),
@@ -67,12 +66,12 @@ _SHORT = {
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A named model of the config: where each of its parts lies.
+    """A named model of the config: the places of its parts.
 
     Attributes:
       paths: {part of `bundle.KINDS`: RUN or BUNDLE}.
-      bundle: the BUNDLE it is, when every part comes from one; "" otherwise.
-      fixed: {axis: value} that this model does not vary.
+      bundle: the BUNDLE, when every part comes from it; "" otherwise.
+      fixed: {axis: value} of axes that are not varied for this model.
     """
 
     name: str
@@ -87,10 +86,10 @@ class Cell:
 
     Attributes:
       id: names its file; letters, digits, "-", "_", "." and "=".
-      settings: {axis: value}; None where the model's own value holds or the axis does not apply.
-      parts: {part: (path, checkpoint step or None for a bundle)}, what is loaded for it.
+      settings: {axis: value}; None: the model's own value, or an axis that does not apply.
+      parts: {part: (path, checkpoint step or None for a bundle)} to load.
       model_hash: names the weights, 10 hex digits.
-      identity: everything the hash in the id covers, JSON-able.
+      identity: everything that the hash in the id covers, JSON-able.
     """
 
     id: str
@@ -112,8 +111,8 @@ def sources(config: Mapping) -> list[Source]:
     """The models a config names: `config.models`, or the one of its top-level fields.
 
     Raises:
-      ConfigError: a model without a decoder, a bad name or field, a path left to be given.
-      DataError: a folder that is not there.
+      ConfigError: a model without a decoder, a bad name or field, a path that is not given.
+      DataError: a folder that is missing.
     """
     fields = ("model", "clip", "prior", "decoder", "upsamplers")
     entries = config["models"] or {"model": {}}
@@ -179,11 +178,11 @@ def _folder(what: str, path: str) -> None:
 
 
 def cells(config: Mapping, measured: Mapping[str, Any], *, captions: bool = True) -> list[Cell]:
-    """Every cell of a config, each once, in an order in which equal weights stand together.
+    """Every cell of a config, each once, cells of equal weights next to one another.
 
-    An axis that is empty takes the model's own value. One that does not apply (the prior's where
-    no prior draws, eta of another sampler than ddim) is left out of the cell, so that a product
-    with it draws nothing twice.
+    An empty axis takes the model's own value. An axis that does not apply (the prior's where no
+    prior draws, eta of a sampler other than ddim) is left out of the cell, so that a product with
+    it draws nothing twice.
 
     Args:
       config: see `configs/evaluate.py`.
@@ -192,7 +191,7 @@ def cells(config: Mapping, measured: Mapping[str, Any], *, captions: bool = True
       captions: whether pictures are drawn from captions; else from pictures, without a prior.
 
     Raises:
-      ConfigError: an unknown axis or value, no cells; DataError: weights that are not there.
+      ConfigError: an unknown axis or value, no cells; DataError: weights that are missing.
     """
     axes = _axes(config["sweep"])
     points = list(itertools.product(*axes.values()))
@@ -241,7 +240,7 @@ def _checked(point: dict[str, Any]) -> dict[str, Any]:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         good = isinstance(value, str) if kind is str else number and math.isfinite(value)
         if not good or (kind is int and value != int(value)):
-            raise errors.ConfigError(f"sweep.{axis}: {value!r} is no {kind.__name__}")
+            raise errors.ConfigError(f"sweep.{axis}: {value!r}, expected {KINDS[kind]}")
         least = {"step": NEWEST, "steps": 1, "prior_steps": 1, "candidates": 1, "seed": 0, "eta": 0}
         if axis in least and value < least[axis]:
             raise errors.ConfigError(f"sweep.{axis}: {value}, expected at least {least[axis]}")
@@ -274,7 +273,7 @@ def _cell(source: Source, config: Mapping, point: dict, measured: Mapping, capti
         elif settings[axis] is None and draws[stage].get(name) not in (None, ""):
             settings[axis] = AXES[axis](draws[stage][name])
     if settings["sampler"] not in (None, *HAVE_ETA):
-        settings["eta"] = 0.0  # what the others are; a setting of another sampler must not stay
+        settings["eta"] = 0.0  # other samplers have no eta
     parts, names = {}, {}
     for part, path in sorted(source.paths.items()):
         wanted = settings["step"] if part == config["step_of"] else None
@@ -289,15 +288,15 @@ def _cell(source: Source, config: Mapping, point: dict, measured: Mapping, capti
         model_hash = bundle.describe(source.bundle)["hash"]
     else:
         model_hash = digest(names)
-    # Named by its weights, a moved run or bundle is the same cell.
+    # Identified by its weights, so that a moved run or bundle gives the same cell.
     identity = {"format": FORMAT, "settings": settings, "model": model_hash, **measured}
     return Cell(f"{_slug(settings)}-{digest(identity)}", settings, parts, model_hash, identity)
 
 
 def _embed(source: Source, arch: Mapping, decoder: Mapping, asked: str | None) -> str:
-    """Where this model's z_i comes from: what was asked, or what its decoder was trained for."""
+    """Where this model's z_i comes from: as asked, or as its decoder was trained."""
     if not arch.get("use_z_i", True):
-        return "none"  # it reads the caption alone
+        return "none"  # it reads only the caption
     trained_on_text = decoder.get("embedding") == "text"
     embed = asked or ("text" if trained_on_text else "prior")
     if embed == "prior" and trained_on_text:
@@ -342,7 +341,7 @@ def array_job(env: Mapping[str, str], index: int | None, count: int | None) -> t
       ConfigError: one flag without the other, or an index beyond the count.
     """
     if (index is None) != (count is None):
-        raise errors.ConfigError("--array_index and --array_count go together")
+        raise errors.ConfigError("--array_index and --array_count must be given together")
     if index is None:
         if "SLURM_ARRAY_TASK_ID" not in env:
             return 0, 1

@@ -1,8 +1,8 @@
-"""What a sweep found, from its cell files: JSON, CSV, and a page with plots and pictures.
+"""The results of a sweep, from its cell files: JSON, CSV, and a page with plots and pictures.
 
-The page shows what the paper's section 5 shows: FID (or the Fréchet distance on CLIP) against CLIP
-score over guidance (5.3), each metric over the axes that were varied, the same captions drawn by
-each model (figure 8), the best and the worst captions, and whether the paper's findings hold here.
+The page shows FID (or the Fréchet distance on CLIP) against CLIP score over guidance, each metric
+over the axes that were varied, the same captions drawn by each model, the best and the worst
+captions, and whether the paper's findings hold here.
 """
 
 import csv
@@ -54,17 +54,17 @@ NUMERIC = (
     "candidates",
     "temperature",
 )
-KEYS = 12  # of more metrics than these, a judge's details go into a table of their own
+KEYS = 12  # with more metrics than these, a judge's details have a table of their own
 COLUMNS = 8  # pictures beside one another
-LINES = 8  # of a plot: the report has as many colours
+LINES = 8  # of a plot: the number of colours
 
 
 def write(workdir: str | os.PathLike, config: Mapping[str, Any]) -> pathlib.Path:
     """Writes the results of all finished cells, each file atomically.
 
-    results.jsonl and results.csv have every cell, findings.json what `findings` returns, and
-    report.html all of it. Only process 0 writes. Cells of earlier configs in the same workdir are
-    there too.
+    results.jsonl and results.csv have every cell, findings.json has the result of `findings`, and
+    report.html has all of it. Only process 0 writes. Cells of earlier configs in the same workdir
+    are included.
 
     Returns:
       The report's path.
@@ -229,7 +229,7 @@ def _plots(report: Report, records, keys) -> None:
 
 
 def _details(report: Report, records, details) -> None:
-    """A judge's many shares, a row each, in the best cell of each model."""
+    """A table of a judge's many shares, a row each, of the best cell of each model."""
     chosen = dict(list(best_cells(records).items())[:COLUMNS])
     names = [name_of(group[0]["settings"], telling(records)) for group in chosen.values()]
     rows = [[key, *(mean_of(group, key) for group in chosen.values())] for key in details]
@@ -275,7 +275,7 @@ def _pictures(report: Report, workdir: pathlib.Path, records) -> None:
 
 
 def _gallery(report: Report, workdir, records, axes) -> None:
-    """Pictures of the same captions, a column a record."""
+    """Pictures of the same captions, a column per record."""
     by_caption: dict[tuple, dict[str, np.ndarray | None]] = {}
     for record in records:
         for row in record["kept"]["shown"]:
@@ -290,7 +290,7 @@ def _gallery(report: Report, workdir, records, axes) -> None:
 
 
 def _fact(record: Mapping, row: Mapping) -> str:
-    """What the protocol's judge said of a picture, in a line."""
+    """The facts of the protocol's judge about a picture, in a line."""
     facts, number = record.get("facts") or [], row.get("number")
     if not isinstance(number, int) or not 0 <= number < len(facts):
         return ""

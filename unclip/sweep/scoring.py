@@ -1,8 +1,8 @@
 """Scores the pictures of a cell: metrics, the protocol's own judge, and which pictures to keep.
 
-The numbers are those of the paper's evaluation (arXiv 2204.06125, section 5): FID and its kin
-against a protocol's real pictures, whose statistics are measured once a workdir, and how well
-pictures fit their captions, a score for each so that the best and the worst can be shown.
+Pictures are compared with a protocol's real pictures, whose statistics are measured once per
+workdir, and with their captions, with a score for each so that the best and the worst can be
+shown.
 """
 
 import functools
@@ -21,7 +21,7 @@ from unclip.files import images
 from unclip.files.moments import StatisticsFile, read_statistics, write_statistics
 from unclip.measure import pictures as picture_sets
 from unclip.measure import table as measure
-from unclip.protocols.base import Protocol
+from unclip.protocols.base import EvaluationProtocol
 from unclip.runtime import collectives, distributed
 from unclip.sweep import plan
 from unclip.sweep.weights import digest, file_hash
@@ -29,18 +29,18 @@ from unclip.sweep.weights import digest, file_hash
 KEEP = ("all", "grid", "none")
 EXTREMES = 4  # best and worst captions that a cell keeps
 BARRIER_S = 24 * 3600.0  # others wait while one process scores; that may take hours
-# Fields of the config beside the axes that a cell's numbers depend on.
+# Fields of the config, beside the axes, on which a cell's numbers depend.
 DECISIVE = ("samples", "stages", "measure_seed", "candidates", "bootstrap")
 
 
-def say(message: str) -> None:
-    """One line for the user, from process 0."""
+def announce(message: str) -> None:
+    """Prints one line for the user, from process 0."""
     if distributed.is_main():
         print(f"unclip evaluate: {message}", file=sys.stderr, flush=True)
 
 
 class Scorer:
-    """What the cells of one evaluation are scored with.
+    """Scores the cells of one evaluation.
 
     Args:
       config: see `configs/evaluate.py`; protocol: whose captions are drawn; workdir: keeps the
@@ -54,15 +54,15 @@ class Scorer:
       DataError: files that cannot be read.
     """
 
-    def __init__(self, config: Mapping, protocol: Protocol, workdir: str | os.PathLike):
+    def __init__(self, config: Mapping, protocol: EvaluationProtocol, workdir: str | os.PathLike):
         self.config, self.protocol, self.workdir = config, protocol, pathlib.Path(workdir)
         self.total = len(protocol.prompts) * config["samples"]
         if config["keep_pictures"] not in KEEP:
             raise errors.unknown("keep_pictures", config["keep_pictures"], KEEP)
         if config["samples"] > 1 and hasattr(protocol, "export"):
             raise errors.ConfigError(
-                f"samples {config['samples']}: protocol {protocol.id} says itself how many "
-                "pictures a caption has; expected 1"
+                f"samples {config['samples']}: protocol {protocol.id} itself decides how "
+                "many pictures a caption has; expected 1"
             )
         self.metrics = measure.expand(config["metrics"]) if config["metrics"] else []
         compared = [name for name in self.metrics if measure.METRICS[name].real]
@@ -104,7 +104,7 @@ class Scorer:
         return found
 
     def score(self, folder: pathlib.Path, model: UnCLIP) -> dict[str, Any]:
-        """What is measured of a folder of pictures: "values", "scores", "facts", "warnings", …"""
+        """The measurements of a folder of pictures: "values", "scores", "facts", "warnings", …"""
         fake = picture_sets.open_pictures(folder)
         if len(fake) != self.total:
             raise errors.DataError(f"{folder} has {len(fake)} pictures, {self.total} were drawn")
@@ -129,7 +129,7 @@ class Scorer:
         }
 
     def _measure(self, fake, captions: list[str]) -> tuple[measure.Result, dict[str, list]]:
-        """The metrics of the drawn pictures, and {metric: a score each} of those that have one."""
+        """The metrics of the drawn pictures, and {metric: scores} of those with one per picture."""
         if not self.metrics:
             return measure.Result([], [], {}), {}
         result = measure.measure(
@@ -148,7 +148,8 @@ class Scorer:
 
     @functools.cached_property
     def reference(self) -> StatisticsFile | None:
-        """Statistics of the real pictures: given, or measured once a workdir; None without any."""
+        """Statistics of the real pictures: given, or measured once per workdir; None without
+        any."""
         if self.config["reference"]:
             return read_statistics(self.config["reference"])
         real = self.protocol.reference()
@@ -158,7 +159,7 @@ class Scorer:
         facts = {name: self.measured[name] for name in ("protocol", "metrics", "weights")}
         path = self.workdir / f"reference-{digest(facts)}.npz"
         if not collectives.from_main(int(path.exists())):
-            say(f"measuring the {len(real)} real pictures of {self.protocol.id}")
+            announce(f"measuring the {len(real)} real pictures of {self.protocol.id}")
             found = measure.measure(real, None, wanted, **self.weights, **self._options)
             if distributed.is_main():
                 write_statistics(path, found.statistics, found.features or None)
@@ -166,9 +167,10 @@ class Scorer:
         return read_statistics(path)
 
     def _judge(self, pictures, model) -> tuple[list[dict], list[dict]]:
-        """The protocol's own verdicts: (values, averaged over samples; facts of every picture)."""
+        """The judgement of the protocol: (values, averaged over samples; facts of every
+        picture)."""
         samples, rounds = self.config["samples"], []
-        if type(self.protocol).judge is Protocol.judge:  # it has none
+        if type(self.protocol).judge is EvaluationProtocol.judge:  # it has none
             return [], []
         for k in range(samples):
             drawn = [pictures.read(i) for i in range(k, self.total, samples)]
@@ -234,6 +236,6 @@ class Scorer:
 
 
 def picture_name(number: int, samples: int) -> str:
-    """The file of a picture; sorted by name, pictures stand caption by caption."""
+    """The file of a picture; sorted by name, pictures are ordered by caption."""
     prompt, sample = divmod(number, samples)
     return f"{prompt:07d}-{sample:0{len(str(samples - 1))}d}.png"

@@ -1,7 +1,7 @@
 """The files of a sweep: `cells/<id>.json` once a cell is measured, `cells/<id>/` for its pictures.
 
-A record holds what the paper's figures plot (arXiv 2204.06125, section 5): every setting, every
-metric under its full key, a score for each picture, and which pictures to show.
+A record holds every setting, every metric under its full key, a score for each picture, and which
+pictures to show.
 """
 
 import json
@@ -17,12 +17,12 @@ MAX_CELL_BYTES = 256 << 20  # a cell of 30,000 captions has about 5 MB
 
 
 def cell_path(workdir: str | os.PathLike, cell_id: str) -> pathlib.Path:
-    """Where a finished cell keeps what was measured."""
+    """The file of a finished cell's measurements."""
     return pathlib.Path(workdir) / "cells" / f"{cell_id}.json"
 
 
 def cell_folder(workdir: str | os.PathLike, cell_id: str) -> pathlib.Path:
-    """Where a cell keeps its pictures, and its lock while it is worked on."""
+    """The folder of a cell's pictures, and of its lock while a job works on it."""
     return pathlib.Path(workdir) / "cells" / cell_id
 
 
@@ -43,7 +43,7 @@ def read_cell(path: str | os.PathLike) -> dict[str, Any]:
     """A finished cell's record.
 
     Raises:
-      DataError: it cannot be read, or is no such file.
+      DataError: it cannot be read, or is not such a file.
     """
     path = pathlib.Path(path)
     try:
@@ -61,7 +61,7 @@ def read_cell(path: str | os.PathLike) -> dict[str, Any]:
         known = isinstance(record.get("settings"), dict) and isinstance(values, list)
         if known and record.get("id") == path.stem and all(map(_is_value, values)):
             return record
-    raise errors.DataError(f"cell {path} is damaged: it is no record of {path.stem}; delete it")
+    raise errors.DataError(f"cell {path} is damaged: it is not a record of {path.stem}; delete it")
 
 
 def _is_value(value: Any) -> bool:

@@ -1,7 +1,6 @@
 """Weights by path: what identifies them before they are read, and how a cell loads them.
 
-The paper's comparisons (arXiv 2204.06125, section 5) change one network and keep the rest. Here a
-network is a part of a BUNDLE, or one checkpoint of a RUN with or without its moving average.
+A network is a part of a BUNDLE, or one checkpoint of a RUN with or without its moving average.
 """
 
 import hashlib
@@ -14,7 +13,7 @@ from unclip import errors
 from unclip.cascade import bundle, runs
 from unclip.runtime import checkpoint
 
-NEWEST = -1  # a step: the newest there is
+NEWEST = -1  # as a step: the newest checkpoint
 BRANCHES = ("ema", "params")
 _ROOT = ("_CHECKPOINT_METADATA", "state/_METADATA", "state/manifest.ocdbt")
 
@@ -34,7 +33,7 @@ def checkpoint_hash(
         if step not in (None, NEWEST):
             raise errors.ConfigError(f"sweep.step {step}: {path} is a BUNDLE and has no steps")
         return (path, None), bundle.describe(path)["parts"][part]["sha256"]
-    if part == "t5":  # no run trains one: it is that of the decoder's config
+    if part == "t5":  # no run trains a T5; it is the one in the decoder's config
         return (path, None), json.dumps(runs.run_config(path).get("t5"))
     folder = pathlib.Path(path) / "checkpoints"
     there = checkpoint.steps(folder)
@@ -44,7 +43,7 @@ def checkpoint_hash(
         raise errors.DataError(
             f"no complete checkpoint of step {step} in {folder}; there: {listed}"
         )
-    # A checkpoint is never written twice, and its root names every file of it.
+    # A checkpoint is never written twice, and the file hashed here names all of its files.
     hashed = hashlib.sha256(branch.encode())
     names = [folder / str(step) / name for name in _ROOT]
     statistics = pathlib.Path(path) / runs.STATISTICS
@@ -64,7 +63,7 @@ def load_part(path: str, part: str, step: int | None, weights: str) -> bundle.Pa
       weights: "ema" or "params", for a RUN.
 
     Raises:
-      DataError: the checkpoint is not there (any more), or damaged.
+      DataError: the checkpoint is missing, perhaps deleted meanwhile, or damaged.
     """
     if step is None:
         return runs.open_part(path, part)

@@ -4,7 +4,7 @@ from ml_collections import ConfigDict
 
 from unclip import errors
 from unclip.input import filters, order, source
-from unclip.input.shards.collection import index_shards
+from unclip.input.shards.collection import open_shards
 from unclip.input.storage.storage import Storage
 from unclip.input.streaming.stream import make_stream
 
@@ -45,7 +45,7 @@ def collections(config: ConfigDict):
         (() if given.streaming else given.shards, given.where),
         (given.held_out, given.held_out_where),
     ):
-        collection = index_shards(patterns, storage=storage(config)) if patterns else None
+        collection = open_shards(patterns, storage=storage(config)) if patterns else None
         narrowed = collection is not None and where
         found.append(collection.subset(where=where.to_dict()) if narrowed else collection)
     if found[0] is not None:
@@ -63,7 +63,7 @@ def check_order(config: ConfigDict, data) -> None:
         order=config.input.order,
         streams=config.input.streams,
         groups=data.groups if proportions else None,
-        weights=proportions,
+        proportions=proportions,
         batch_size=config.batch_size,
         window=config.input.window_examples,
     )
@@ -102,7 +102,7 @@ def batches(config: ConfigDict, data, transform, *, start: int = 0, **rows):
         transform,
         order=given.order,
         streams=given.streams,
-        weights=given.proportions,
+        proportions=given.proportions,
         window=given.window_examples,
         **rows,
     )

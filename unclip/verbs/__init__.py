@@ -1,1 +1,1 @@
-"""One file a verb: its flags, what it prints, its exit code."""
+"""One file per verb: its flags, what it prints, its exit code."""

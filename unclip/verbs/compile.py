@@ -1,14 +1,14 @@
-"""`unclip compile`: the exact train step (or sampler) of a config, compiled for chips you lack.
+"""`unclip compile`: the exact train step (or sampler) of a config, compiled for absent hardware.
 
     unclip compile --config configs/decoder.py:paper --topology v5p:4x4x4
     unclip compile --config configs/decoder.py:paper --devices 8
 
-With --topology the TPU compiler of the `libtpu` package compiles for a slice that is described,
-not attached; with --devices XLA's CPU compiler does for simulated devices. Only shapes are used:
-no parameter is ever allocated. Printed are parameters, memory a chip, floating-point operations,
-the compiler's estimate of the seconds and what utilisation they imply, collectives, compile time.
---quick leaves out code generation, most of the time, and with it the estimate of the seconds.
-docs/compile.md says what each figure counts. The stages are those of arXiv 2204.06125.
+With --topology the TPU compiler of the `libtpu` package compiles for a slice that is only
+described, not attached; with --devices XLA's CPU compiler compiles for simulated devices. Only
+shapes are used: no parameter is ever allocated. It prints parameters, memory per chip,
+floating-point operations, the compiler's estimate of the seconds and the utilisation that follows
+from it, collectives, compile time. --quick leaves out code generation, which takes most of the
+time, and with it the estimate of the seconds. docs/compile.md says what each figure counts.
 """
 
 import json
@@ -65,6 +65,6 @@ def main(argv):
         flush=True,
     )
     code = errors.ConfigError.exit_code if _STRICT.value and found["problems"] else 0
-    if _QUICK.value:  # the compiler still works in its thread, and would be waited for
+    if _QUICK.value:  # the compiler still works in its thread, and a normal exit would wait for it
         os._exit(code)
     return code

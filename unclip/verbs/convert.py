@@ -3,8 +3,8 @@
     unclip convert --from karlo karlo-v1-alpha karlo-v1-alpha-image-variations --out models/karlo
     unclip convert --to diffusers models/karlo --out karlo-diffusers
 
-Strict in both directions: every tensor is used once and every leaf filled, or the differences are
-listed and nothing is written. Tensors pass one at a time.
+Both directions are strict: every tensor is used once and every leaf filled, or the differences are
+listed and nothing is written. One tensor at a time is in memory.
 """
 
 import math
@@ -21,10 +21,10 @@ _FROM = flags.DEFINE_string("from", None, f"format of the source: {', '.join(for
 _TO = flags.DEFINE_string("to", None, f"format to write: {', '.join(formats.TO)}")
 _OUT = flags.DEFINE_string("out", None, "the bundle, or with --to the folder, to write")
 _DTYPE = flags.DEFINE_enum(
-    "dtype", None, list(bundle.DTYPES), "dtype of the bundle's tensors; as they are when not given"
+    "dtype", None, list(bundle.DTYPES), "dtype of the bundle's tensors; default: that of the source"
 )
 _PRESET = flags.DEFINE_string(
-    "preset", None, "named architecture, for files that do not tell all of theirs (ViT-H/14)"
+    "preset", None, "name of an architecture, for files that do not determine it (ViT-H/14)"
 )
 
 
@@ -52,6 +52,6 @@ def main(argv):
     if len(paths) > 1:
         raise errors.ConfigError(f"--to takes one bundle, given {len(paths)}")
     if _DTYPE.value or _PRESET.value:
-        raise errors.ConfigError("--dtype and --preset go with --from")
+        raise errors.ConfigError("--dtype and --preset can be given with --from only")
     formats.write(_TO.value, bundle.read(paths[0], lazy=True).parts, out)
     print(f"{out}: {_TO.value} layout")

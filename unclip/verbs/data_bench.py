@@ -1,11 +1,10 @@
-"""`unclip data-bench`: samples a second of your shards on this machine, by stage and in total.
+"""`unclip data-bench`: samples per second of your shards on this machine, by phase and in total.
 
     unclip data-bench shards/*.tar --size 256
     unclip data-bench 's3://bucket/{0000..0099}.tar' --size 64 --threads 16 --seconds 10
 
-Reads, decodes, resizes, tokenises and batches as training does, says what each costs, and what
-global batch and step time that sustains; the paper's batches (arXiv 2204.06125, appendix C) are
-among them.
+Reads, decodes, resizes, tokenises and batches as training does, and prints what each costs and
+which global batches and step times that can feed.
 """
 
 import json
@@ -17,8 +16,8 @@ from unclip import errors, files
 from unclip.input.decode.text import CONTEXT_LENGTH
 from unclip.input.decode.transforms import ImageText
 from unclip.input.filters import Filters
-from unclip.input.shards.collection import index_shards
-from unclip.input.throughput import STAGES, kept, measure
+from unclip.input.shards.collection import open_shards
+from unclip.input.throughput import PHASES, kept, measure
 from unclip.runtime import progress
 
 _SIZE = flags.DEFINE_integer("size", 64, "pixels a side of the training pictures", lower_bound=1)
@@ -29,7 +28,7 @@ _FRACTION = flags.DEFINE_float(
 _MARGIN = flags.DEFINE_float(
     "margin",
     2.0,
-    "JPEGs are decoded at no less than so many times --size; 1 is fastest",
+    "JPEGs are decoded at no less than this many times --size; 1 is fastest",
     lower_bound=1.0,
     upper_bound=8.0,
 )
@@ -37,7 +36,9 @@ _CAPTIONS = flags.DEFINE_list("captions", ["txt", "json:caption"], "of txt and j
 _FILTERS = flags.DEFINE_string(
     "filters", "", "also say what part of the samples they keep, e.g. similarity=0.28:,aspect=:2"
 )
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "samples a batch of this host", lower_bound=1)
+_BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 64, "samples per batch of this host", lower_bound=1
+)
 _THREADS = flags.DEFINE_integer(
     "threads", None, "decoding threads; as many as there are cores if not given", lower_bound=1
 )
@@ -62,9 +63,9 @@ def main(argv):
         captions=_CAPTIONS.value,
         margin=_MARGIN.value,
     )
-    collection = index_shards(argv[1:])
+    collection = open_shards(argv[1:])
     threads = _THREADS.value or len(os.sched_getaffinity(0))
-    with progress.progress(len(STAGES) + 3, "data-bench", "measurement") as bar:
+    with progress.progress(len(PHASES) + 3, "data-bench", "measurement") as bar:
         found = measure(
             collection,
             transform,

@@ -1,8 +1,8 @@
-"""`unclip doctor --config FILE.py:preset`: says what a run would be, before it runs.
+"""`unclip doctor --config FILE.py:preset`: describes a run before it starts.
 
-Devices and mesh, parameters by part, memory a device by kind, the data found, free disk, and
-problems in plain words. Nothing is allocated: shapes alone are traced, so a paper-size stage is
-looked at on a laptop. `--json` prints the same as one object.
+Prints devices and mesh, parameters by part, memory per device by kind, the data found, free disk,
+and problems in plain words. Nothing is allocated: only shapes are traced, so a paper-size stage can
+be examined on a laptop. `--json` prints the same as one object.
 """
 
 import json

@@ -4,10 +4,10 @@
     unclip train --config configs/prior.py:paper --config.clip=runs/clip \\
         --config.embeddings=cc12m/embeddings --workdir runs/prior
 
-Writes z_i and z_t of every picture and caption, a pair of .npy files a shard, with the hash of the
-CLIP and the mean and covariance of all rows. Training of the prior and the decoder (arXiv
-2204.06125, section 2) reads them in place of running the CLIP. The same command resumes, and adds
-the embeddings of further shards; several processes share the shards out.
+Writes z_i and z_t of every picture and caption, a pair of .npy files per shard, with the hash of
+the CLIP and the mean and covariance of all rows. Training of the prior and the decoder reads them
+instead of running the CLIP. The same command resumes, and adds the embeddings of further shards;
+several processes divide the shards among themselves.
 """
 
 import os
@@ -19,7 +19,7 @@ from unclip.cascade import runs
 from unclip.embeddings.job import Job, embed_shards
 from unclip.embeddings.store import DTYPES, FILE
 from unclip.files.lock import DirectoryLock
-from unclip.input.shards.collection import index_shards
+from unclip.input.shards.collection import open_shards
 from unclip.input.storage.storage import Storage
 from unclip.runtime import distributed
 
@@ -51,7 +51,7 @@ _PROCESS = flags.DEFINE_integer("process_id", None, "which process this is, star
 
 
 def main(argv):
-    """Reads the flags, embeds and prints what came of it."""
+    """Reads the flags, embeds and prints the counts."""
     patterns = [*_SHARDS.value, *argv[1:]]
     if not patterns:
         raise errors.ConfigError("expected --shards, the collection to embed")
@@ -63,10 +63,8 @@ def main(argv):
         raise errors.ConfigError(
             f"{_MODEL.value}: its CLIP has no {min(missing)} tower; both are needed"
         )
-    # A shard is read from one end to the other: of a remote one, in whole blocks.
-    collection = index_shards(
-        patterns, text=False, storage=Storage(_CACHE.value, whole_blocks=True)
-    )
+    # A shard is read from beginning to end, so a remote one is read in whole blocks.
+    collection = open_shards(patterns, text=False, storage=Storage(_CACHE.value, whole_blocks=True))
     job = Job(
         clip.arch,
         clip.params,

@@ -1,10 +1,10 @@
-"""`unclip evaluate`: draws and scores sweeps, as section 5 of the paper judges its models.
+"""`unclip evaluate`: draws pictures over a sweep of settings and models, and scores them.
 
     unclip evaluate --config configs/evaluate.py:emoji --config.model=DIR --workdir runs/eval
 
-A cell is one setting of every axis of the sweep; finished cells are skipped on rerun, and what a
-killed job left of a cell is drawn again. Several jobs may share a workdir, as a SLURM array does.
-Writes cells/ID.json, results.jsonl, results.csv and report.html.
+A cell is one setting of every axis of the sweep. Run again, the command skips finished cells and
+draws a cell again that a killed job did not finish. Several jobs may share a workdir, as a SLURM
+array does. Writes cells/ID.json, results.jsonl, results.csv and report.html.
 """
 
 import os
@@ -53,7 +53,7 @@ def main(argv):
 
     index, count = plan.array_job(os.environ, _INDEX.value, _COUNT.value)
     if _FOLLOW.value and count > 1:
-        raise errors.ConfigError("--follow scores checkpoints in order: it is no array job")
+        raise errors.ConfigError("--follow scores checkpoints in order and cannot be an array job")
 
     if _REPORT.value:
         print(report.write(_WORKDIR.value, config))
@@ -65,7 +65,9 @@ def main(argv):
     from unclip.sweep import drawing, follow
 
     def finish():
-        if any(pathlib.Path(_WORKDIR.value, "cells").glob("*.json")):  # other jobs may do them all
+        if any(
+            pathlib.Path(_WORKDIR.value, "cells").glob("*.json")
+        ):  # other jobs may have done them
             return report.write(_WORKDIR.value, config)
         return "no cell is finished yet"
 

@@ -46,7 +46,7 @@ def main(argv):
     for name, path in wanted.items():
         part = runs.open_part(path, name, ema=_EMA.value)
         parts[name] = bundle.Part(name, part.arch, part.params, part.extra, part.settings)
-        last = f"{name}_last"  # the network of an upsampler's last step follows it
+        last = f"{name}_last"  # the network of an upsampler's last step comes after it
         if not runs.is_run(path) and last in bundle.describe(path)["parts"]:
             parts[last] = bundle.read_part(path, last)
     runs.check_fit(parts)

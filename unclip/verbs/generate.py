@@ -1,9 +1,9 @@
-"""`unclip generate`: pictures from captions (section 2 of the paper) or like a given picture (3.1).
+"""`unclip generate`: pictures from captions, or variations of a given picture.
 
     unclip generate --model DIR --prompt "a red fox" --n 4 --seed 0 --out DIR
 
 Writes numbered PNG files, each with its prompt, seed, every setting and the model's hash inside
-(readable by `unclip.images.read_recipe`, Automatic1111 and any PNG tool), and a grid.
+(readable by `unclip.files.images.read_recipe`, Automatic1111 and any PNG tool), and a grid.
 """
 
 import sys
@@ -19,7 +19,7 @@ _MODEL = flags.DEFINE_string("model", None, "bundle folder (unclip export)", req
 _MODE = flags.DEFINE_enum("mode", "text", MODES, "what to make")
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "caption; repeat the flag for several")
 _IMAGE = flags.DEFINE_multi_string("image", [], "picture file, for variations")
-_N = flags.DEFINE_integer("n", 4, "pictures a prompt or picture", lower_bound=1)
+_N = flags.DEFINE_integer("n", 4, "pictures per prompt or picture", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "seed of the first picture; picture k has seed + k")
 _OUT = flags.DEFINE_string("out", "out", "folder for the pictures")
 _BATCH = flags.DEFINE_integer("batch_size", 8, "pictures drawn at once", lower_bound=1)
@@ -46,7 +46,7 @@ def main(argv):
     if not asked:
         flag = "prompt" if _MODE.value == "text" else "image"
         raise errors.ConfigError(f"--mode {_MODE.value} needs at least one --{flag}")
-    for number, one in enumerate(asked, 1):  # before the first is drawn, which takes a while
+    for number, one in enumerate(asked, 1):  # before the first is drawn, which takes time
         if not one.strip():
             what = "prompt" if _MODE.value == "text" else "image"
             raise errors.ConfigError(f"--{what} {number} of {len(asked)} is empty")
@@ -58,7 +58,7 @@ def main(argv):
     def warn(message, *_, **__):
         print(f"unclip generate: {message}", file=sys.stderr)
 
-    warnings.showwarning = warn  # standard output holds the files' names alone
+    warnings.showwarning = warn  # standard output holds only the files' names
     model = pipeline.UnCLIP.load(_MODEL.value, batch_size=_BATCH.value)
     settings = {
         "prior": _given(
@@ -85,7 +85,7 @@ def main(argv):
             for start in range(0, _N.value, _BATCH.value):
                 count = min(_BATCH.value, _N.value - start)
                 drawn = draw(group, count, _SEED.value + start, **settings)
-                # Saved at once: a failure at the hundredth picture keeps the ninety-nine before it.
+                # Saved at once, so that a failure at the hundredth picture loses none before it.
                 paths += images.save_pictures(
                     drawn.images, drawn.recipes, _OUT.value, with_grid=False
                 )

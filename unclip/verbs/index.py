@@ -1,12 +1,12 @@
-"""`unclip index`: walks shards once, so that training starts at once and can start anywhere.
+"""`unclip index`: walks shards once, so that training starts quickly and at any sample.
 
     unclip index 'data/train-*.tar'                       writes data/index
     unclip index 's3://bucket/{0000..0999}.tar' --out index
     unclip index index --check
 
-Training on pairs of picture and caption (arXiv 2204.06125, section 2) reads samples by number. The
-index says where each lies, holds its checksum and what was left out: truncated shards, duplicate
-and incomplete keys, parts of different samples. A run that was stopped goes on where it was.
+Training reads samples by number. The index says where each is, holds its checksum and lists what
+was left out: truncated shards, duplicate and incomplete keys, parts of different samples. The same
+command continues after an interruption.
 """
 
 import functools
@@ -17,7 +17,7 @@ from absl import flags
 
 from unclip import errors
 from unclip.input.shards import folder as index_folder
-from unclip.input.shards.collection import index_shards
+from unclip.input.shards.collection import open_shards
 from unclip.input.storage.storage import Storage
 from unclip.input.tfds.writer import write_array_record
 from unclip.runtime.progress import progress
@@ -25,19 +25,18 @@ from unclip.runtime.progress import progress
 _OUT = flags.DEFINE_string(
     "out",
     None,
-    "the index folder; default: `index` beside the first shard, where training finds "
-    "it without being told",
+    "the index folder; default: `index` beside the first shard, where training finds it by itself",
 )
 _CHECKSUMS = flags.DEFINE_bool(
     "checksums",
     True,
-    "read every byte and keep a checksum a sample, so that bytes that change "
-    "later are noticed; --nochecksums reads headers and JSON alone",
+    "read every byte and keep a checksum of each sample, so that bytes that change "
+    "later are detected; --nochecksums reads only headers and JSON",
 )
 _CAPTION = flags.DEFINE_string(
     "caption", "caption", "the JSON field that stands in for a missing KEY.txt"
 )
-_JOBS = flags.DEFINE_integer("jobs", None, "processes; default: one a core", lower_bound=1)
+_JOBS = flags.DEFINE_integer("jobs", None, "processes; default: one per core", lower_bound=1)
 _FORCE = flags.DEFINE_bool("force", False, "index also the shards whose index is there")
 _CHECK = flags.DEFINE_bool(
     "check", False, "write nothing; walk the shards of an index again and compare"
@@ -89,12 +88,12 @@ def main(argv):
 
 
 def _folder(patterns, storage):
-    """Where the index goes, or is."""
+    """The folder of the index."""
     if _OUT.value:
         return _OUT.value
     first = storage.expand(patterns)[0]
     if not storage.local(first):
-        raise errors.ConfigError("the shards are remote: say with --out where the index goes")
+        raise errors.ConfigError("the shards are remote: give the folder of the index with --out")
     return os.path.join(os.path.dirname(first), "index")
 
 
@@ -147,7 +146,7 @@ def _write_records(folder):
     versioned = re.fullmatch(r"\d+\.\d+\.\d+", last)
     name = _NAME.value or (os.path.basename(above) if versioned else last)
     caption, _ = index_folder.read_index(folder)
-    collection = index_shards(folder, caption=caption)
+    collection = open_shards(folder, caption=caption)
     with progress(len(collection), "write", "sample") as bar:
         info = write_array_record(
             collection,

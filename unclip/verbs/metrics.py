@@ -1,11 +1,10 @@
-"""`unclip metrics`: FID, KID, CLIP score and more, of pictures that anyone made.
+"""`unclip metrics`: FID, KID, CLIP score and more, of pictures from any source.
 
     unclip metrics --real coco/val --fake samples --crop 256 --metrics fid,kid --inception FILE
     unclip metrics --fake samples --captions captions.csv --metrics clip_score --clip models/clip
 
 Pictures are a folder, webdataset shards, a .npz or a prepared tfds split. Every value is printed
-with a key that says which network, which resize and how many pictures it is of, as the numbers of
-the paper's Tables 2 and 3 (arXiv 2204.06125) would need.
+with a key that gives the network, the resize and the number of pictures.
 """
 
 import contextlib
@@ -37,17 +36,19 @@ _METRICS = flags.DEFINE_list("metrics", None, f"of {', '.join([*METRICS, *ALIASE
 _CAPTIONS = flags.DEFINE_string(
     "captions",
     None,
-    "captions of --fake by name: .jsonl, .json, .csv or .tsv; without it, those "
-    "that the pictures bring along: KEY.txt, the shards' or the prompts in PNGs of unclip generate",
+    "captions of --fake by name: .jsonl, .json, .csv or .tsv; without it, those that the pictures "
+    "have themselves: KEY.txt, the shards' or the prompts in PNGs of unclip generate",
 )
 _INCEPTION = flags.DEFINE_string("inception", None, "FID's Inception network: FILE or BUNDLE")
 _CLIP = flags.DEFINE_string("clip", None, "the CLIP to judge by: BUNDLE or RUN")
 _DINOV2 = flags.DEFINE_string("dinov2", None, "DINOv2: BUNDLE, folder or file")
 _CROP = flags.DEFINE_integer(
-    "crop", None, "measure the centre squares, resized to so many pixels a side", lower_bound=1
+    "crop", None, "measure the centre squares, resized to this many pixels a side", lower_bound=1
 )
 _FILTER = flags.DEFINE_enum("filter", "bicubic", ["bicubic", "box"], "of --crop; antialiased")
-_LIMIT = flags.DEFINE_integer("limit", None, "only the first so many of each set", lower_bound=2)
+_LIMIT = flags.DEFINE_integer(
+    "limit", None, "only this many of each set, the first ones", lower_bound=2
+)
 _ALLOW = flags.DEFINE_list(
     "allow", [], f"of {', '.join(ALLOW)}: leave unreadable pictures out; take several sizes"
 )
@@ -69,8 +70,8 @@ _OUT = flags.DEFINE_string("out", None, "also write the JSON to this file")
 _SAVE = flags.DEFINE_string(
     "save_statistics",
     None,
-    "write what the metrics need of --real to this .npz, to be --real "
-    "another time; --fake may then be left out",
+    "write what the metrics need of --real to this .npz, which can be given as --real "
+    "later; --fake may then be left out",
 )
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT, for processes started by hand")
 _PROCESSES = flags.DEFINE_integer("process_count", None, "how many processes, started by hand")
@@ -127,7 +128,7 @@ def _measured(names, weights) -> Result:
 
 @contextlib.contextmanager
 def _stdout_kept_clean():
-    """Sends to stderr what libraries print, from C++ too: stdout is for the result alone."""
+    """Sends to stderr what libraries print, also from C++: stdout is only for the result."""
     sys.stdout.flush()
     kept = os.dup(1)
     os.dup2(2, 1)

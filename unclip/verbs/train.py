@@ -4,8 +4,7 @@
 
 The workdir holds config.json, checkpoints/, metrics.jsonl, TensorBoard events and samples/. The
 same command resumes: parameters, moments, moving average and data position are restored, and the
-run ends with the same bits as one that was never interrupted. Stage settings follow Table 3 of
-the paper where the config names its preset.
+run ends with the same bits as one that was never interrupted.
 """
 
 import os

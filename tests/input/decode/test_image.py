@@ -153,7 +153,7 @@ def test_ycck_jpeg(smooth):
     black = np.full((40, 56, 1), 40, np.uint8)
     file = io.BytesIO()
     ycc = np.array(Image.fromarray(255 - smooth).convert("YCbCr"))
-    # Pillow stores 255 - x of each ink as it is; then the marker's transform byte says YCCK.
+    # Pillow stores 255 - x of each ink unchanged; then the marker's transform byte says YCCK.
     stored = np.concatenate([255 - ycc, black], -1)
     Image.fromarray(stored, "CMYK").save(file, "JPEG", quality=100, subsampling=0)
     data = bytearray(file.getvalue())

@@ -14,7 +14,7 @@ from unclip.input.decode import image, transforms
 from unclip.input.decode.transforms import ImageText, Upsampling
 from unclip.input.order import generator
 from unclip.input.samples import BadSample, Sample
-from unclip.input.shards.collection import index_shards
+from unclip.input.shards.collection import open_shards
 from unclip.input.source import make_source
 
 
@@ -86,7 +86,7 @@ def test_lists_of_captions_through_the_source(tmp_path):
     rows = []
     for threads in (1, 3):
         with make_source(
-            index_shards(str(tmp_path / "a.tar")), transform, batch_size=16, seed=1, threads=threads
+            open_shards(str(tmp_path / "a.tar")), transform, batch_size=16, seed=1, threads=threads
         ) as batches:
             rows.append(
                 [

@@ -14,7 +14,7 @@ import webdataset
 from unclip.errors import DataError
 from unclip.input.samples import BadSample
 from unclip.input.shards import tar, walk
-from unclip.input.shards.collection import index_shards
+from unclip.input.shards.collection import open_shards
 from unclip.input.storage import storage
 
 
@@ -44,7 +44,7 @@ def test_reads_what_was_written(tmp_path):
             ("LICENSE", b"no sample"),
         ],
     )
-    collection = index_shards(path)
+    collection = open_shards(path)
     assert len(collection) == 2 and not collection.problems
     assert collection.read(0) == ("x/y.z/0001", b"picture one" * 60, "text one", {})
     assert collection.read(1) == ("0002", b"two", "from json", meta)
@@ -54,7 +54,7 @@ def test_reads_what_was_written(tmp_path):
 def test_long_and_non_ascii_names(tmp_path, form):
     keys = ["d" * 120 + "/0001", "ключ/ü", "k" * 99]
     path = write(tmp_path / "a.tar", [m for k in keys for m in pair(k, k[:3])], form)
-    collection = index_shards(path)
+    collection = open_shards(path)
     assert [collection.key(i) for i in range(3)] == keys
     assert [collection.read(i).text for i in range(3)] == [f"text {k[:3]}" for k in keys]
 
@@ -71,7 +71,7 @@ def test_agrees_with_webdataset(tmp_path):
                 }
             )
     theirs = list(webdataset.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False))
-    ours = index_shards(str(tmp_path / "a.tar"))
+    ours = open_shards(str(tmp_path / "a.tar"))
     assert [(s["__key__"], s["jpg"], s["txt"].decode()) for s in theirs] == [
         tuple(ours.read(i))[:3] for i in range(len(ours))
     ]
@@ -89,7 +89,7 @@ def test_truncation_at_every_block(tmp_path):
     write(tmp_path / "b.tar", [m for k in keys for m in pair(k, "B" + k)])
     for size in [*range(0, len(data) + 1, 512), ends["0001.txt"], ends["0001.txt"] - 1, 100]:
         (tmp_path / "a.tar").write_bytes(data[:size])
-        collection = index_shards([str(tmp_path / "a.tar"), str(tmp_path / "b.tar")])
+        collection = open_shards([str(tmp_path / "a.tar"), str(tmp_path / "b.tar")])
         complete = [k for k in keys if ends[f"{k}.txt"] <= size and ends[f"{k}.jpg"] <= size]
         samples = [collection.read(i) for i in range(len(collection))]
         assert [s.key for s in samples] == complete + keys
@@ -126,7 +126,7 @@ def test_incomplete_ambiguous_and_large_are_counted(tmp_path, monkeypatch):
             ("late.jpg", b"picture"),
         ],
     )
-    collection = index_shards(path)
+    collection = open_shards(path)
     assert [collection.key(i) for i in range(len(collection))] == ["good", "late", "x"]
     assert collection.read(1).text == "late"
     assert collection.problems == {
@@ -136,7 +136,7 @@ def test_incomplete_ambiguous_and_large_are_counted(tmp_path, monkeypatch):
         "too-many-bytes": 1,
     }
     assert collection.examples["duplicate"] == ["a.tar: twice"]
-    assert len(index_shards(path, text=False)) == 6
+    assert len(open_shards(path, text=False)) == 6
 
 
 def test_links_and_escaping_names_are_refused(tmp_path):
@@ -163,7 +163,7 @@ def test_links_and_escaping_names_are_refused(tmp_path):
         ],
     )
     before = sorted(os.listdir(tmp_path))
-    collection = index_shards(path)
+    collection = open_shards(path)
     assert [collection.key(i) for i in range(len(collection))] == ["good"]
     assert collection.problems == {
         "refused-link": 2,
@@ -178,13 +178,13 @@ def test_not_a_shard(tmp_path):
     (tmp_path / "page.tar").write_bytes(b"<html>404</html>" * 100)
     (tmp_path / "zip.tar").write_bytes(gzip.compress(os.urandom(4096)))
     with pytest.raises(DataError, match="not a tar file"):
-        index_shards(str(tmp_path / "page.tar"))
+        open_shards(str(tmp_path / "page.tar"))
     with pytest.raises(DataError, match="compressed"):
-        index_shards(str(tmp_path / "zip.tar"))
+        open_shards(str(tmp_path / "zip.tar"))
     with pytest.raises(DataError, match="2 pictures and no captions"):
-        index_shards(write(tmp_path / "p.tar", [("a.jpg", b"a"), ("b.jpg", b"b")]))
+        open_shards(write(tmp_path / "p.tar", [("a.jpg", b"a"), ("b.jpg", b"b")]))
     with pytest.raises(DataError, match=r"no complete sample.*no-picture 1"):
-        index_shards(write(tmp_path / "t.tar", [("a.txt", b"a")]))
+        open_shards(write(tmp_path / "t.tar", [("a.txt", b"a")]))
 
 
 def test_damaged_headers_never_crash(tmp_path):
@@ -197,7 +197,7 @@ def test_damaged_headers_never_crash(tmp_path):
         damaged[second + at] ^= 0xFF
         (tmp_path / "a.tar").write_bytes(damaged)
         with pytest.raises(DataError, match=r"no complete sample.*shard-corrupt 1"):
-            index_shards(path)
+            open_shards(path)
     info = tarfile.TarInfo("0001.jpg")
     info.size = 1 << 80
     first = data[: data.index(b"0001.jpg")]
@@ -210,7 +210,7 @@ def test_damaged_headers_never_crash(tmp_path):
 
         steps = list(tar.walk(read, os.path.getsize(path)))
     assert [s.kind for s in steps] == ["file", "file", "cut", "shard-truncated"]
-    collection = index_shards(path)
+    collection = open_shards(path)
     assert collection.problems == {"shard-truncated": 1, "truncated": 1} and len(collection) == 1
 
 
@@ -220,9 +220,9 @@ def test_subset_and_fingerprint(tmp_path):
         members += [*pair(f"{k}", k), (f"{k}.json", json.dumps({"group": group}).encode())]
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
-    whole = index_shards(write(tmp_path / "one" / "a.tar", members))
-    moved = index_shards(write(tmp_path / "two" / "a.tar", members))
-    other = index_shards(write(tmp_path / "two" / "b.tar", members[:-3]))
+    whole = open_shards(write(tmp_path / "one" / "a.tar", members))
+    moved = open_shards(write(tmp_path / "two" / "a.tar", members))
+    other = open_shards(write(tmp_path / "two" / "b.tar", members[:-3]))
     assert whole.fingerprint == moved.fingerprint != other.fingerprint
 
     def keys(c):
@@ -254,7 +254,7 @@ def test_bad_text_is_the_samples_fault_and_a_changed_shard_is_not(tmp_path):
             *pair("2", "2"),
         ],
     )
-    collection = index_shards(path)
+    collection = open_shards(path)
     for i, reason in enumerate(["encoding", "json"]):
         with pytest.raises(BadSample) as error:
             collection.read(i)
@@ -269,7 +269,7 @@ def test_bad_text_is_the_samples_fault_and_a_changed_shard_is_not(tmp_path):
 def test_threads_share_more_shards_than_open_files(tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "_OPEN_FILES", 2)
     paths = [write(tmp_path / f"{k}.tar", pair("k", k)) for k in range(8)]
-    collection = index_shards(paths)
+    collection = open_shards(paths)
     right = []
 
     def reader(shift):

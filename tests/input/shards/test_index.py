@@ -1,4 +1,4 @@
-"""The index: mapped and walked are the same, damage is told, staleness too."""
+"""The index: mapped and walked are the same, damage and staleness are reported."""
 
 import io
 import json
@@ -21,7 +21,7 @@ from unclip.input.samples import BadSample
 from unclip.input.shards import collection as shards
 from unclip.input.shards import folder as index_folder
 from unclip.input.shards import walk
-from unclip.input.shards.collection import index_shards
+from unclip.input.shards.collection import open_shards
 from unclip.input.shards.index import ShardIndex
 from unclip.input.storage.storage import Storage
 
@@ -74,15 +74,15 @@ def contents(collection):
 @pytest.mark.parametrize("checksums", [False, True])
 @pytest.mark.parametrize("text", [False, True])
 def test_walked_and_mapped_are_the_same_collection(folder, text, checksums):
-    plain = index_shards(str(folder / "*.tar"), text=text)
+    plain = open_shards(str(folder / "*.tar"), text=text)
     summary = index_folder.index_folder(
         str(folder / "*.tar"), folder / "index", checksums=checksums, jobs=1
     )
     assert summary[:5] == (3, 8, 7, 3, 0)
     assert summary.problems == {"duplicate": 1, "refused-pickle": 1, "no-picture": 1}
     beside, whole = (
-        index_shards(str(folder / "*.tar"), text=text),
-        index_shards(str(folder / "index"), text=text),
+        open_shards(str(folder / "*.tar"), text=text),
+        open_shards(str(folder / "index"), text=text),
     )
     keys = ["d/0", "d/2", "ключ", "d/3", *([] if text else ["d/1"]), "0", "1", "2"]
     for collection in (plain, beside, whole, pickle.loads(pickle.dumps(whole))):
@@ -152,7 +152,7 @@ def test_changed_bytes_are_noticed(folder):
     data = bytearray((folder / "c.tar").read_bytes())
     data[data.index(b"picture 1")] ^= 1
     (folder / "c.tar").write_bytes(data)
-    checked, unchecked = (index_shards(str(folder / name)) for name in ("index", "plain"))
+    checked, unchecked = (open_shards(str(folder / name)) for name in ("index", "plain"))
     assert checked.read(4) == unchecked.read(4) and unchecked.read(5).image[:1] == b"q"
     with pytest.raises(BadSample) as error:
         checked.read(5)
@@ -169,12 +169,12 @@ def test_a_changed_shard_is_walked_again_or_refused(folder):
     pattern = str(folder / "*.tar")
     index_folder.index_folder(pattern, folder / "index", jobs=1)
     write(folder / "c.tar", [m for k in range(9) for m in sample(f"{k}")])
-    assert len(index_shards(pattern)) == 4 + 9  # beside: a, b by the index, c walked
+    assert len(open_shards(pattern)) == 4 + 9  # beside: a, b by the index, c walked
     with pytest.raises(DataError, match=r"c\.tar' has changed since it was indexed"):
-        index_shards(str(folder / "index"))
+        open_shards(str(folder / "index"))
     (folder / "c.tar").unlink()
     with pytest.raises(DataError, match=r"c\.tar"):
-        index_shards(str(folder / "index"))
+        open_shards(str(folder / "index"))
 
 
 def test_a_second_run_reads_only_what_is_new(folder, monkeypatch):
@@ -206,7 +206,7 @@ def test_a_second_run_reads_only_what_is_new(folder, monkeypatch):
     assert run() == ["b.tar", "d.tar"]
     assert run(caption="alt") == ["a.tar", "b.tar", "c.tar", "d.tar"]
     with pytest.raises(ConfigError, match="'alt', not 'caption'"):
-        index_shards(str(out))
+        open_shards(str(out))
     assert run(caption="alt", force=True) == ["a.tar", "b.tar", "c.tar", "d.tar"]
 
 
@@ -248,7 +248,7 @@ def test_a_killed_process_is_an_error_and_the_next_run_goes_on(folder):
     assert not (out / "index.json").exists()
     summary = index_folder.index_folder(str(folder / "*.tar"), out, jobs=1)
     assert summary.kept >= 1 and summary.walked + summary.kept == 3
-    assert len(index_shards(str(out))) == 7
+    assert len(open_shards(str(out))) == 7
 
 
 def test_faults_are_listed_up_to_a_limit_and_all_counted(tmp_path, monkeypatch):
@@ -287,7 +287,7 @@ def test_shards_of_one_name_and_shards_that_are_none(folder):
     assert summary.problems == {"compressed": 1, "not-a-tar": 1} and summary.samples == 6
     names = {p.name for p in (folder / "index").glob("c-????????.idx")}
     assert len(names) == 2
-    collection = index_shards(str(folder / "index"))
+    collection = open_shards(str(folder / "index"))
     assert len(collection) == 6 and collection.shards[0] != collection.shards[1]
     assert [collection.read(i).text for i in (0, 3)] == ["text 0"] * 2
 
@@ -339,7 +339,7 @@ def test_a_table_of_shards_that_is_damaged_or_of_another_run(folder):
         (out / "index.json").write_text(
             json.dumps({**table, "shards": [first, *table["shards"][1:]], **changes})
         )
-        return index_shards(str(out))
+        return open_shards(str(out))
 
     for wrong in (
         {"file": "../a.idx"},
@@ -361,14 +361,14 @@ def test_a_table_of_shards_that_is_damaged_or_of_another_run(folder):
         opening(first={"digest": "0" * 64}).read(0)
     (out / "index.json").write_text("[")
     with pytest.raises(DataError, match="not JSON"):
-        index_shards(str(out))
+        open_shards(str(out))
 
 
 def test_more_mapped_shards_than_are_kept_open(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "_MAPPED", 2)
     paths = [write(tmp_path / f"{k}.tar", sample(f"k{k}")) for k in range(6)]
     index_folder.index_folder(paths, tmp_path / "index", jobs=1)
-    collection = index_shards(str(tmp_path / "index"))
+    collection = open_shards(str(tmp_path / "index"))
     opened = len(os.listdir("/proc/self/fd"))
     for n in range(60):
         assert collection.key(n * 5 % 6) == f"k{n * 5 % 6}"
@@ -383,15 +383,15 @@ def test_groups_subsets_and_counts(tmp_path):
             [m for n in range(k + 1) for m in sample(f"{k}-{n}", meta={"even": n % 2 == 0})],
         )
     patterns = [str(tmp_path / "{2,3}.tar"), str(tmp_path / "*.tar")]
-    collection = index_shards(patterns)
+    collection = open_shards(patterns)
     assert collection.groups.tolist() == [0, 7, 10]  # a shard belongs to the first that names it
     assert collection.counts.tolist() == [3, 4, 1, 2]
     assert collection.groups.dtype == collection.counts.dtype == np.int64
     index_folder.index_folder(patterns[0], tmp_path / "three", jobs=1)
-    mixed = index_shards([str(tmp_path / "three"), patterns[1]])
+    mixed = open_shards([str(tmp_path / "three"), patterns[1]])
     assert mixed.groups.tolist() == [0, 7, 10] and mixed.fingerprint == collection.fingerprint
     with pytest.raises(ConfigError, match="no shards given"):
-        index_shards([])
+        open_shards([])
     first = collection.subset(count=8)
     assert first.groups.tolist() == [0, 7, 8] and first.counts.tolist() == [3, 4, 1, 0]
     even = collection.subset(where={"even": True})
@@ -414,7 +414,7 @@ def test_a_filter_passes_no_broken_json(tmp_path):
         tmp_path / "a.tar",
         [*sample("0", meta={"g": 1}), *sample("1"), ("1.json", b"{"), *sample("2", meta={"g": 1})],
     )
-    found = index_shards(path).subset(where={"g": 1})
+    found = open_shards(path).subset(where={"g": 1})
     assert [s.key for s in contents(found)] == ["0", "2"] and found.problems == {"json": 1}
 
 
@@ -423,7 +423,7 @@ def test_members_far_apart_are_read_one_by_one(tmp_path):
         tmp_path / "a.tar",
         [("0.jpg", b"first"), ("1.jpg", b"x" * 200_000), ("1.txt", b"one"), ("0.txt", b"zero")],
     )
-    collection = index_shards(path)
+    collection = open_shards(path)
     asked = []
     real = collection.storage.read
     collection.storage.read = lambda path, offset, size, expected: (
@@ -443,9 +443,9 @@ def test_remote_shards_need_an_index(tmp_path):
         memory.pipe_file(f"/indexed/{name}.tar", pathlib.Path(path).read_bytes())
     try:
         with pytest.raises(DataError, match="remote and has no index"):
-            index_shards("memory://indexed/a.tar")
+            open_shards("memory://indexed/a.tar")
         index_folder.index_folder("memory://indexed/*.tar", tmp_path / "index", jobs=1)
-        remote, local = index_shards(str(tmp_path / "index")), index_shards(str(tmp_path / "*.tar"))
+        remote, local = open_shards(str(tmp_path / "index")), open_shards(str(tmp_path / "*.tar"))
         assert contents(remote) == contents(local)
         assert remote.fingerprint == local.fingerprint
     finally:
@@ -478,8 +478,8 @@ def test_too_many_members_end_the_walk(tmp_path, monkeypatch):
 def test_opening_an_index_imports_nothing_heavy(folder):
     index_folder.index_folder(str(folder / "*.tar"), folder / "index", jobs=1)
     program = (
-        "import sys; from unclip.input.shards.collection import index_shards; "
-        "c = index_shards(sys.argv[1]); "
+        "import sys; from unclip.input.shards.collection import open_shards; "
+        "c = open_shards(sys.argv[1]); "
         "c.read(0); bad = {'jax', 'grain', 'fsspec', 'webdataset', 'tensorflow', 'PIL', "
         "'tensorflow_datasets', 'array_record'} & set(sys.modules); assert not bad, bad"
     )

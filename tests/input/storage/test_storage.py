@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from unclip.errors import ConfigError, DataError
-from unclip.input.shards.collection import index_shards
+from unclip.input.shards.collection import open_shards
 from unclip.input.shards.folder import index_folder
 from unclip.input.source import make_source
 from unclip.input.storage import blocks, remote
@@ -333,18 +333,18 @@ def test_a_driver_that_stalls_or_falls_short(memory, monkeypatch):
 
 @pytest.mark.parametrize("whole_blocks", [False, True])
 def test_a_remote_collection_equals_the_local_one(shard_writer, tmp_path, whole_blocks):
-    """Indexed and read over a server that fails now and then; same samples, same fingerprint."""
+    """Indexed and read over a server that sometimes fails; same samples, same fingerprint."""
     for n in range(2):
         shard_writer(tmp_path / f"{n}.tar", 6, first=6 * n)
-    local = index_shards(f"{tmp_path}/{{0,1}}.tar")
+    local = open_shards(f"{tmp_path}/{{0,1}}.tar")
     stored = {f"{n}.tar": (tmp_path / f"{n}.tar").read_bytes() for n in range(2)}
     faults = once("503", "", "cut", "", "", "shifted", "", "ignored", "reset")
     with objects.ObjectServer(stored, faults) as server:
         storage = Storage(str(tmp_path / "cache"), 1 << 20, 8192, whole_blocks=whole_blocks)
         with pytest.raises(DataError, match="has no index: run `unclip index"):
-            index_shards(server.address("0.tar"), storage=storage)
+            open_shards(server.address("0.tar"), storage=storage)
         index_folder(server.address("{0..1}.tar"), tmp_path / "index", jobs=1, storage=storage)
-        far = pickle.loads(pickle.dumps(index_shards(str(tmp_path / "index"), storage=storage)))
+        far = pickle.loads(pickle.dumps(open_shards(str(tmp_path / "index"), storage=storage)))
         assert far.fingerprint == local.fingerprint and len(far) == 12
         assert [far.read(i) for i in range(12)] == [local.read(i) for i in range(12)]
         batches = []

@@ -135,7 +135,7 @@ def everything():
 
 @pytest.mark.parametrize("workers", [2, 3, 7])
 def test_a_pass_is_dealt_to_the_workers(shards, workers):
-    """Also to more than there are shards: nobody waits for ever, nobody reads another's."""
+    """Also to more than there are shards: no worker waits without end or reads another's shards."""
     parts = []
     for worker in range(workers):
         plan = make_stream(shards, transform, batch_size=4, seed=0, passes=1)._plan
@@ -165,7 +165,7 @@ def test_shards_are_drawn_evenly_with_replacement(tmp_path):
 
 
 def test_a_cut_shard_never_lends_its_pictures(tmp_path):
-    """Shard 0 is cut anywhere; shard 1 goes on with the same keys."""
+    """Shard 0 is cut anywhere; shard 1 continues with the same keys."""
     whole = pathlib.Path(write(tmp_path / "whole.tar", pairs(0, 3))).read_bytes()
     write(tmp_path / "1.tar", pairs(1, 3))
     for size in range(512, len(whole) + 1, 512):

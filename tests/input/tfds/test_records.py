@@ -1,4 +1,4 @@
-"""Prepared data sets: what tensorflow-datasets wrote is read, whatever its features are, or told.
+"""Prepared data sets: what tensorflow-datasets wrote is read, or refused with one line.
 
 tensorflow-datasets itself, without TensorFlow, serialises the examples that are read here;
 `make parity` does the same with TensorFlow.
@@ -183,17 +183,17 @@ def test_which_feature_is_what(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("features", "told"),
+    ("features", "message"),
     [
         ({"title": F.Text()}, "expected one picture, .* there are none"),
         ({"a": F.Image(), "b": F.Image(), "title": F.Text()}, "pictures there are a, b"),
         ({"image": F.Image(), "id": np.int64}, "has no captions; its features are id, image"),
     ],
 )
-def test_sets_without_pairs_are_told(tmp_path, features, told):
+def test_sets_without_pairs_are_reported(tmp_path, features, message):
     row = {"title": "t", "a": encoded(), "b": encoded(), "image": encoded(), "id": 1}
     spec = prepare(tmp_path, features, [{name: row[name] for name in features}], files=1)
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=message):
         records.RecordCollection(spec)
     if "image" in features:
         assert records.RecordCollection(spec, text=False).read(0).text == ""
@@ -225,12 +225,12 @@ def test_subsets(coco_spec):
     assert (len(last), last.key(0)) == (1, whole.key(3))
     assert len({whole.fingerprint, odd.fingerprint, last.fingerprint}) == 3
     assert whole.subset(count=3).fingerprint == whole.subset(count=3).fingerprint
-    for options, told in (
+    for options, message in (
         ({"keys": ["000000000001.jpeg"]}, "nearest: .*000000000001.jpg"),
         ({"where": {"image/id": 7}}, "there are: 100, 101"),
         ({"count": 0}, "empty"),
     ):
-        with pytest.raises(DataError, match=told):
+        with pytest.raises(DataError, match=message):
             whole.subset(**options)
 
 
@@ -297,7 +297,7 @@ def test_any_damage_is_told_never_served(coco_spec):
     found = records.RecordCollection(coco_spec)
     path, expected = pathlib.Path(found.shards[0]), [found.read(i) for i in range(4)]
     whole, rng = path.read_bytes(), np.random.default_rng(0)
-    told = 0
+    reported = 0
     for trial in range(60):
         data = bytearray(whole)
         at = int(rng.integers(20_000 if trial % 3 else len(data)))
@@ -311,9 +311,9 @@ def test_any_damage_is_told_never_served(coco_spec):
             try:
                 assert collection.read(i) == expected[i]
             except DataError as error:
-                told += 1
+                reported += 1
                 assert "\n" not in error.message
-    assert told > 20 * 4
+    assert reported > 20 * 4
 
 
 def test_examples_that_cannot_be_used(tmp_path, monkeypatch):
@@ -427,7 +427,7 @@ def test_code_of_other_packages_is_never_imported(coco_spec, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("spec", "error", "told"),
+    ("spec", "error", "message"),
     [
         ("tfds:one", ConfigError, "expected tfds:NAME:SPLIT"),
         ("tfds:one:vla", ConfigError, "unknown split of tfds:one:vla 'vla': did you mean 'val'"),
@@ -441,13 +441,13 @@ def test_code_of_other_packages_is_never_imported(coco_spec, tmp_path):
         ("tfds:/nothing/there:val", DataError, "not prepared in /nothing"),
     ],
 )
-def test_wrong_specs_are_one_line(tmp_path, monkeypatch, spec, error, told):
+def test_wrong_specs_are_one_line(tmp_path, monkeypatch, spec, error, message):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     row = [{"image": encoded(), "text": "t"}]
     features = {"image": F.Image(), "text": F.Text()}
     for folder in ("one/1.0.0", "two/a/1.0.0", "two/b/1.0.0"):
         prepare(tmp_path / folder, features, row, split="val", files=1)
-    with pytest.raises(error, match=told) as caught:
+    with pytest.raises(error, match=message) as caught:
         records.RecordCollection(spec)
     assert "\n" not in caught.value.message
 

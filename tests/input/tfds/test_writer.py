@@ -12,7 +12,7 @@ from PIL import Image
 from unclip.errors import ConfigError, DataError
 from unclip.input import source
 from unclip.input.decode import transforms
-from unclip.input.shards.collection import index_shards
+from unclip.input.shards.collection import open_shards
 from unclip.input.tfds import prepared, records
 
 tfds = pytest.importorskip("tensorflow_datasets")
@@ -55,11 +55,11 @@ def tars(tmp_path):
 
 
 def test_written_sets_are_read_back_by_both(tars, tmp_path):
-    collection = index_shards(tars)
+    collection = open_shards(tars)
     folder = tmp_path / "sets" / "foxes" / "1.0.0"
-    told = []
+    counts = []
     info = records.write_array_record(
-        collection, folder, name="foxes", split="train", shard_samples=4, progress=told.append
+        collection, folder, name="foxes", split="train", shard_samples=4, progress=counts.append
     )
     good = [i for i in range(10) if collection.key(i) != "k/007"]
     assert info == {
@@ -70,7 +70,7 @@ def test_written_sets_are_read_back_by_both(tars, tmp_path):
         "bytes": info["bytes"],
         "left_out": {"json": 1},
     }
-    assert sum(told) == 10
+    assert sum(counts) == 10
     ours = records.RecordCollection(f"tfds:{folder}:train")
     expected = [collection.read(i) for i in good]
     assert [ours.read(i) for i in range(9)] == expected
@@ -98,9 +98,9 @@ def words(texts, length):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_training_sees_the_same_batches(tars, tmp_path, workers):
-    tarred = index_shards(tars).subset(keys=[f"k/{i:03d}" for i in range(1, 10) if i != 7])
+    tarred = open_shards(tars).subset(keys=[f"k/{i:03d}" for i in range(1, 10) if i != 7])
     records.write_array_record(tarred, tmp_path / "set", name="s", split="train", shard_samples=3)
-    made = index_shards(f"tfds:{tmp_path / 'set'}:train")
+    made = open_shards(f"tfds:{tmp_path / 'set'}:train")
     assert (len(made), list(made.counts)) == (8, [3, 3, 2])
     transform = transforms.ImageText(4, 6, words, captions=("txt", "json:é"), crop="random")
 
@@ -127,7 +127,7 @@ def test_training_sees_the_same_batches(tars, tmp_path, workers):
 
 
 def test_writing_is_resumed_by_file_to_the_same_bits(tars, tmp_path):
-    collection = index_shards(tars)
+    collection = open_shards(tars)
 
     class Dying:
         """The collection, until its sample 6 is read."""
@@ -173,15 +173,15 @@ def test_writing_is_resumed_by_file_to_the_same_bits(tars, tmp_path):
     write(half, "cut", split="held_out")
     both = tfds.builder_from_directory(str(tmp_path / "cut")).info.splits
     assert {name: split.num_examples for name, split in both.items()} == {"train": 9, "held_out": 3}
-    for given, options, told in (
+    for given, options, message in (
         (half, {}, "of another collection: source"),
         (collection, {"shard_samples": 5}, "shard_samples 4, now 5"),
         (half, {"name": "cats", "split": "x"}, "another data set: name"),
-        (half, {"name": "a-b"}, "expected such as foxes"),
-        (half, {"version": "1"}, "expected such as 1.0.0"),
+        (half, {"name": "a-b"}, "expected something like foxes"),
+        (half, {"version": "1"}, "expected something like 1.0.0"),
         (half, {"shard_samples": 0}, "at least 1"),
     ):
-        with pytest.raises(ConfigError, match=told):
+        with pytest.raises(ConfigError, match=message):
             write(given, "cut", **options)
 
 
@@ -189,7 +189,7 @@ def test_a_file_may_lose_all_its_samples(tmp_path):
     members = []
     for i in range(6):
         members += [(f"{i}.png", encoded()), (f"{i}.txt", b"\xff" if i in (2, 3) else b"t")]
-    collection = index_shards(tar(tmp_path / "a.tar", members))
+    collection = open_shards(tar(tmp_path / "a.tar", members))
     info = records.write_array_record(
         collection, tmp_path / "set", name="s", split="train", shard_samples=2
     )
@@ -216,5 +216,5 @@ def test_the_disk_is_full(tars, tmp_path, monkeypatch):
     module.ArrayRecordWriter = Full
     monkeypatch.setattr(prepared, "array_record", lambda: module)
     with pytest.raises(DataError, match=r"cannot write .*No space left on device"):
-        records.write_array_record(index_shards(tars), tmp_path / "set", name="s", split="train")
+        records.write_array_record(open_shards(tars), tmp_path / "set", name="s", split="train")
     assert not [path for path in (tmp_path / "set").iterdir() if "array_record" in path.name]

@@ -150,7 +150,7 @@ def test_the_oldest_streams(tmp_path):
     view = storage("140", "FloatStorage", 6, view=("141", 2, 3))
     other = b"](" + plain("v") + rebuilt(view, 1, (2,), (1,)) + b"e"
     body = named("collections", "OrderedDict") + b"(](" + pair + other + b"etR"
-    # The first mention of a storage tells its length.
+    # The first mention of a storage gives its length.
     body = body.replace(plain(2) + b"tQ", plain(6) + b"tQ")
     found = torch_file.open_torch(write_stream(tmp_path / "x.pth", body, [SIX], ["140"]))
     np.testing.assert_array_equal(found["w"].read(), SIX[:2])
@@ -161,7 +161,7 @@ def test_a_lightning_checkpoint_gives_its_state_dict(tmp_path):
     callback = named("lightning.callbacks", "ModelCheckpoint")
     callback += b")\x81" + table(best=plain(1)) + b"b"
     state = named("collections", "OrderedDict") + b")R(" + plain("w") + tensor() + b"u"
-    # An OrderedDict's own attributes (torch keeps versions there) are no entries.
+    # An OrderedDict's own attributes (torch keeps versions there) are not entries.
     state += table(_metadata=plain({"": {"version": 1}})) + b"b"
     body = table(
         epoch=plain(7),
@@ -228,20 +228,20 @@ def test_code_in_a_file_is_not_run(tmp_path, write):
 
 @LAYOUTS
 @pytest.mark.parametrize(
-    ("body", "told"),
+    ("body", "message"),
     [
         (table(w=tensor(shape=(2, 4), stride=(4, 1))), "reaches beyond its storage of 24"),
         (table(w=tensor(offset=1)), "reaches beyond"),
         (table(w=tensor(shape=(1 << 50,), stride=(1,))), "reaches beyond"),
         (table(w=tensor(shape=(1 << 40,), stride=(0,))), "larger than the file"),
-        (table(w=tensor(shape=(2,), stride=(-1,))), "no sizes"),
-        (table(w=tensor(offset=-1)), "no sizes"),
-        (table(w=tensor(shape=(1 << 200,), stride=(0,))), "no sizes"),
-        (table(w=tensor(shape=(True,), stride=(1,))), "no sizes"),
+        (table(w=tensor(shape=(2,), stride=(-1,))), "not sizes"),
+        (table(w=tensor(offset=-1)), "not sizes"),
+        (table(w=tensor(shape=(1 << 200,), stride=(0,))), "not sizes"),
+        (table(w=tensor(shape=(True,), stride=(1,))), "not sizes"),
         (table(w=tensor(shape=(1,) * 40, stride=(0,) * 40)), "40 axes"),
         (table(w=tensor(shape=(2,))), "1 axes and 2 strides"),
-        (table(w=tensor(shape=7, stride=7)), "shape is no list"),
-        (table(w=tensor(count=-1)), "no storage"),
+        (table(w=tensor(shape=7, stride=7)), "shape is not a list"),
+        (table(w=tensor(count=-1)), "not a storage"),
         (table(ok=tensor(), w=rebuilt(plain(3), 0, (2,), (1,))), "'w' is of a kind"),
         (table(ok=tensor(), w=rebuilt(storage("0", "NewStorage", 6), 0, (2,), (1,))),
          "kind that is not read"),
@@ -262,9 +262,9 @@ def test_code_in_a_file_is_not_run(tmp_path, write):
         (table(w=storage("0", "FloatStorage", 6)), "holds no tensors"),
     ],
 )  # fmt: skip
-def test_damage_is_one_line(tmp_path, write, body, told):
+def test_damage_is_one_line(tmp_path, write, body, message):
     path = write(tmp_path / "x.pt", body, [SIX])
-    with pytest.raises(errors.DataError, match=told) as caught:
+    with pytest.raises(errors.DataError, match=message) as caught:
         torch_file.open_torch(path)
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
 
@@ -369,7 +369,7 @@ def _bytes_of_zip():
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (pickle.dumps({"w": [1.0]}), "a plain pickle, which is never read"),
         (b"version http...\noid sha256:0", "a Git LFS pointer"),
@@ -379,9 +379,9 @@ def _bytes_of_zip():
         (b"", "of an unknown kind"),
     ],
 )
-def test_other_files_are_named(tmp_path, content, told):
+def test_other_files_are_named(tmp_path, content, message):
     (tmp_path / "x.pt").write_bytes(content)
-    with pytest.raises(errors.DataError, match=f"no torch file: (it is )?{told}"):
+    with pytest.raises(errors.DataError, match=f"not a torch file: (it is )?{message}"):
         torch_file.open_torch(tmp_path / "x.pt")
 
 

@@ -204,9 +204,9 @@ from unclip.training.evaluators.prior_quality import PriorQuality
 from unclip.training.evaluators.retrieval import Retrieval
 from unclip.input import source
 from unclip.input.decode import transforms
-from unclip.input.shards.collection import index_shards
+from unclip.input.shards.collection import open_shards
 from tests.training.evaluators.test_retrieval import Words
-collection = index_shards((sys.argv[3],)).subset(count=21)
+collection = open_shards((sys.argv[3],)).subset(count=21)
 transform = transforms.ImageText(4, 8, Words())
 batches = lambda: source.make_eval_source(
     collection, transform, batch_size=8, threads=1,

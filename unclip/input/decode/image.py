@@ -1,38 +1,26 @@
 """Pictures on the host: safe decoding, crops, and the degradations that train the upsamplers.
 
-The paper's preprocessing (arXiv 2204.06125, appendix C): pictures are resized and cropped to a
-square; the first upsampler's conditioning is blurred with a 3 x 3 Gaussian of sigma 0.6, the
-second's degraded by BSR (Zhang et al. 2021, arXiv 2103.14006): JPEG, sensor noise, resizing by
-different kernels and blur, in random order. Everything here is NumPy and Pillow, uint8 RGB; plain
-JPEGs are decoded by `unclip.input.decode.jpeg`, to the same bits.
+As in appendix C of arXiv 2204.06125, pictures are resized and cropped to a square; the first
+upsampler's conditioning is blurred with a 3 x 3 Gaussian of sigma 0.6, the second's degraded by BSR
+(Zhang et al. 2021, arXiv 2103.14006): JPEG, sensor noise, resizing by different kernels and blur,
+in random order. Everything here is NumPy and Pillow, uint8 RGB; plain JPEGs are decoded by
+`unclip.input.decode.jpeg`, to the same bits.
 """
 
+import contextlib
 import io
 import math
-import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-from PIL import ExifTags, Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+from PIL import Image
 
 from unclip.errors import ConfigError
+from unclip.files import picture as pictures
 from unclip.input.decode import jpeg as jpegs
 from unclip.input.samples import BadSample
 
-FORMATS = ("JPEG", "PNG", "WEBP")
-# Imported for their side effect, once and here: Pillow would otherwise load its plugins, all of
-# them, lazily and from several decoding threads at a time.
-_PLUGINS = (JpegImagePlugin, PngImagePlugin, WebPImagePlugin)
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_STRIP = 32  # sides in this proportion: only the part that is wanted is resized
+_STRIP = 32  # longer side by shorter: beyond it only the part that is needed is resized
 Box = tuple[int, int, int, int]  # left, upper, right, lower in pixels
 
 
@@ -40,15 +28,16 @@ class BadPicture(BadSample):
     """A picture that is not decoded; `reason` is one of `REASONS`."""
 
 
-REASONS = (
-    "too-many-bytes",
-    "too-many-pixels",
-    "too-many-scans",
-    "too-small",
-    "format",
-    "truncated",
-    "corrupt",
-)
+REASONS = ("too-many-scans", *pictures.REASONS)
+
+
+@contextlib.contextmanager
+def refusing() -> Iterator[None]:
+    """Raises as `BadPicture` what `unclip.files.picture` refuses in the block."""
+    try:
+        yield
+    except pictures.PictureError as error:
+        raise BadPicture(error.reason, error.detail) from error
 
 
 def decode(
@@ -72,75 +61,42 @@ def decode(
       min_side: the least width and height.
       target: the side it will be resized to; lets a JPEG decode at 1/2, 1/4 or 1/8 of its size, as
         long as both sides stay at least `margin` x target. None: full size.
-      margin: at 2, photographs differ from a full decode by 44 to 50 dB once resized, less than by
-        another resampling filter; at 1 by 34 to 43 dB, as by a bilinear instead of a bicubic one,
-        for up to 2.3 times the speed (docs/input.md).
+      margin: at 2, photographs differ from a full decode by 44 to 50 dB (PSNR) once resized, less
+        than another resampling filter would change them. At 1 they differ by 34 to 43 dB, as much
+        as between a bilinear and a bicubic filter, for up to 2.3 times the speed (docs/input.md).
 
     Returns:
-      uint8 [H, W, 3] RGB, perhaps read-only. At its peak, decoding holds 3 bytes a pixel of a plain
-      JPEG, 10 of an RGB PNG, 18 of a WebP and up to 28 of one with alpha.
+      uint8 [H, W, 3] RGB, which may be read-only. At its peak, decoding holds 3 bytes per pixel of
+      a plain JPEG, 10 of an RGB PNG, 18 of a WebP and up to 28 of a WebP with alpha.
 
     Raises:
       BadPicture: with the reason.
     """
-    if len(data) > max_bytes:
-        raise BadPicture("too-many-bytes", f"{len(data)} bytes, at most {max_bytes}")
     least = math.ceil(margin * target) if target else None
-    header = jpegs.read_header(data)
-    if jpegs.too_many_scans(data, header):
-        raise BadPicture("too-many-scans", f"a JPEG of more than {jpegs.SCANS} scans")
-    if header is not None:
-        _check_size(header[:2], max_pixels, min_side)
-        array = jpegs.decode_plain(data, header, least)
-        if array is not None:
-            return array
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-            _check_size(picture.size, max_pixels, min_side)
-            if least:
-                picture.draft(None, (least, least))
-            picture.load()
-            upright = _UPRIGHT.get(_orientation(picture))
-            picture = _rgb(picture)
+    with refusing():
+        pictures.check_bytes(len(data), max_bytes)
+        header = jpegs.read_header(data)
+        if jpegs.too_many_scans(data, header):
+            raise BadPicture("too-many-scans", f"a JPEG of more than {jpegs.SCANS} scans")
+        if header is not None:
+            pictures.check_size(header[:2], max_pixels, min_side)
+            array = jpegs.decode_plain(data, header, least)
+            if array is not None:
+                return array
+        limits = {"max_bytes": max_bytes, "max_pixels": max_pixels, "min_side": min_side}
+        with pictures.upright(data, least=least, **limits) as picture:
             # Not np.array: it would copy the copy that Pillow hands out.
-            return np.asarray(picture.transpose(upright) if upright is not None else picture)
-    except BadPicture:
-        raise
-    except Image.DecompressionBombError as error:
-        raise BadPicture("too-many-pixels", str(error)) from error
-    except Image.UnidentifiedImageError as error:
-        raise BadPicture("format", f"expected {', '.join(FORMATS)}") from error
-    except Exception as error:  # Pillow promises no closed set of exceptions for damaged files
-        reason = "truncated" if "truncat" in str(error).lower() else "corrupt"
-        raise BadPicture(reason, f"{type(error).__name__}: {error}") from error
-
-
-def _check_size(size: tuple[int, int], max_pixels: int, min_side: int) -> None:
-    if size[0] * size[1] > max_pixels:
-        raise BadPicture("too-many-pixels", f"{size[0]}x{size[1]}, at most {max_pixels} pixels")
-    if min(size) < min_side:
-        raise BadPicture("too-small", f"{size[0]}x{size[1]}, at least {min_side} a side")
-
-
-def _orientation(picture: Image.Image) -> int:
-    try:
-        return picture.getexif().get(ExifTags.Base.Orientation, 1)
-    except (SyntaxError, ValueError, TypeError, LookupError, OSError, struct.error):
-        return 1  # broken EXIF says nothing about the pixels
+            return np.asarray(_rgb(picture))
 
 
 def _rgb(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith("I") or picture.mode == "F":
-        # 16-bit grey: Pillow's own conversion would clip it at 255.
+        # 16-bit grey: Pillow's own conversion would clip values at 255 instead of scaling them.
         grey = np.clip(np.asarray(picture), 0, 65535).astype(np.uint32)
         if isinstance(picture.info.get("transparency"), int):
             grey[grey == picture.info["transparency"]] = 65535
         return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        return Image.alpha_composite(white, picture).convert("RGB")
-    return picture if picture.mode == "RGB" else picture.convert("RGB")
+    return pictures.on_white(picture)
 
 
 def crop_box(
@@ -221,7 +177,8 @@ def for_clip(image: np.ndarray, size: int, *, half: str = "down") -> np.ndarray:
     if max(width, height) <= _STRIP * size:
         resized = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
         return np.array(resized.crop((left, top, left + size, top + size)))
-    # Resized whole, a strip could fill the memory: what the crop sees is taken first.
+    # A long strip resized as a whole could fill the memory: the part that the crop needs, with a
+    # margin for the filter, is cut out first.
     margin = 2 * max(shorter // size, 1) + 4
     edges, slices = [], []
     for at, new, old in ((top, height, image.shape[0]), (left, width, image.shape[1])):
@@ -318,7 +275,7 @@ def _sensor_noise(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def jpeg(image: np.ndarray, quality: int) -> np.ndarray:
-    """Through JPEG and back: uint8 [H, W, 3], quality 1 to 95."""
+    """A picture compressed as JPEG and decoded again: uint8 [H, W, 3], quality 1 to 95."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "JPEG", quality=quality)
     with Image.open(buffer, formats=("JPEG",)) as picture:

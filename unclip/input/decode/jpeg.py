@@ -1,10 +1,9 @@
-"""JPEG headers, and a quick decoder for the plain JPEGs that most pictures of a collection are.
+"""JPEG headers, and a fast decoder for the plain JPEGs that most pictures of a collection are.
 
-The pairs the paper trains on (arXiv 2204.06125, section 2) come from the web, mostly as JPEG, and
-decoding is most of what their input costs. libjpeg-turbo, through simplejpeg where it is installed,
-decodes them straight into an array; Pillow, which is built on the same library, gives the same
-bits with more copying and everything else. The header is read here first, so that no size is taken
-on trust, and whatever is not plain is left to Pillow.
+Decoding JPEGs is most of what training input costs. libjpeg-turbo, through simplejpeg where it is
+installed, decodes them straight into an array; Pillow, which is built on the same library, gives
+the same bits but copies them more often. The header is read here first, so that sizes are checked
+before anything is decoded, and every JPEG that is not plain is left to Pillow.
 """
 
 import functools
@@ -21,18 +20,20 @@ _PROGRESSIVE = 0xC2
 _FRAMES = (0xC0, 0xC1, _PROGRESSIVE)  # baseline, extended and progressive, Huffman coded
 _OTHER_FRAMES = {*range(0xC3, 0xD0)} - {0xC4, 0xC8, 0xCC}  # lossless, hierarchical, arithmetic
 _APP1, _DNL, _SOS, _EOI = 0xE1, 0xDC, 0xDA, 0xD9
-# Segments that Pillow interprets (JFIF, colour profiles, Photoshop's, Adobe's), and trips over when
-# they are shorter. libjpeg-turbo would not, but a picture must not be good for one of them alone.
+# The least length of segments that Pillow interprets (JFIF, colour profiles, Photoshop's, Adobe's)
+# and fails on when they are shorter. libjpeg-turbo would accept them, but whether a picture is good
+# must not depend on which of the two decodes it.
 _LEAST = {0xE0: 14, 0xE2: 16, 0xED: 1 << 16, 0xEE: 14}
 _NO_LENGTH = {0x01, *range(0xD0, 0xDA)}  # markers without a segment
-# In a scan's data: a marker, unless the byte is stuffed (00), a restart (D0 to D7) or filling (FF).
+# In a scan's data: FF starts a marker, unless it is followed by 00 (a stuffed byte), D0 to D7 (a
+# restart) or another FF (padding).
 _MARKER = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])", re.DOTALL)
 
 
 class Header(NamedTuple):
     """What the markers up to the first scan say.
 
-    `plain`: Pillow is not needed; `single`: one scan holds all.
+    `plain`: Pillow is not needed; `single`: one scan holds the whole picture.
     """
 
     width: int
@@ -42,10 +43,10 @@ class Header(NamedTuple):
 
 
 def read_header(data: bytes) -> Header | None:
-    """The header of a JPEG; None where it is none or odd enough to be Pillow's business.
+    """The header of a JPEG; None where it is not one, or unusual enough to be left to Pillow.
 
-    Plain is an 8-bit picture of one or three components whose APP1 segments (Exif, XMP) do not
-    mention an orientation, without Photoshop's segments, without further pictures, and with no
+    A plain JPEG is an 8-bit picture of one or three components whose APP1 segments (EXIF, XMP) do
+    not mention an orientation, without Photoshop's segments, without further pictures, and with no
     known segment that is too short.
     """
     if not data.startswith(_START):
@@ -55,7 +56,7 @@ def read_header(data: bytes) -> Header | None:
         if data[position] != 0xFF:
             return None
         marker = data[position + 1]
-        if marker == 0xFF:  # filling
+        if marker == 0xFF:  # padding
             position += 1
             continue
         length = data[position + 2] << 8 | data[position + 3]
@@ -74,7 +75,7 @@ def read_header(data: bytes) -> Header | None:
             components = 0 if marker == _PROGRESSIVE else data[body + 5]
             plain = plain and data[body] == 8 and data[body + 5] in (1, 3) and min(size) > 0
         elif marker == _APP1 and plain:
-            # Tag 274 in either byte order, or XMP's tiff:Orientation, anywhere at all.
+            # Tag 274 in either byte order, or XMP's tiff:Orientation, anywhere in the segment.
             segment = data[body : position + 2 + length]
             plain = not (
                 b"\x01\x12" in segment or b"\x12\x01" in segment or b"rientation" in segment
@@ -86,9 +87,10 @@ def read_header(data: bytes) -> Header | None:
 
 
 def too_many_scans(data: bytes, header: Header | None) -> bool:
-    """Whether a JPEG has more than `SCANS`: each costs about a whole decode, however few its bytes.
+    """Whether a JPEG has more than `SCANS` scans.
 
-    Thousands fit where one would do, so a small file could keep a decoder busy for minutes.
+    A scan of a few bytes costs about as much as decoding the whole picture, so a small file with
+    thousands of them could keep a decoder busy for minutes.
     """
     if (header is not None and header.single) or not data.startswith(_START):
         return False
@@ -109,14 +111,14 @@ def too_many_scans(data: bytes, header: Header | None) -> bool:
 
 
 def scale(width: int, height: int, least: int | None) -> int:
-    """1, 2, 4 or 8: by how much decoding may shrink it with both sides still `least` or more."""
+    """1, 2, 4 or 8: by how much decoding may shrink a picture whose sides stay `least` or more."""
     room = min(width, height) // least if least else 1
     return next((s for s in (8, 4, 2) if room >= s), 1)
 
 
 @functools.cache
 def _simplejpeg() -> types.ModuleType | None:
-    """Optional: without it every picture is Pillow's, only slower."""
+    """simplejpeg, or None where it is not installed: Pillow then decodes every picture, slower."""
     try:
         return importlib.import_module("simplejpeg")
     except ImportError:
@@ -126,8 +128,8 @@ def _simplejpeg() -> types.ModuleType | None:
 def decode_plain(data: bytes, header: Header, least: int | None) -> np.ndarray | None:
     """uint8 [H, W, 3] RGB of a plain JPEG, reduced by `scale`.
 
-    None where it is damaged, however little, or simplejpeg is missing: Pillow decides then, so that
-    the same pictures are good with and without simplejpeg.
+    None where it is damaged in any way, or simplejpeg is missing: Pillow then decides whether it is
+    good, so that the same pictures are good with and without simplejpeg.
     """
     library = _simplejpeg()
     if library is None or not header.plain:

@@ -1,9 +1,9 @@
 """Captions to token ids: the byte-pair encoding of CLIP (arXiv 2103.00020, section 2.4), and T5's.
 
-The text tower of CLIP, the prior and the decoder of arXiv 2204.06125 all read `Tokenizer`'s tokens.
-The `tokenizers` library does the merging; what OpenAI's tokenizer does before it (cleaning, lower
-case, the literal special tokens) is done here, so that the ids are the same. `T5Tokenizer` is for a
-decoder that reads captions through a frozen T5 (Imagen, arXiv 2205.11487).
+CLIP's text tower, the prior and the decoder all read `Tokenizer`'s tokens. The `tokenizers` library
+does the merging; what OpenAI's tokenizer does before it (cleaning, lower case, the literal special
+tokens) is done here, so that the ids are the same. `T5Tokenizer` is for a decoder that reads
+captions through a frozen T5 (Imagen, arXiv 2205.11487).
 """
 
 import gzip
@@ -56,9 +56,9 @@ _TYPOGRAPHY = str.maketrans(
     }
 )
 
-# The same words where a text is ASCII and clean. Most captions are, and share their words.
+# The same words where a text is ASCII and clean, as most captions are.
 _ASCII_WORDS = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^\sa-z0-9]+", re.ASCII)
-_MAX_REMEMBERED = 1 << 16  # words, of at most so many characters:
+_MAX_REMEMBERED = 1 << 16  # words whose ids are kept, of at most this many characters:
 _MAX_WORD = 32
 
 # By vocabulary: word -> its ids and where in the word each starts.
@@ -77,7 +77,7 @@ def clean(text: str) -> str:
     'a "red" & blue fox'
     """
     if text.isascii() and text.isprintable() and "&" not in text:
-        return " ".join(text.split()).lower()  # nothing below would change it; most captions
+        return " ".join(text.split()).lower()  # most captions: nothing below would change them
     text = _joined(text)
     if "<" not in text:
         text = html.unescape(text)
@@ -90,12 +90,12 @@ def clean(text: str) -> str:
 
 
 def _joined(text: str) -> str:
-    """Surrogate halves, as JSON may deliver them, are joined; a lone one becomes U+FFFD."""
+    """A text whose surrogate halves, which JSON may hold, are joined; a lone one becomes U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _windows_character(match: re.Match) -> str:
-    """What a C1 control stands for in Windows-1252, where it almost always comes from."""
+    """The Windows-1252 character that a C1 control character almost always was meant to be."""
     return bytes([ord(match[0])]).decode("cp1252", "ignore") or match[0]
 
 
@@ -103,7 +103,7 @@ class Tokenizer:
     """CLIP's tokenizer: 49,408 ids, SOT 49406, EOT 49407, padding 0.
 
     Cheap to make and to pickle, and safe to share between threads: the vocabulary is read on
-    first use and kept once a process.
+    first use and kept once in each process.
 
     Args:
       vocabulary: the gzipped list of merges that OpenAI published; third_party/clip-bpe by default.
@@ -202,7 +202,7 @@ class Tokenizer:
             yield text, ids, starts
 
     def _word(self, word: str, words: dict) -> tuple[list[int], list[int]]:
-        """Ids of a word and where in it each starts; remembered, as merging costs the most."""
+        """Ids of a word and where in it each starts; kept, because merging costs the most."""
         encoding = self._engine().encode(word, add_special_tokens=False)
         found = encoding.ids, [start for start, _ in encoding.offsets]
         if len(word) <= _MAX_WORD:
@@ -222,15 +222,15 @@ class Tokenizer:
 class T5Tokenizer:
     """T5's tokenizer: end of sequence 1, padding 0, no token before the text.
 
-    Captions are taken as they are (case and punctuation count); what the file says about
-    normalisation is done. Cheap to pickle, and safe to share between threads.
+    Captions are not cleaned (case and punctuation count); the file's own normalisation is applied.
+    Cheap to pickle, and safe to share between threads.
 
     Args:
       file: the content of a `tokenizer.json` (a bundle's T5 part keeps it as extra "tokenizer",
         uint8 [n]); None reads bytes, as ByT5 does (arXiv 2105.13626): id = byte + 3.
 
     Raises:
-      ConfigError: the file is too large to be one.
+      ConfigError: the file is larger than any tokenizer's.
     """
 
     def __init__(self, file: bytes | np.ndarray | None = None):
@@ -310,7 +310,7 @@ def _rows(found, count: int, length: int, before: list[int], after: list[int]):
 
 
 def _cut(text: str, ids: list[int], starts: list[int], room: int) -> str | None:
-    """Where a text of which `room` tokens fit is cut, in words."""
+    """One line on where a text is cut to `room` tokens; None where all of it fits."""
     if len(ids) <= room:
         return None
     kept, cut = text[: starts[room]].rstrip(), text[starts[room] :]
@@ -321,7 +321,7 @@ def _cut(text: str, ids: list[int], starts: list[int], room: int) -> str | None:
 def _split_special(text: str) -> Iterator[tuple[int, str]]:
     """(start, piece) of a text around its literal special tokens.
 
-    A special token right after punctuation is no token: there CLIP's word pattern has already
+    A special token right after punctuation is not recognised: there CLIP's word pattern has already
     taken "<|" as part of the run of punctuation.
     """
     done = 0
@@ -354,7 +354,7 @@ def _read(file: bytes) -> Engine:
     try:
         engine = Engine.from_str(file.decode("utf-8"))
     except Exception as error:
-        if type(error) not in (Exception, UnicodeDecodeError):  # tokenizers has no type of its own
+        if type(error) not in (Exception, UnicodeDecodeError):  # tokenizers raises plain Exceptions
             raise
         raise DataError(f"the T5 tokenizer is damaged: {error}") from error
     if engine.token_to_id("</s>") != T5_EOS:
@@ -368,7 +368,8 @@ def _read(file: bytes) -> Engine:
 
 def _build(path: pathlib.Path) -> Engine:
     """The engine for a list of merges; raises DataError where the file cannot be used."""
-    # Loaders bring their own workers; threads below them would only fight for the cores.
+    # The input has worker threads or processes of its own; more threads below them would only
+    # compete for the same cores.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
@@ -379,7 +380,7 @@ def _build(path: pathlib.Path) -> Engine:
         ) from error
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise DataError(f"CLIP's vocabulary {path} cannot be read: {error}") from error
-    # The first line is a version; what follows the merges in use was never part of CLIP.
+    # The first line is a version; the merges beyond those counted here are not used by CLIP.
     merges = [tuple(line.split()) for line in lines[1 : 1 + _MERGES]]
     if len(merges) != _MERGES or any(len(pair) != 2 for pair in merges):
         raise DataError(f"{path} holds {len(merges)} merges of two parts, expected {_MERGES}")

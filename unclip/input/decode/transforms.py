@@ -1,7 +1,7 @@
 """Transforms: one stored sample and its random numbers -> the arrays a stage trains on.
 
-The stages of the paper (arXiv 2204.06125) differ, on the input's side, only in these: `ImageText`
-for CLIP, prior and decoder, `Upsampling` for the two upsamplers.
+On the input's side, stages differ only in these: `ImageText` is for CLIP, prior and decoder,
+`Upsampling` for the two upsamplers.
 """
 
 import math
@@ -13,7 +13,8 @@ from unclip.errors import ConfigError, unknown
 from unclip.input.decode import image as pictures
 from unclip.input.samples import BadSample, Sample
 
-# Of a caption, tokenised: far more than any context holds. A megabyte would take a second of it.
+# Characters of a caption that are tokenised: far more than any context holds. Tokenising a whole
+# megabyte would take a second.
 _MAX_CHARACTERS = 1 << 14
 
 
@@ -28,7 +29,7 @@ class ImageText:
       fraction: the crop's side as a part of the shorter side.
       clip_size: also deliver the same crop at this side, for a CLIP that sees more than `size`.
       captions: where captions come from, "txt" or "json:FIELD", the field being a string or a list
-        of strings; a sample with several takes one by its number.
+        of strings; of several captions one is drawn by the sample's number.
       with_crop: adds "crop".
       max_bytes, max_pixels, min_side, margin: see `image.decode`.
 
@@ -124,17 +125,18 @@ def _limits(max_bytes: int, max_pixels: int, min_side: int, margin: float) -> di
 class Upsampling:
     """Transform to a picture and its degraded, smaller version, for the upsamplers.
 
-    The picture's middle square is resized to `size`; the paper trains on random crops of it
-    (appendix C: a quarter of the side). The crop itself is downsampled by area, then degraded.
+    The picture's middle square is resized to `size`, of which random crops are taken (appendix C of
+    arXiv 2204.06125: a quarter of the side). A crop is downsampled by area, then degraded.
 
     Args:
       size: side of the full target, 256 or 1024 in the paper.
       factor: 4 in the paper.
       crop: side c of the training crop; None: the full picture. A multiple of `factor`.
       degradation: "blur" (first upsampler), "bsr" (second) or "none".
-      probability: of degrading a sample. Below 1 the network meets clean conditioning too; one that
-        only ever saw blur sharpens the decoder's clean pictures too much (Cascaded Diffusion
-        Models, arXiv 2106.15282, blurs half of them; the unCLIP paper does not say).
+      probability: of degrading a sample. Below 1 the network also sees clean conditioning; a
+        network trained on blurred conditioning alone sharpens the decoder's clean pictures too much
+        (Cascaded Diffusion Models, arXiv 2106.15282, blurs half of them; arXiv 2204.06125 does not
+        say).
       train: False gives the full picture and clean conditioning, as at sampling time.
 
     Returns (when called with a Sample and a generator):

@@ -1,9 +1,8 @@
 """Shards of picture and caption pairs as one collection, any sample of which is a positional read.
 
-The paper (arXiv 2204.06125, section 2) trains every stage on pairs (x, y) of an image and its
-caption. A `Collection` is a list of shard indexes, mapped from files that `unclip index` wrote or
-made by walking the shards' headers when they are opened: either way the same samples by the same
-numbers. It opens in a time that grows with the shards, not with the samples.
+A `Collection` is a list of shard indexes, mapped from files that `unclip index` wrote or made by
+walking the shards' headers when they are opened: either way it has the same samples under the same
+numbers. The time to open indexed shards grows with their number, not with the samples.
 """
 
 import bisect
@@ -31,12 +30,12 @@ from unclip.input.storage.address import shown
 from unclip.input.storage.storage import Storage
 from unclip.input.tfds import records
 
-# Index files mapped at once. Each keeps a file descriptor; where many may be open, so may these.
+# Index files mapped at once; each holds a file descriptor, of which the system allows only some.
 _MAPPED = min(max(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4, 64), 16_384)
 _EXAMPLES = 5
 
 
-def index_shards(
+def open_shards(
     patterns: str | Sequence[str],
     *,
     text: bool = True,
@@ -59,10 +58,10 @@ def index_shards(
       members; with `text` False those without a caption come last in their shard.
 
     Raises:
-      ConfigError: an address that is not read, or an index made for another caption field.
+      ConfigError: an unsupported address, or an index made for another caption field.
       DataError: nothing matches; a shard is missing, unreadable, or has changed since it was
-        indexed; an index is damaged; a remote shard has none; one that had to be walked is no tar
-        or has no captions at all; or there is no complete sample.
+        indexed; an index is damaged; a remote shard has none; one that had to be walked is not a
+        tar or has no captions at all; or there is no complete sample.
     """
     patterns = [patterns] if isinstance(patterns, str | os.PathLike) else list(patterns)
     prepared = [os.fspath(pattern).startswith("tfds:") for pattern in patterns]
@@ -164,7 +163,7 @@ class _Opener:
         return index_folder.entry(shard, index)
 
     def _refuse(self, path: str, index: ShardIndex) -> None:
-        """What nobody has looked at yet is judged more strictly than what was indexed."""
+        """Refuses a shard just walked that is not a tar or has no captions at all."""
         for reason in NOT_TARS:
             if index.problems[reason]:
                 zipped = "compressed; gunzip it first, samples are read at their offsets"
@@ -183,7 +182,7 @@ class Collection:
 
     Attributes:
       shards: paths; shard_names: their file names; sizes: their bytes when they were indexed.
-      counts: int64 [S], samples of each shard; they are neighbours, in the order of the shards.
+      counts: int64 [S], samples of each shard; numbers run through the shards in their order.
       groups: int64 [K + 1], where the samples of each of the K patterns begin, and the end.
       caption: the JSON field that stands in for a missing KEY.txt.
       problems: Counter of what was left out, by reason: "no-text" and what `walk.walk_shard` names.
@@ -204,11 +203,11 @@ class Collection:
     ):
         """
         Args:
-          entries: one a shard.
+          entries: one per shard.
           patterns: how many of the shards each pattern gave.
-          limit: the first so many samples alone.
-          chosen: int64, rising: these samples alone.
-          problems: further ones.
+          limit: only this many samples, the first ones.
+          chosen: int64, ascending: only these samples.
+          problems: counts to add to those of the shards.
         """
         self._entries, self.caption, self._text = tuple(entries), caption, text
         self._patterns = tuple(patterns if patterns is not None else [len(self._entries)])
@@ -254,8 +253,7 @@ class Collection:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """sha256 over which samples there are: equal after moving the shards, and with or without
-        an index."""
+        """sha256 over which samples there are; equal after moving or indexing the shards."""
         digest = hashlib.sha256(f"{self.caption}\0".encode())
         for entry, count in zip(self._entries, np.diff(self._starts).tolist()):
             digest.update(bytes.fromhex(entry.digest) + count.to_bytes(8, "little"))
@@ -278,7 +276,7 @@ class Collection:
         return found
 
     def index(self, shard: int) -> ShardIndex:
-        """The index of a shard. Raises DataError where its file is damaged or of something else."""
+        """The index of a shard. Raises DataError where its file is damaged or of another shard."""
         entry = self._entries[shard]
         if isinstance(entry.index, ShardIndex):
             return entry.index
@@ -315,7 +313,7 @@ class Collection:
         return shard, i - self._starts[shard]
 
     def shard_digest(self, shard: int) -> str:
-        """What the rows of a shard are known by, wherever it lies: 64 hex digits."""
+        """64 hex digits that identify the shard's content, wherever it lies."""
         return self._entries[shard].digest
 
     def key(self, i: int) -> str:
@@ -363,7 +361,7 @@ class Collection:
           keys: keep these keys.
           where: JSON field -> value or list of values, e.g. {"group": ["food", "faces"]}; a sample
             whose JSON is broken passes none, and is counted.
-          count: keep the first so many of what is left.
+          count: of what is left, keep only this many, the first ones.
 
         Raises:
           DataError: an unknown key, or nothing left.

@@ -1,13 +1,13 @@
 """The folder that `unclip index` writes: an index file for each shard and a table of them.
 
     OUT/NAME.idx       one `ShardIndex`
-    OUT/index.json     format, caption field, totals; of each shard where it lies, relative to OUT
-                       if local, and the digest by which its samples are known
+    OUT/index.json     format, caption field, totals; of each shard its place, relative to OUT if
+                       local, and the digest that identifies its content
     OUT/problems.jsonl what was left out: shard, key or member, reason
 
-Collections of the paper's size (arXiv 2204.06125, section 2) are thousands of shards: opening one
-reads index.json alone. Shards are indexed in parallel, each whole or not at all, so a run that was
-cut off goes on where it was; index.json is written last.
+A large collection is thousands of shards: opening one reads index.json alone. Shards are indexed in
+parallel, and an index file is written whole or not at all, so indexing that was interrupted can be
+resumed; index.json is written last.
 """
 
 import concurrent.futures
@@ -204,16 +204,17 @@ def index_folder(
     Args:
       patterns: see `Storage.expand`.
       out: the folder; made if missing. Its index.json afterwards lists exactly these shards.
-      checksums: read every byte and keep a checksum a sample; or else headers and JSON alone.
+      checksums: read every byte and keep a checksum of each sample; False: read only headers and
+        JSON.
       caption: the JSON field that stands in for a missing KEY.txt.
-      jobs: processes; None: one a core.
-      force: keep nothing.
-      progress: called with how many shards there are; gives what has `update()` and `close()`.
+      jobs: processes; None: one per core.
+      force: index every shard again.
+      progress: called with the number of shards; returns a bar with `update()` and `close()`.
 
     Raises:
-      ConfigError: no pattern, an address that is not read, jobs below 1.
+      ConfigError: no pattern, an unsupported address, jobs below 1.
       DataError: no shard, or some cannot be read: they are named, the others are kept, and a
-        second run goes on with the missing ones.
+        second run indexes the missing ones.
     """
     storage = storage or Storage()
     out = os.path.abspath(out)
@@ -246,7 +247,7 @@ def index_folder(
 
 
 def _file_names(paths: Sequence[str]) -> list[str]:
-    """NAME.idx; with a hash of the path where two shards have one name."""
+    """NAME.idx for each shard; with a hash of the path where two shards have the same name."""
     names = [name_of(path).removesuffix(".tar")[:200] for path in paths]
     often = Counter(names)
     return [
@@ -258,7 +259,7 @@ def _file_names(paths: Sequence[str]) -> list[str]:
 
 
 def _cores() -> int:
-    """Those this process may use, where the system says."""
+    """The number of cores that this process may use."""
     own = getattr(os, "sched_getaffinity", None)
     return len(own(0)) if own else os.cpu_count() or 1
 
@@ -278,7 +279,7 @@ def _in_parallel(function: Callable, work: Sequence[tuple], jobs: int | None) ->
                 yield futures[future], future.result()
         except concurrent.futures.process.BrokenProcessPool as error:
             raise DataError(
-                "an indexing process was killed, often for want of memory: run again "
+                "an indexing process was killed, often because memory ran out: run again "
                 "with fewer jobs; finished shards are kept"
             ) from error
         finally:
@@ -303,7 +304,7 @@ def _index_one(
 def _kept(
     path: str, file: str, storage: Storage, caption: str, checksums: bool
 ) -> ShardIndex | None:
-    """The index that is there, if it is about this very shard."""
+    """The index that is there already, if it is of this very shard."""
     if not os.path.exists(file):
         return None
     try:
@@ -382,7 +383,7 @@ def _write_table(
 
 
 def _img2dataset_successes(path: str) -> int | None:
-    """What img2dataset wrote beside a shard about how many samples it put in; None: nothing."""
+    """How many samples img2dataset noted beside a shard that it wrote; None without a note."""
     try:
         with open(f"{path.removesuffix('.tar')}_stats.json", "rb") as file:
             successes = json.loads(file.read(_MAX_STATS)).get("successes")

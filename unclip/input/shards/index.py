@@ -1,8 +1,8 @@
 """The index of one shard: where each usable picture, caption and JSON object lies, and their keys.
 
-A training set of the paper's size (arXiv 2204.06125: 650 million pairs) has more samples than fit
-into Python objects, so an index is two arrays, 32 bytes and the key for a sample, which are mapped
-from a file and never parsed. Row r is a usable picture; the rows with a caption come first, so the
+A training set of hundreds of millions of pairs has more samples than fit into Python objects, so an
+index is two arrays, 32 bytes and the key for each sample, which are mapped from a file and never
+parsed. Row r is a usable picture; the rows with a caption come first, so the
 captioned samples are a prefix and need no list of their own.
 
 The file, little-endian: a header of 128 bytes, the table uint32 [n, 8], the keys, then JSON with
@@ -36,7 +36,7 @@ _HEADER = struct.Struct("<8sII6Q32sII")
 _HEADER_BYTES = 128
 _CHECKSUMS = 1
 _MAX_META = 1 << 20
-_GAP = 64 << 10  # bytes between members that are read along rather than read around
+_GAP = 64 << 10  # members no further apart than this (bytes) are read together, gap included
 _COLUMNS = 8
 _PICTURE, _TEXT, _META = range(3)
 _KEY_END, _CRC = 6, 7
@@ -59,7 +59,7 @@ class ShardIndex:
         wherever the shard lies and however it was indexed. With a row it names a sample.
       problems: Counter of what was left out, by reason, see `walk.walk_shard`.
       examples: reason -> the first keys or member names; under "no-text" of rows without caption.
-      notes: Counter of what is no fault but may surprise.
+      notes: Counter of what is not a fault but worth knowing.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class ShardIndex:
         return Sample(key, picture, samples.caption_text(text, where), meta)
 
     def meta(self, row: int, read: Read) -> dict[str, Any]:
-        """A row's JSON object, {} where it has none; reads no more. Raises BadSample("json")."""
+        """A row's JSON object, {} where it has none; nothing else is read. BadSample("json")."""
         span = self.spans(row)[_META]
         if span is None:
             return {}
@@ -268,7 +268,8 @@ def _header(head: bytes, size: int, path: str | os.PathLike) -> _Header:
 
 
 def _crc(file: int) -> int:
-    """Of what follows the header. Read, not touched in the mapping: that would make it resident."""
+    """crc32 of what follows the header; read from the file, because reading the mapping would keep
+    its pages in memory."""
     crc, at = 0, _HEADER_BYTES
     while data := os.pread(file, 1 << 20, at):
         crc, at = zlib.crc32(data, crc), at + len(data)
@@ -310,7 +311,7 @@ class _Mapped(ShardIndex):
 def checksum(crcs: Sequence[int | None]) -> int:
     """One checksum of a sample: the crc32 of those of picture, txt and json, 0 where absent.
 
-    Of the parts and not of all bytes, because in the shard they may come in any order. Never 0.
+    It is over the parts' checksums because members may come in any order in a shard. Never 0.
     """
     return zlib.crc32(struct.pack("<3I", *(crc or 0 for crc in crcs))) or 1
 

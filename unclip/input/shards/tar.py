@@ -1,8 +1,7 @@
 """The headers of a tar file, walked without reading or extracting a member.
 
-The shards that hold the paper's image and caption pairs are plain tars; here their members become
-byte ranges. Links, devices, sparse files and names that leave the archive are refused by name, so
-no caller can follow them, and damage ends the walk with a word for it.
+Members become byte ranges. Links, devices, sparse files and names that lead out of the archive are
+refused with a reason, so no caller can follow them, and damage ends the walk with a reason.
 """
 
 import re
@@ -29,7 +28,7 @@ class Member(NamedTuple):
 def walk(read: Read, end: int) -> Iterator[Member]:
     """Walks the headers of a tar of `end` bytes; reads no member and stops at the first damage.
 
-    `read` is asked for ranges below `end` alone, each after the one before. Long names (GNU `L`,
+    `read` is asked only for ranges below `end`, in ascending order. Long names (GNU `L`,
     pax `path`) and long sizes (base 256, pax `size`) are understood. The last step is of kind
     "end" (at its offset lies the end block), "shard-truncated" or "shard-corrupt".
     """
@@ -78,7 +77,8 @@ def walk(read: Read, end: int) -> Iterator[Member]:
 
 
 def _plain(block: bytes) -> tuple[bytes, str, int] | None:
-    """(type, name, size) of a regular file's header as nearly all are; None: look more closely."""
+    """(type, name, size) of a regular file's header, the usual case; None: `_header` must
+    decide."""
     name, size, stored = (
         field.partition(b"\0")[0] for field in (block[:100], block[124:136], block[148:156])
     )

@@ -1,10 +1,9 @@
-"""Walking a shard once: its members become whole samples of one key each, or are counted out.
+"""Walking a shard once: its members become complete samples, or are left out and counted.
 
-Pairs of picture and caption (arXiv 2204.06125, section 2) lie in tars under webdataset's key rule:
-the name up to the first dot of its last component is the key (folders belong to it), the rest is
-the extension. Keys are closed at the end of their shard, so one shard's picture can never meet
-another shard's caption, and a sample that is incomplete, ambiguous or cut off is left out and
-counted. Nothing is ever extracted, unpickled or followed.
+Tars follow webdataset's rule for keys: the name up to the first dot of its last component is the
+key (folders belong to it), the rest is the extension. Keys are closed at the end of their shard, so
+one shard's picture can never meet another shard's caption, and a sample that is incomplete,
+ambiguous or cut off is left out and counted. Nothing is ever extracted, unpickled or followed.
 """
 
 import zlib
@@ -25,7 +24,7 @@ from unclip.input.shards.index import ShardIndex, checksum
 
 MAX_LISTED = 10_000  # faults of a shard that are listed; all are counted
 MAX_MEMBERS = 1 << 22  # of one shard: a tar of empty members must not fill the memory
-NOT_TARS = ("not-a-tar", "compressed")  # faults by which a whole file is no shard
+NOT_TARS = ("not-a-tar", "compressed")  # faults by which a whole file is not a shard
 _PICKLES = ("pkl", "pickle", "pyd", "pth", "pt")  # what other readers would unpickle
 _PIECE, _FULL_BLOCK = 1 << 20, 2 << 20  # bytes
 _EXAMPLES = 5
@@ -47,11 +46,12 @@ def walk_shard(
 
     Args:
       name: the shard's file name.
-      read: (offset, bytes) -> exactly those bytes of the shard; is asked forwards.
+      read: (offset, bytes) -> exactly those bytes of the shard; called with ascending offsets.
       size, identity: what `Storage.stat` says.
       caption: the JSON field that stands in for a missing KEY.txt.
-      checksums: read every byte and keep a checksum of each sample; or else headers and JSON alone.
-      block: bytes asked for at once, at least: little from a local file, much from a remote one.
+      checksums: read every byte and keep a checksum of each sample; False: read only headers and
+        JSON.
+      block: the least number of bytes read at once: few from a local file, many from a remote one.
 
     Returns:
       Its `ShardIndex`. In `problems`: "no-picture", "duplicate", "truncated", "too-many-bytes",
@@ -132,7 +132,7 @@ class _Walk:
             found.append(_shown(what))
 
     def add(self, member: tar.Member, end: int) -> None:
-        """Takes a step of the tar's walk."""
+        """Takes one member of the tar's walk."""
         kind, name, offset, size = member
         if kind == "end":
             self._notes["bytes-after-end"] += self._anything_after(offset, end)
@@ -164,8 +164,8 @@ class _Walk:
         )
 
     def _anything_after(self, offset: int, end: int) -> bool:
-        # Two blocks end a tar and writers fill up a record of 20; a tar appended to another is no
-        # part of it for any reader.
+        # Two zero blocks end a tar, and writers pad it to a record of 20 blocks. No reader reads
+        # what was appended behind that.
         after = offset + 2 * tar.BLOCK
         return after < end and any(self.read(after, min(end - after, 20 * tar.BLOCK)))
 
@@ -177,7 +177,7 @@ class _Walk:
         spans = self._samples.setdefault(key, {})
         crc = 0
         if extension in spans:
-            # Which picture belongs to which caption is anyone's guess: drop the key.
+            # Which picture belongs to which caption cannot be known: the key is dropped.
             self._unusable[key] = "duplicate"
         elif kind == "cut":
             self._unusable.setdefault(key, "truncated")
@@ -195,7 +195,7 @@ class _Walk:
     def _look_into(self, key: str, data: bytes) -> None:
         try:
             value = json_object(data, key)
-        except BadSample:  # found again, and replaced, when it is read
+        except BadSample:  # reported, and replaced, when the sample is read
             return
         text, claim = value.get(self._caption), value.get("key")
         if isinstance(text, str) and text.strip():
@@ -210,7 +210,7 @@ class _Walk:
                 self._unusable.setdefault(key, "other-key")
 
     def index(self, size: int, identity: str) -> ShardIndex:
-        """Closes every key."""
+        """The index of what was walked."""
         self._find_claimed()
         with_text, without = [], []
         for key, members in self._samples.items():
@@ -258,5 +258,5 @@ class _Walk:
 
 
 def _shown(name: str) -> str:
-    """A name from outside as reports and terminals may show it."""
+    """A name from outside, made safe to print in reports and terminals."""
     return "".join(c if c.isprintable() else "?" for c in name[:200])

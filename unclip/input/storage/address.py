@@ -1,6 +1,6 @@
-"""Addresses of shards: which protocols are read, and how an address may be shown.
+"""Addresses of shards: which protocols are supported, and how an address may be shown.
 
-No address is ever run as a command, chained, unpacked or followed out of the list below.
+No address is run as a command, and no chain of addresses or protocol outside the list is opened.
 """
 
 import re
@@ -27,19 +27,19 @@ COUNTERS = ("requests", "retries", "bytes", "cache_hits", "cache_misses", "cache
 
 
 def shown(path: str) -> str:
-    """An address as errors and logs may show it: without password and signature."""
+    """An address for errors and logs: without password and signature."""
     return re.sub(r"//[^/@]*@", "//", path).split("?")[0] if "://" in path else path
 
 
 def protocol(path: str) -> str:
-    """The lower-case protocol of an address, "" of a plain path; refuses everything else."""
+    """The lower-case protocol of an address, "" of a plain path; ConfigError for anything else."""
     if path.lower().lstrip().startswith("pipe:"):
         raise ConfigError(
             f"shards {path!r}: a command is never run; copy the shards or give their "
             "paths or addresses"
         )
     if "::" in path:
-        raise ConfigError(f"shards {shown(path)!r}: chains of addresses (`::`) are not read")
+        raise ConfigError(f"shards {shown(path)!r}: chains of addresses (`::`) are not supported")
     name, separator, _ = path.partition("://")
     if not separator:
         return ""

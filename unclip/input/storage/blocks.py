@@ -1,9 +1,8 @@
-"""Blocks of remote shards, kept on disk within a cap.
+"""Blocks of remote shards, kept on disk within a limit.
 
-A block is `block_bytes` of one version of one object (a shard of the pairs that arXiv 2204.06125
-trains on); its name is a hash over the object's address, version and the block's place, so a block
-never goes stale: a changed object has other names. The folder is shared by all processes of a host.
-It can be deleted at any time.
+A block is `block_bytes` of one version of one object; its name is a hash of the object's address,
+its version and the block's place, so a block is never out of date: the blocks of a changed object
+have other names. The folder is shared by all processes of a host and can be deleted at any time.
 """
 
 import contextlib
@@ -21,7 +20,7 @@ from unclip.errors import DataError
 
 _BLOCK = re.compile(r"[0-9a-f]{40}\.block")
 _UNFINISHED = re.compile(r"\.(?:[0-9a-f]{40}\.block|total)\.[0-9a-f]+\.tmp")
-_STRIPES = 256  # lock files, so that two blocks seldom wait for each other
+_STRIPES = 256  # lock files; two blocks rarely share one
 _POLL_SECONDS = 0.02
 
 
@@ -34,9 +33,9 @@ def block_name(address: str, identity: str, size: int, block_bytes: int, number:
 class Blocks:
     """The blocks of all processes of a host, in a folder that never holds more than `capacity`.
 
-    Files appear whole or not at all; the blocks unused for longest (a file's time of change) make
-    room. A sum of their sizes is kept beside them, so that a new block costs no walk of the folder
-    until it is full.
+    Files appear whole or not at all; the blocks unused for longest (by the file's time of change)
+    are removed first. A file beside them holds the sum of their sizes, so that the folder need not
+    be listed for every new block until it is full.
 
     Raises:
       DataError: the folder cannot be made or written.
@@ -52,7 +51,8 @@ class Blocks:
             raise DataError(f"block cache {folder!r} cannot be used: {error.strerror}") from error
 
     def get(self, name: str, start: int, stop: int, size: int) -> bytes | None:
-        """Bytes [start, stop) of a block of `size` bytes; None where it is not here, whole."""
+        """Bytes [start, stop) of a block of `size` bytes; None where it is missing or
+        incomplete."""
         try:
             descriptor = os.open(self._path(name), os.O_RDONLY)
         except OSError:
@@ -63,7 +63,7 @@ class Blocks:
             os.utime(descriptor)
             data = os.pread(descriptor, stop - start, start)
             return data if len(data) == stop - start else None
-        except OSError:  # a bad disk under the cache is no reason to stop: the object is there
+        except OSError:  # a bad disk under the cache must not stop a run: the object can be read
             return None
         finally:
             os.close(descriptor)
@@ -85,8 +85,8 @@ class Blocks:
             return False
 
     @contextlib.contextmanager
-    def flight(self, name: str, seconds: float) -> Iterator[None]:
-        """Waits while another process fetches this block, `seconds` at most."""
+    def fetching(self, name: str, seconds: float) -> Iterator[None]:
+        """Waits, `seconds` at most, while another process fetches this block."""
         stripe = int(name[:8], 16) % _STRIPES
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(OSError):  # without the lock a block may be fetched twice
@@ -109,8 +109,8 @@ class Blocks:
         return int(digits) if digits.isdigit() else None
 
     def _make_room(self, wanted: int) -> int:
-        """Removes old blocks and what killed writers left, until a tenth is free and `wanted` fits;
-        returns what is left."""
+        """Removes old blocks, and files of killed writers, until a tenth is free and `wanted` bytes
+        fit; returns the bytes that are left."""
         found = []
         for entry in os.scandir(self._folder):
             if _UNFINISHED.fullmatch(entry.name):
@@ -138,7 +138,7 @@ class Blocks:
                 time.sleep(_POLL_SECONDS)
             yield locked
         finally:
-            os.close(descriptor)  # which also lets go of the lock
+            os.close(descriptor)  # which also releases the lock
 
 
 def _try_lock(descriptor: int) -> bool:
@@ -149,8 +149,8 @@ def _try_lock(descriptor: int) -> bool:
     return True
 
 
-class Flights:
-    """Lets one thread do what several ask for at the same time."""
+class SharedCalls:
+    """Makes several threads that ask for the same thing at the same time share one call."""
 
     def __init__(self):
         self._lock, self._futures = threading.Lock(), {}

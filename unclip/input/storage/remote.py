@@ -1,9 +1,8 @@
-"""Byte ranges of objects in a store, through fsspec: retried, bounded, cached by block.
+"""Byte ranges of objects in a store, through fsspec: retried, bounded in time, cached by block.
 
-The paper's 650 million pairs (arXiv 2204.06125, section 2) live in an object store rather than on a
-host's disk. A store fails for moments, cuts answers short, stalls, and a proxy before it may ignore
-what range was asked for; every such answer is recognised and asked for again, with growing pauses
-and an end. What was read is what the store holds, or there is an error.
+A store may fail for moments, cut answers short or stall, and a proxy in front of it may ignore the
+requested range; every such answer is recognised and the request is repeated, with growing pauses
+and a time limit. The result is what the store holds, or an error.
 """
 
 import random
@@ -21,8 +20,8 @@ from unclip.input.storage.address import COUNTERS, PROTOCOLS, shown
 
 _PAUSE_SECONDS, _LONGEST_PAUSE = 0.1, 10.0
 _CHECK_SECONDS = 60.0
-_TRY_AGAIN = {408, 425, 429}  # and all from 500 on: HTTP's words for "later"
-# What the drivers of fsspec call the tag of an object's version, the most exact first.
+_RETRIED = {408, 425, 429}  # and every status from 500 on: asking again may help
+# Names under which fsspec's drivers give the tag of an object's version, the most exact first.
 _IDENTITY = (
     "ETag",
     "etag",
@@ -40,8 +39,8 @@ _IDENTITY = (
 )
 
 
-class _Later(OSError):
-    """An answer that may be better next time; `seconds`: how long the store asks to wait."""
+class _RetryableError(OSError):
+    """A failure that may pass; `seconds`: how long the store asks to wait before the next try."""
 
     def __init__(self, message: str, seconds: float = 0.0):
         super().__init__(message)
@@ -64,7 +63,7 @@ class Objects:
         self._attempts, self._seconds = attempts, timeout_seconds
         self._cache = blocks.Blocks(cache, cache_bytes) if cache else None
         self._block_bytes, self._whole_blocks = block_bytes, whole_blocks and bool(cache)
-        self._flights = blocks.Flights()
+        self._shared_calls = blocks.SharedCalls()
         self._lock, self._counts = threading.Lock(), Counter()
         self._drivers: dict[str, tuple[Any, str]] = {}
         self._versions: dict[str, tuple[int, str]] = {}
@@ -95,7 +94,7 @@ class Objects:
             return self._retried(what, lambda seconds: _http(driver, address, 0, 1, seconds)[1:])
         info = self._retried(what, lambda seconds: _info(driver, inner, seconds))
         if not isinstance(info.get("size"), int) or info.get("type") == "directory":
-            raise DataError(f"shard {shown(address)!r} is no object with a size")
+            raise DataError(f"shard {shown(address)!r} is not an object with a size")
         return info["size"], str(next((info[n] for n in _IDENTITY if info.get(n)), ""))
 
     def read(self, address: str, offset: int, size: int, expected: tuple[int, str] | None) -> bytes:
@@ -117,20 +116,20 @@ class Objects:
         )
 
     def _version(self, address: str, expected: tuple[int, str] | None) -> tuple[int, str]:
-        """What is being read, asked once; http says it again with every answer."""
+        """(bytes, identity) of the object, asked for once; http repeats it with every answer."""
         known = self._versions.get(address)
         if known is None:
             if expected is not None and _is_http(self._driver(address)[0]):
                 known = expected
             else:
-                known = self._flights.once(f"stat {address}", lambda: self.stat(address))
+                known = self._shared_calls.once(f"stat {address}", lambda: self.stat(address))
             self._versions[address] = known
         if expected is not None:
             _same(address, expected, known)
         return known
 
     def _kept(self, address: str, version: tuple[int, str], offset: int, size: int) -> bytes:
-        """The bytes from blocks that are on disk already, b"" where one is not."""
+        """The bytes from blocks that are on disk already; b"" if any of them is not."""
         if self._cache is None:
             return b""
         found = []
@@ -153,7 +152,7 @@ class Objects:
             return data
 
         def load() -> bytes:
-            with self._cache.flight(name, self._attempts * self._seconds):
+            with self._cache.fetching(name, self._attempts * self._seconds):
                 block = self._cache.get(name, 0, length, length)  # another process was faster
                 if block is not None:
                     self._count(cache_hits=1)
@@ -163,7 +162,7 @@ class Objects:
                 self._count(cache_misses=1, cache_errors=not kept)
                 return block
 
-        return self._flights.once(name, load)[start:stop]
+        return self._shared_calls.once(name, load)[start:stop]
 
     def _place(self, address: str, version: tuple[int, str], number: int) -> tuple[str, int, int]:
         """(name, offset, bytes) of a block."""
@@ -182,7 +181,7 @@ class Objects:
                 data = bytes(_call(driver, "cat_file", seconds, inner, start=start, end=stop))
             self._count(bytes=len(data))
             if len(data) != stop - start:
-                raise _Later(f"{len(data)} of {stop - start} bytes came")
+                raise _RetryableError(f"{len(data)} of {stop - start} bytes came")
             return data
 
         data = self._retried(f"shard {shown(address)!r}, bytes {start} to {stop - 1}", once)
@@ -191,8 +190,8 @@ class Objects:
         return data
 
     def _check(self, address: str, version: tuple[int, str]) -> None:
-        """After a read: was it still the version that it should be? Asked after every block; after
-        exact ranges, which are as cheap as the question, once a minute."""
+        """Checks after a read that the object's version has not changed: after every block, and
+        once a minute after exact ranges, which cost no more than this check."""
         now = time.monotonic()
         if self._whole_blocks or now - self._checked.get(address, now) > _CHECK_SECONDS:
             _same(address, version, self.stat(address))
@@ -200,7 +199,7 @@ class Objects:
         self._checked.setdefault(address, now)
 
     def _retried(self, what: str, once: Callable[[float], Any]) -> Any:
-        """`once(seconds)` until it succeeds; its last error, in one line, when time is up."""
+        """Calls `once(seconds)` until it succeeds; DataError with its last error at the end."""
         deadline = time.monotonic() + self._attempts * self._seconds
         tried, cause = 0, None
         while tried < self._attempts and (left := deadline - time.monotonic()) > 0:
@@ -216,7 +215,8 @@ class Objects:
             except Exception as error:  # a driver may raise anything: fsspec promises no types
                 cause = error
             if tried < self._attempts:
-                # Half of the pause is chance, so that hosts that failed together part.
+                # The pause is partly random, so that hosts that failed together do not retry
+                # together.
                 pause = min(_PAUSE_SECONDS * 2 ** (tried - 1), _LONGEST_PAUSE)
                 pause = max(pause * random.uniform(0.5, 1.5), getattr(cause, "seconds", 0.0))
                 time.sleep(max(0.0, min(pause, deadline - time.monotonic())))
@@ -225,7 +225,7 @@ class Objects:
         ) from cause
 
     def _driver(self, address: str) -> tuple[Any, str]:
-        """(fsspec's file system, the address as it wants it)."""
+        """(fsspec's file system, the address in the form that it expects)."""
         found = self._drivers.get(address)
         if found is None:
             found = self._drivers[address] = _open(address)
@@ -255,7 +255,7 @@ def _open(address: str) -> tuple[Any, str]:
 
 
 def _call(driver: Any, method: str, seconds: float, *args: Any, **options: Any) -> Any:
-    """A method of a driver that ends within `seconds`, whether or not the driver knows of time."""
+    """Calls a driver's method; ends within `seconds`, whether or not the driver has a timeout."""
     if driver.async_impl:
         from fsspec import asyn
 
@@ -266,8 +266,8 @@ def _call(driver: Any, method: str, seconds: float, *args: Any, **options: Any) 
 
 
 def _within(seconds: float, function: Callable[[], Any]) -> Any:
-    """`function()` in a thread that is left behind when it takes longer. Not of a pool: a thread
-    that never comes back must not keep the next call from its turn."""
+    """`function()` in a thread that is abandoned when it takes longer. A thread of its own and not
+    of a pool, because one that never returns must not block the next call."""
     future = Future()
 
     def work():
@@ -281,7 +281,7 @@ def _within(seconds: float, function: Callable[[], Any]) -> Any:
 
 
 def _info(driver: Any, inner: str, seconds: float) -> dict[str, Any]:
-    """What the store says now; drivers remember listings for as long as they live."""
+    """The object's info from the store, not from the listings that drivers keep."""
     if driver.async_impl:
         driver.invalidate_cache()
         return _call(driver, "info", seconds, inner)
@@ -302,7 +302,7 @@ def _http(
 
 
 async def _http_range(driver: Any, address: str, start: int, stop: int) -> tuple[bytes, int, str]:
-    """fsspec's own reader takes whatever comes; this one takes the range or nothing."""
+    """Reads one range and refuses any other answer, which fsspec's own reader would accept."""
     session = await driver.set_session()
     options = {"read_bufsize": 1 << 20, **driver.kwargs}
     options["headers"] = {
@@ -316,34 +316,36 @@ async def _http_range(driver: Any, address: str, start: int, stop: int) -> tuple
         if reply.status == 416:
             size = re.fullmatch(r"bytes \*/(\d{1,18})", given)
             if size is None or int(size[1]) > start:
-                raise _Later(f"answered 416 {given!r} to bytes {start}-{stop - 1}")
+                raise _RetryableError(f"answered 416 {given!r} to bytes {start}-{stop - 1}")
             return b"", int(size[1]), identity
         if reply.status in (404, 410):
             raise FileNotFoundError(f"answered {reply.status}")
-        if reply.status in _TRY_AGAIN or reply.status >= 500:
+        if reply.status in _RETRIED or reply.status >= 500:
             wait = reply.headers.get("Retry-After", "")
             seconds = min(int(wait), 60) if re.fullmatch(r"\d{1,6}", wait) else 0.0
-            raise _Later(f"answered {reply.status}", seconds)
+            raise _RetryableError(f"answered {reply.status}", seconds)
         if reply.status >= 400:
             raise PermissionError(f"answered {reply.status}")
         if reply.status != 206:
-            raise _Later(f"answered {reply.status} to a request for a range: it ignores ranges")
+            raise _RetryableError(
+                f"answered {reply.status} to a request for a range: it ignores ranges"
+            )
         if reply.headers.get("Content-Encoding", "identity") != "identity":
-            raise _Later("answered with compressed bytes")
+            raise _RetryableError("answered with compressed bytes")
         match = re.fullmatch(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})", given)
         if match is None:
-            raise _Later(f"answered with the range {given!r}")
+            raise _RetryableError(f"answered with the range {given!r}")
         first, last, size = map(int, match.groups())
         if first != start or last != min(stop, size) - 1:
-            raise _Later(f"answered with {given!r} to bytes {start}-{stop - 1}")
+            raise _RetryableError(f"answered with {given!r} to bytes {start}-{stop - 1}")
         chunks, came, wanted = [], 0, last + 1 - first
         async for chunk in reply.content.iter_any():
             chunks.append(chunk)
             came += len(chunk)
             if came > wanted:
-                raise _Later("sent more bytes than it announced")
+                raise _RetryableError("sent more bytes than it announced")
         if came != wanted:
-            raise _Later(f"sent {came} of {wanted} bytes")
+            raise _RetryableError(f"sent {came} of {wanted} bytes")
         return b"".join(chunks), size, identity
 
 
@@ -368,6 +370,6 @@ def _parts(offset: int, size: int, block_bytes: int) -> list[tuple[int, int, int
 
 def _words(error: BaseException | None) -> str:
     text = str(error).splitlines()[0][:300] if str(error) else ""
-    if isinstance(error, _Later):
+    if isinstance(error, _RetryableError):
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

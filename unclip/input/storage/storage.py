@@ -1,9 +1,7 @@
 """Where shards lie: local files, and objects in a store that are read by byte range.
 
-The pairs of image and caption that the paper (arXiv 2204.06125, section 2) trains on fill thousands
-of shards, on disk or in an object store. `Storage` gives the bytes at an offset of either, and
-nothing else: no address is ever run as a command, chained, unpacked or followed out of the list of
-protocols below.
+`Storage` gives the bytes at an offset of either. No address is run as a command, and no chain of
+addresses or protocol outside `address.PROTOCOLS` is opened.
 """
 
 import difflib
@@ -28,14 +26,15 @@ class Storage:
     Args:
       cache: local folder that keeps blocks of remote shards, shared by all processes of a host; "":
         none, and every read asks the store.
-      cache_bytes: what the folder may hold; the blocks unused for longest go first.
+      cache_bytes: what the folder may hold; the blocks unused for longest are removed first.
       block_bytes: remote shards are read in blocks of this size.
       attempts: how often a remote read is tried.
       timeout_seconds: of one attempt; all attempts at a range or block together take at most
         attempts x timeout_seconds.
-      whole_blocks: with a cache, read whole blocks and keep them (neighbours will be wanted soon:
-        streamed order; or the cache holds everything); or else exactly the bytes asked for (global
-        order, where a neighbour is a rare guest), but from blocks that are there already.
+      whole_blocks: with a cache, read whole blocks and keep them: for streamed order, where the
+        neighbouring samples are needed soon, or where the cache holds everything. False: read only
+        the bytes asked for, from cached blocks where they exist: for global order, where the
+        neighbours are rarely needed.
 
     Raises:
       ConfigError: sizes below 1, or a cache smaller than two blocks.
@@ -118,10 +117,10 @@ class Storage:
 
     def stat(self, path: str) -> tuple[int, str]:
         """(bytes, identity) of a shard; identity is "" for a local file, else the store's tag for
-        this version of the object (ETag, generation or time of change), "" where it gives none.
+        this version of the object (ETag, generation or time of change), "" where it has none.
 
         Raises:
-          DataError: it is not there or cannot be asked.
+          DataError: it does not exist or the store cannot be reached.
         """
         if not self.local(path):
             return self._objects().stat(path)
@@ -160,7 +159,7 @@ class Storage:
         return self._remote.counters() if self._remote else dict.fromkeys(address.COUNTERS, 0)
 
     def close(self) -> None:
-        """Closes the files; reading again opens them anew."""
+        """Closes the files; they are opened again when they are read."""
         with self._lock:
             self._files.clear()
 
@@ -196,7 +195,7 @@ class Storage:
 
 
 class _Descriptor:
-    """An open file that closes itself when its last reader lets go."""
+    """An open file that is closed when its last reader has finished."""
 
     def __init__(self, path: str):
         self.number = os.open(path, os.O_RDONLY)

@@ -1,1 +1,1 @@
-"""Shards that nobody indexed, read from end to end."""
+"""Shards without an index, read from end to end."""

@@ -1,20 +1,19 @@
-"""Batches straight from shards that nobody has indexed, by webdataset's pipeline.
+"""Batches straight from shards without an index, by webdataset's pipeline.
 
-For collections of the paper's size (arXiv 2204.06125, section 2: 650 million pairs) that are read
-once or in part, where a walk of all shards beforehand does not pay. Shards are drawn, opened,
-shuffled and batched by webdataset's stages; the samples within a shard are ours (`walk_shard`): its
-keys are closed at its end, so no picture meets the caption of another shard.
+For large collections that are read once or in part, where indexing all shards beforehand does not
+pay. Shards are drawn, opened, shuffled and batched by webdataset's steps; the samples within a
+shard are found by our `walk_shard`, so a picture is never paired with the caption of another shard.
 
 What streaming cannot promise, and an indexed collection (`make_source`) does:
 
 - that every sample comes once an epoch: shards are drawn with replacement, there are no epochs, and
   after as many samples as there are about a third has not been seen;
-- that a resumed run goes on where it was: it begins anew, with other draws (the position counts
+- that a resumed run continues where it was: it starts again with other draws (the position counts
   samples and is mixed into the seed); the same position, processes, workers and seed give the same
   batches, any other number of processes or workers gives others;
 - how many samples there are, or that they come in equal parts from all shards;
-- that damage is known before training: it is met on the way, counted, and ends the run only beyond
-  `max_bad_fraction`.
+- that damage is known before training: it is met while reading, counted, and ends the run only
+  beyond `max_bad_fraction`.
 """
 
 import threading
@@ -72,7 +71,7 @@ class Stream(Iterator):
             if self._iterator is None:
                 raise ValueError("this stream is closed")
             batch = {}
-            while not batch:  # at its end a worker has only losses left to tell
+            while not batch:  # a worker's last message has no batch, only what was left out
                 found = self._next()
                 batch = found["batch"]
                 self._storage[found["worker"]] = found["storage"]
@@ -183,28 +182,28 @@ def make_stream(
     min_seen: int = 1000,
     max_consecutive_bad: int = 0,
 ) -> Stream:
-    """Streams batches of transformed samples; the module says what this cannot promise.
+    """Streams batches of transformed samples; the module's docstring says what this cannot promise.
 
     Args:
       patterns: shards, see `Storage.expand`.
       transform: (Sample, Generator) -> {name: array of fixed shape}; must pickle if `workers`.
       batch_size: B, the global batch size, a multiple of `process_count`.
       seed: 0 <= seed < 2**64.
-      start: `Stream.position` of an earlier run; the draws go on differently, not where they were.
+      start: `Stream.position` of an earlier run; further draws differ, they do not continue.
       process_index, process_count: this process; each draws for itself from all shards.
-      passes: None: for ever, shards drawn with replacement; n: every sample of every readable shard
-        n times, on one process alone, and each worker's last batch is filled up with rows of
+      passes: None: without end, shards drawn with replacement; n: every sample of every readable
+        shard n times, in a single process, and each worker's last batch is padded with rows of
         `valid` False.
       shuffle_samples: rows in the shuffle buffer, over as many shards as they span; 0: the order
         of the shards' members.
       threads: reading and decoding threads (of each worker); results do not depend on it.
       workers: processes that read and decode, each its own stream; results depend on it.
-      prefetch: batches ready ahead, per worker.
+      prefetch: batches prepared ahead, per worker.
       storage: for remote shards one with a `cache` folder, where their blocks lie between the walk
         of a shard and the reading of its samples.
-      text, caption: as for `index_shards`.
-      filters: (json, chosen caption) -> "" or why the sample is passed over, not counted as bad.
-      max_bad_fraction: of the samples met by this process, judged from `min_seen` on.
+      text, caption: as for `open_shards`.
+      filters: (json, chosen caption) -> "" or why the sample is skipped; it is not counted as bad.
+      max_bad_fraction: of the samples met by this process, checked from `min_seen` on.
       max_consecutive_bad: samples of one stream in a row that may be bad; 0: 10,000.
 
     Returns:
@@ -233,11 +232,11 @@ def make_stream(
     if min(numbers.values()) < 0 or (passes is not None and passes < 1):
         raise ConfigError(
             f"{numbers}, passes {passes}: expected none below 0, and at least one "
-            "pass, or None for ever"
+            "pass, or None for no end"
         )
     if passes is not None and process_count > 1:
         raise ConfigError(
-            f"{passes} passes on {process_count} processes: unindexed shards have no "
+            f"{passes} passes on {process_count} processes: shards without an index have no "
             "common length to stop at; `unclip index` them, or passes=None"
         )
     storage = storage or Storage(whole_blocks=True)

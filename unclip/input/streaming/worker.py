@@ -1,9 +1,9 @@
 """One decoding process's part of a stream: shards drawn, walked, shuffled, read and batched.
 
-The stages are webdataset's (`DataPipeline`, its shard lists and its shuffle buffer), the samples of
-a shard are ours (`walk_shard`), so that a pair (x, y) of the paper (arXiv 2204.06125) is always of
-one key of one shard. What goes through the shuffle buffer are rows of an index and not samples: ten
-thousand of them are a few megabytes, and a shard's own rows are fully shuffled before.
+The steps are webdataset's (`DataPipeline`, its shard lists and its shuffle buffer), the samples of
+a shard are ours (`walk_shard`), so that a picture and its caption are always of one key of one
+shard. The shuffle buffer holds rows of an index and not samples: ten thousand of them are a few
+megabytes, and a shard's own rows are fully shuffled before.
 """
 
 import functools
@@ -32,7 +32,7 @@ _FETCHERS = 4  # blocks of a remote shard that are fetched at the same time
 
 class Fault(NamedTuple):
     """What was left out: `kind` is "sample", "filtered", "shard", or "member" (a member, or the
-    `count` samples of a shard, that its walk left out); `key` "" where there is none to name."""
+    `count` samples of a shard, that its walk left out); `key` is "" where there is none."""
 
     kind: str
     reason: str
@@ -48,7 +48,7 @@ class _Row(NamedTuple):
 
 
 class Plan(grain.IterDataset):
-    """What a stream reads; iterating gives `_Stream`s, one a decoding process."""
+    """What a stream reads; iterating gives a `_Stream` in each decoding process."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class Plan(grain.IterDataset):
         self.worker, self.workers = 0, 1
 
     def set_slice(self, sl: slice, sequential_slice: bool = False) -> None:
-        """grain's word to a decoding process which of them it is."""
+        """Called by grain in each decoding process: the slice says which of them it is."""
         self.worker, self.workers = sl.start, sl.step
 
     def __iter__(self) -> "_Stream":
@@ -94,7 +94,7 @@ class _Stream(grain.DatasetIterator):
     def __init__(self, plan: Plan):
         super().__init__()
         self._plan = plan
-        # Of where and when, from nothing but what was given: never from the environment.
+        # Derived from the arguments alone, never from the environment.
         self._seed = [
             plan.seed,
             plan.start,
@@ -129,7 +129,7 @@ class _Stream(grain.DatasetIterator):
         }
 
     def get_state(self) -> dict[str, int]:
-        return {}  # there is nothing that a stream could go on from
+        return {}  # a stream cannot be resumed
 
     def set_state(self, state: dict[str, int]) -> None:
         raise ConfigError("a stream has no state to go back to")
@@ -162,14 +162,14 @@ class _Stream(grain.DatasetIterator):
         webdataset, plan = secure_webdataset(), self._plan
         word = int(np.random.default_rng(self._seed).integers(1 << 31))
         if plan.passes is None:
-            # Every stream draws from all shards: nothing to split, and none is left without any.
-            stages = [
+            # Every stream draws from all shards, so none can be left without shards.
+            steps = [
                 webdataset.ResampledShards(
                     plan.paths, seed=word, worker_seed=lambda: 0, deterministic=True
                 )
             ]
         else:
-            # All workers must see the same order, or their parts would overlap.
+            # All workers must see the same order, or the shards they take would overlap.
             seeds = [
                 int(np.random.default_rng([plan.seed, plan.start, n]).integers(1 << 31))
                 if plan.shuffle_samples
@@ -177,23 +177,23 @@ class _Stream(grain.DatasetIterator):
                 for n in range(plan.passes)
             ]
             passes = [webdataset.SimpleShardList(plan.paths, seed=seed) for seed in seeds]
-            stages = [
+            steps = [
                 lambda: itertools.chain.from_iterable(passes),
                 lambda shards: itertools.islice(shards, plan.worker, None, plan.workers),
             ]
-        stages.append(self._rows)
+        steps.append(self._rows)
         if plan.shuffle_samples:
-            stages.append(
+            steps.append(
                 webdataset.shuffle(
                     plan.shuffle_samples,
                     initial=min(1000, plan.shuffle_samples),
                     rng=random.Random(word),
                 )
             )
-        return webdataset.DataPipeline(*stages)
+        return webdataset.DataPipeline(*steps)
 
     def _rows(self, shards: Iterable[dict[str, str]]) -> Iterator[_Row]:
-        """The rows of one shard after the other, each shard's in an order of its own."""
+        """The rows of one shard after the other, each shard's shuffled."""
         paths = (shard["url"] for shard in shards)
         for n, (path, shard) in enumerate(_in_order(self._opener, self._open, paths, 1)):
             if shard is None:
@@ -206,7 +206,7 @@ class _Stream(grain.DatasetIterator):
                 yield _Row(path, shard, row)
 
     def _open(self, path: str) -> tuple[str, ShardIndex | None]:
-        """Walks a shard; None where it has no sample, counted."""
+        """Walks a shard; None, and a fault is counted, where it has no sample."""
         plan, name = self._plan, os.path.basename(shown(path))
         try:
             size, identity = plan.storage.stat(path)
@@ -229,8 +229,8 @@ class _Stream(grain.DatasetIterator):
         return path, shard if usable else None
 
     def _fetch(self, read: Callable[[int, int], bytes], size: int) -> None:
-        """Brings a remote shard's blocks into the cache, some at the same time: the walk would ask
-        for one after the other."""
+        """Brings a remote shard's blocks into the cache, several at a time; the walk alone would
+        fetch them one after the other."""
         with ThreadPoolExecutor(_FETCHERS, "stream-fetch") as pool:
             starts = range(0, size, self._plan.storage.block_bytes)
             deque(pool.map(lambda at: read(at, 1), starts), maxlen=0)
@@ -270,8 +270,7 @@ def _left_out(shard: ShardIndex, text: bool) -> list[Fault]:
 
 
 def secure_webdataset():
-    """webdataset, kept from what its own readers would do."""
-    # It opens nothing for us; this keeps its readers from running commands and unpickling.
+    """The webdataset module, set never to run commands or unpickle, as its own readers would."""
     os.environ["WDS_SECURE"] = "1"
     import webdataset  # here: it imports torch where that is installed
 
@@ -282,7 +281,7 @@ def secure_webdataset():
 def _in_order(
     pool: ThreadPoolExecutor | None, function: Callable, items: Iterable, ahead: int
 ) -> Iterator:
-    """`map` with up to `ahead` items begun beforehand by a pool's threads."""
+    """Like `map`, with up to `ahead` items started in advance by a pool's threads."""
     if pool is None:
         yield from map(function, items)
         return

@@ -1,9 +1,8 @@
 """Data sets that tensorflow-datasets prepared: where one lies, what it holds and how it is opened.
 
-MS-COCO, on which the paper (arXiv 2204.06125, section 5) evaluates, is prepared by
-tensorflow-datasets as `coco_captions`. A prepared set says in JSON which features its records have;
-from that it is found out here which of them are the picture, the caption and the key. TensorFlow is
-not imported, and nothing that the JSON names is, except tensorflow-datasets' own features.
+A prepared set, such as MS-COCO's `coco_captions`, says in JSON which features its records have;
+this module finds which of them are the picture, the caption and the key. TensorFlow is not
+imported, and no module that the JSON names is, except tensorflow-datasets' own features.
 """
 
 import contextlib
@@ -27,12 +26,12 @@ FEATURES = ("image", "caption", "key", "json")
 VERSION = re.compile(r"\d+\.\d+\.\d+")
 _SPLIT = r"[\w.-]+(?:\[[^\[\]/]*\])?"
 _SPEC = re.compile(rf"tfds:([^\[\]]+?)(?::(\d+\.\d+\.\d+))?:({_SPLIT}(?: *\+ *{_SPLIT})*)")
-# One record at a time, wherever it lies: nothing is read ahead.
+# Records are read one at a time, in any order: nothing is read ahead.
 _READER = "readahead_buffer_size:0,max_parallelism:0"
 
 
 class Layout(NamedTuple):
-    """Which features of a set are what; names are flat, "captions/text".
+    """Which features of a set are picture, caption and key; names are flat, "captions/text".
 
     Attributes:
       image: the encoded picture; caption, key: a feature or ""; caption_ids: the numbers by which a
@@ -66,7 +65,7 @@ def _flat(feature: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, A
 def _layout(features: Any, spec: str, text: bool, caption: str) -> Layout:
     pictures, texts, numbers, labels, ids = [], {}, {}, {}, set()
     known = ", ".join(sorted(features))
-    # Sorted: they come in the order of a hash table, another one in each process.
+    # Sorted, because they come in the order of a hash table, which differs between processes.
     for name, feature, depth in sorted(_flat(features), key=lambda item: item[0]):
         kind = type(feature).__name__
         if kind == "Image" and depth == 0 and feature.np_dtype != np.float32:
@@ -93,7 +92,8 @@ def _layout(features: Any, spec: str, text: bool, caption: str) -> Layout:
     key = next((name for name in KEYS if texts.get(name) is False or numbers.get(name) is int), "")
     wanted = [caption, *CAPTIONS]
     found = [name for name in wanted for name in (name, f"{name}/text") if name in texts]
-    # A set's only text is its caption, whatever its name; which one of several is not guessed.
+    # If a set has a single text, that is its caption, whatever its name; among several none is
+    # guessed.
     found += [name for name in texts if name != key and len(set(texts) - {key}) == 1]
     chosen = next(iter(found), "")
     beside = chosen.removesuffix("/text") + "/id"
@@ -103,7 +103,8 @@ def _layout(features: Any, spec: str, text: bool, caption: str) -> Layout:
 
 
 def _refuse_foreign_code(folder: pathlib.Path) -> None:
-    """tensorflow-datasets imports the modules that a set's description names for its features."""
+    """Refuses features of other packages: tensorflow-datasets would import the modules that a set's
+    description names."""
     pending = [files.read_object(folder / "dataset_info.json").get("features", {})]
     if (folder / "features.json").exists():
         pending.append(files.read_object(folder / "features.json"))
@@ -137,7 +138,7 @@ def _needs(package: str, what: str, error: ImportError) -> ConfigError:
 
 @functools.cache
 def example_type() -> type:
-    """The message a record is: {"features": {name: a list of bytes, integers or floats}}.
+    """The protobuf class of a record: {"features": {name: a list of bytes, integers or floats}}.
 
     Raises:
       ConfigError: tensorflow-datasets is missing.
@@ -158,16 +159,16 @@ def array_record() -> Any:
     return array_record_module
 
 
-def told(error: Exception) -> str:
-    """The first line of what another package says."""
+def first_line(error: Exception) -> str:
+    """The first line of another package's error message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-# ============================================================ where a set is
+# ============================================================ finding a set
 
 
 def prepared_folder(spec: str, name: str, version: str | None = None) -> pathlib.Path:
-    """The folder of a prepared set, that with dataset_info.json: its newest version.
+    """The folder with dataset_info.json of a prepared set, of its newest version.
 
     Args:
       spec: for errors. name: NAME or NAME/CONFIG below TFDS_DATA_DIR, or a folder.
@@ -242,7 +243,8 @@ def open_spec(spec: str, text: bool, caption: str) -> tuple[list[File], list[int
     folder = prepared_folder(spec, name, version)
     _refuse_foreign_code(folder)
     try:
-        # Not by name: tfds would run the set's own code, and that often needs TensorFlow.
+        # Not by name: tensorflow-datasets would then run the set's own code, which often needs
+        # TensorFlow.
         info = tensorflow_datasets.builder_from_directory(
             str(folder), file_format="array_record"
         ).info
@@ -262,7 +264,7 @@ def open_spec(spec: str, text: bool, caption: str) -> tuple[list[File], list[int
             )
             for part in instructions
         ]
-    # tfds tells a wrong slice, another file format and damaged files by all of these.
+    # tensorflow-datasets raises these for a wrong slice, another file format and damaged files.
     except (
         AssertionError,
         AttributeError,
@@ -274,7 +276,9 @@ def open_spec(spec: str, text: bool, caption: str) -> tuple[list[File], list[int
         ValueError,
         ImportError,
     ) as error:
-        raise DataError(f"{spec}: {folder} cannot be read by number: {told(error)}") from error
+        raise DataError(
+            f"{spec}: {folder} cannot be read by number: {first_line(error)}"
+        ) from error
     if not found:
         raise DataError(f"{spec}: no samples there")
     return found, [part.take for part in instructions]
@@ -293,9 +297,9 @@ def open_file(file: File) -> Any:
             raise DataError(f"{file.path} has changed since it was opened")
         reader = module.ArrayRecordReader(file.path, _READER, file_reader_buffer_size=32768)
         if not reader.ok():
-            reader.read([0])  # says why
+            reader.read([0])  # raises with the reason
     except (OSError, RuntimeError) as error:
-        raise DataError(f"{file.path} cannot be read: {told(error)}") from error
+        raise DataError(f"{file.path} cannot be read: {first_line(error)}") from error
     if reader.num_records() != file.records:
         raise DataError(
             f"{file.path} has {reader.num_records()} records, its dataset_info.json "

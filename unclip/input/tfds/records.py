@@ -1,9 +1,8 @@
 """Pairs of picture and caption in data sets that tensorflow-datasets prepared, without TensorFlow.
 
-The paper (arXiv 2204.06125) trains on pairs of its own and evaluates on MS-COCO, which
-tensorflow-datasets prepares as `coco_captions`. A set in its ArrayRecord format can be read by
-number: `RecordCollection` gives the samples of any set with pictures and text as a `Collection` of
-tar shards does, the pictures still encoded. `write_array_record` writes such a set.
+A set in tensorflow-datasets' ArrayRecord format can be read by number: `RecordCollection` gives the
+samples of any set with pictures and text as a `Collection` of tar shards does, the pictures still
+encoded. `write_array_record` writes such a set.
 """
 
 import bisect
@@ -27,8 +26,8 @@ from unclip.input.tfds import prepared
 from unclip.input.tfds.writer import write_array_record
 
 __all__ = ["RecordCollection", "write_array_record"]
-_DIGEST = 1  # version of what digests are over
-_TAIL_BYTES = 256 << 10  # of a file: the end of its index of records, and where that begins
+_DIGEST = 1  # version of how digests are computed
+_TAIL_BYTES = 256 << 10  # end of a file that digests cover: it ends with the index of its records
 _OPEN_FILES = 64
 
 
@@ -155,7 +154,7 @@ class RecordCollection:
         """The sample's key or file name where the set has one and it can be read, else a number."""
         try:
             return self._record(i).key()
-        except BadSample:  # whoever lists bad samples wants a name all the same
+        except BadSample:  # a list of bad samples needs a name in any case
             return f"{self.locate(i)[1]:07d}"
 
     def meta(self, i: int) -> dict[str, Any]:
@@ -184,7 +183,7 @@ class RecordCollection:
 
         Args:
           keys: keep these keys; where: keep these values of `meta`. Both read every record.
-          count: keep the first so many of what is left.
+          count: of what is left, keep only this many, the first ones.
 
         Raises:
           DataError: an unknown key, or nothing left.
@@ -217,7 +216,7 @@ class RecordCollection:
         return chosen
 
     def _record(self, i: int) -> "_Record":
-        """The record of sample i; a thread that asks twice in a row reads once."""
+        """The record of sample i; the last one of each thread is kept and not read again."""
         place = self.locate(i)
         if getattr(self._last, "place", None) != place:
             self._last.record = self._read_record(*place)
@@ -230,11 +229,11 @@ class RecordCollection:
         try:
             data = self._reader(file).read([row])[0]
             return _Record(where, row, file.layout, prepared.example_type().FromString(data))
-        except RuntimeError as error:  # array_record's only one
-            told = prepared.told(error)
-            if "orrupted" in told:
-                raise BadSample("checksum", f"{where}: {told}") from error
-            raise DataError(f"{file.path} cannot be read: {told}") from error
+        except RuntimeError as error:  # the only type that array_record raises
+            message = prepared.first_line(error)
+            if "orrupted" in message:
+                raise BadSample("checksum", f"{where}: {message}") from error
+            raise DataError(f"{file.path} cannot be read: {message}") from error
         except DecodeError as error:
             raise BadSample("corrupt", f"{where}: not an example") from error
 
@@ -245,19 +244,19 @@ class RecordCollection:
                 reader = prepared.open_file(file)
             self._readers[file.path] = reader
             if len(self._readers) > _OPEN_FILES:
-                self._readers.popitem(last=False)  # whoever reads from it still holds it
+                self._readers.popitem(last=False)  # a thread that is reading still holds it
         return reader
 
 
 class _Record:
-    """One record: an example of named features, and which of them is what."""
+    """One record: an example of named features, and the set's `Layout`."""
 
     def __init__(self, where: str, row: int, layout: prepared.Layout, example: Any):
         self._where, self._row, self._layout, self._example = where, row, layout, example
         self._features = example.features.feature
 
     def _values(self, name: str, kind: str) -> Sequence[Any]:
-        """What it has of a feature; `kind` is "bytes_list", "int64_list" or "float_list"."""
+        """The values of a feature; `kind` is "bytes_list", "int64_list" or "float_list"."""
         if name not in self._features:
             return ()
         feature = self._features[name]
@@ -276,7 +275,7 @@ class _Record:
 
     def _texts(self, name: str) -> list[str]:
         try:
-            # Half a surrogate pair is what JSON's escapes can hold and UTF-8 proper cannot.
+            # JSON's escapes can hold half a surrogate pair, which UTF-8 does not allow.
             return [value.decode("utf-8", "surrogatepass") for value in self._bytes(name)]
         except UnicodeDecodeError as error:
             raise BadSample("encoding", f"{self._where}: {name} is not UTF-8") from error

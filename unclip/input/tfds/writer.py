@@ -1,8 +1,8 @@
 """A collection written as a prepared data set of tensorflow-datasets, without TensorFlow.
 
-The pairs of picture and caption that the paper (arXiv 2204.06125) trains on lie in tars here; other
-programs read tensorflow-datasets' ArrayRecord files. A record holds a pair as it was: the picture's
-bytes, the caption, the key and the JSON object. `records.RecordCollection` reads it back.
+For other programs that read tensorflow-datasets' ArrayRecord files. A record holds a sample
+unchanged: the picture's bytes, the caption, the key and the JSON object.
+`records.RecordCollection` reads it back.
 """
 
 import json
@@ -37,16 +37,16 @@ def write_array_record(
 ) -> dict[str, Any]:
     """Writes a collection as a prepared data set of tensorflow-datasets.
 
-    Each record has the features `FEATURES`: the picture's bytes as they are, caption, key and JSON.
+    Each record has the features `FEATURES`: the picture's bytes unchanged, caption, key and JSON.
     A folder takes several splits, one call each. A call that was cut short is resumed by the same
     call: files appear whole, and the split is in dataset_info.json when all of them are there.
 
     Args:
-      collection: of samples, as `shards.index_shards` or `RecordCollection` gives it.
+      collection: of samples, as `shards.open_shards` or `RecordCollection` gives it.
       folder: the set's folder, that with dataset_info.json; TFDS_DATA_DIR/NAME/VERSION to be found
         by its name.
       name, split: Python names, e.g. "foxes" and "train".
-      shard_samples: samples of the collection a file; bad ones are left out.
+      shard_samples: samples of the collection per file; bad ones are left out.
       progress: called with the number of samples each time some are done, also those done before.
 
     Returns:
@@ -64,7 +64,7 @@ def write_array_record(
         ("version", version, prepared.VERSION, "1.0.0"),
     ):
         if not rule.fullmatch(value):
-            raise ConfigError(f"{what} {value!r}: expected such as {example}")
+            raise ConfigError(f"{what} {value!r}: expected something like {example}")
     if shard_samples < 1 or not len(collection):
         raise ConfigError(f"{len(collection)} samples, {shard_samples} a file: expected at least 1")
     info = _description(folder, name, version)
@@ -81,15 +81,15 @@ def write_array_record(
     state_path = folder / f"unclip-{split}.json"
     if state_path.exists():
         state = files.read_object(state_path)
-        told = [
+        differences = [
             f"{field} {state.get(field)!r}, now {value!r}"
             for field, value in settings.items()
             if state.get(field) != value
         ]
-        if told:
+        if differences:
             raise ConfigError(
                 f"{folder} holds split {split!r} of another collection: "
-                f"{', '.join(told)}; give another folder"
+                f"{', '.join(differences)}; give another folder"
             )
         if not isinstance(state.get("files"), dict):
             state["files"] = {}
@@ -147,16 +147,18 @@ def _description(folder: pathlib.Path, name: str, version: str) -> dict[str, Any
     if not path.exists():
         return {**mine, "description": "Pictures and captions, written by unclip.", "splits": []}
     info = files.read_object(path)
-    told = [
+    differences = [
         f"{field} {info.get(field)!r}, not {value!r}"
         for field, value in mine.items()
         if info.get(field) != value
     ]
     features = files.read_object(folder / "features.json")
     if features != _features_json():
-        told.append("other features")
-    if told or not isinstance(info.get("splits", []), list):
-        raise ConfigError(f"{folder} holds another data set: {', '.join(told) or 'damaged splits'}")
+        differences.append("other features")
+    if differences or not isinstance(info.get("splits", []), list):
+        raise ConfigError(
+            f"{folder} holds another data set: {', '.join(differences) or 'damaged splits'}"
+        )
     return {**info, "splits": info.get("splits", [])}
 
 
@@ -176,17 +178,17 @@ def _features_json() -> dict[str, Any]:
 
 
 def _is_whole(path: pathlib.Path, known: Any) -> bool:
-    """Whether a file is there as the state file says that it was written."""
+    """Whether a file exists with the size that the state file has for it."""
     try:
         return path.stat().st_size == known["size"] and known["samples"] + known["bytes"] >= 0
-    except (OSError, LookupError, TypeError):  # not there, or nothing sensible is known of it
+    except (OSError, LookupError, TypeError):  # missing, or the state file's entry is unusable
         return False
 
 
 def _write_file(
     collection: Any, numbers: range, path: pathlib.Path, progress: Callable[[int], Any] | None
 ) -> dict[str, Any]:
-    """Writes one file; what the state file says of it."""
+    """Writes one file; returns the state file's entry for it."""
     example_type, left_out = prepared.example_type(), Counter()
     count = total = 0
     with files.replacing(path) as temporary:
@@ -202,8 +204,8 @@ def _write_file(
                 if progress and (done % _PROGRESS == 0 or done == len(numbers)):
                     progress((done - 1) % _PROGRESS + 1)
             writer.close()
-        except RuntimeError as error:  # array_record's only one
-            raise DataError(f"cannot write {path}: {prepared.told(error)}") from error
+        except RuntimeError as error:  # the only type that array_record raises
+            raise DataError(f"cannot write {path}: {prepared.first_line(error)}") from error
     return {"samples": count, "bytes": total, "size": path.stat().st_size, "left_out": left_out}
 
 

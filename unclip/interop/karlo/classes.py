@@ -1,7 +1,7 @@
 """The classes of diffusers that Karlo's folder names, each with all its options.
 
-Options that our networks (arXiv 2204.06125) have too may have any value; every other one must have
-the value it has in Karlo. Which of ours an option becomes is told in `karlo_config`.
+Options that our networks have too may have any value; every other one must have the value it has in
+Karlo. `karlo.config` translates options into ours.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ class Format:
                 continue
             wanted = self.required.get(key)
             value = _SAME.get(value, value) if isinstance(value, str) else value
-            # None, False and 0 all say that an option is off, also one that we never heard of.
+            # None, False and 0 all mean that an option is off, also one that is unknown here.
             if (value or None) != (wanted or None):
                 raise errors.ConfigError(
                     f"{where}: {key}={value!r} is not supported; expected {wanted!r}"
@@ -112,7 +112,7 @@ DECODER = Format(
         class_embeddings_concat=False, mid_block_only_cross_attention=None,
         cross_attention_norm=None, addition_embed_type_num_heads=64,
     ),
-    # The epsilon of attention's norms is no option of these blocks: it is 1e-5.
+    # The epsilon of attention's norms is not an option of these blocks: it is always 1e-5.
     _UNET_REQUIRED
     | dict(
         in_channels=3, mid_block_type="UNetMidBlock2DSimpleCrossAttn", norm_eps=1e-5,

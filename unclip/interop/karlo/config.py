@@ -1,9 +1,9 @@
 """Karlo's config files: how diffusers describes the networks of unCLIP, in both directions.
 
-Karlo v1 alpha, the public model after arXiv 2204.06125, is stored as a `PriorTransformer`, a
-`UNet2DConditionModel` with its `UnCLIPTextProjModel`, two `UNet2DModel` and three
-`UnCLIPScheduler`. The options of these classes that our networks have too are translated, for any
-widths and depth. Every other option must have the value it has in Karlo.
+Karlo v1 alpha is stored as a `PriorTransformer`, a `UNet2DConditionModel` with its
+`UnCLIPTextProjModel`, two `UNet2DModel` and three `UnCLIPScheduler`. The options of these classes
+that our networks have too are translated, for any widths and depth. Every other option must have
+the value it has in Karlo.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ _UNET_FIELDS = (
     "channels", "multipliers", "blocks", "attention", "out_channels", "time_dim", "scale_shift",
     "groups", "dropout",
 )  # fmt: skip
-# How a network is computed, not what.
+# Options of how a network is computed, which do not change its result.
 _COMPUTE = ("dtype", "remat", "fold", "attention_impl", "parent", "name")
 _PREDICTS = {"epsilon": "eps", "sample": "x0"}
 _VARIANCES = {"fixed_small_log": "fixed_small", "learned_range": "learned_range"}
@@ -127,7 +127,7 @@ def _unet_arch(options: Mapping[str, Any], where: str) -> dict[str, Any]:
     )
     if down != up[::-1] or len(down) != len(widths):
         raise errors.ConfigError(
-            f"{where}: down_block_types, up_block_types and block_out_channels; expected one a "
+            f"{where}: down_block_types, up_block_types and block_out_channels; expected one per "
             "level, and attention on the way up where there is attention on the way down"
         )
     time_dim = options["time_embedding_dim"]
@@ -148,7 +148,7 @@ def _unet_arch(options: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def scheduler(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """{"parametrisation", "variance", "clamp"} of an UnCLIPScheduler's config; clamp 0.0 is none.
+    """{"parametrisation", "variance", "clamp"} of an UnCLIPScheduler's config; clamp 0.0: off.
 
     Raises:
       ConfigError: another scheduler, or an option that `unclip.diffusion` does not have.
@@ -192,7 +192,7 @@ def decoder_settings(
       arch: of the network; found: what `scheduler` gave for `where`.
 
     Raises:
-      ConfigError: a schedule that does not fit the network.
+      ConfigError: a noise schedule that does not fit the network.
     """
     draw = {"steps": 25, "guidance": 8.0, "sampler": "ddpm", "eta": 0.0, "threshold": "static"}
     return {
@@ -287,7 +287,7 @@ def decoder_config(
       ConfigError: a field or setting that they do not have.
     """
     module = decoder_model.Decoder(**tasks.arguments(part.arch))
-    # Without a text transformer of its own, the fields of that are of no meaning.
+    # Without a text transformer of its own, the fields of one have no meaning.
     unused = ("text_heads", "text_context", "vocab")
     _check_fields(module, DECODER.name, (*_UNET_FIELDS, "head_dim", "context_dim", *unused))
     params = part.params["text_proj"]
@@ -369,7 +369,7 @@ def _block_types(names: Mapping[str, bool], attention: Sequence[bool]) -> list[s
 
 
 def _check_fields(module: Any, name: str, translated: Collection[str]) -> None:
-    """Refuses a field of ours that a class of diffusers neither has nor can do without."""
+    """Refuses a field of ours, not at its default, for which a class of diffusers has no option."""
     for field in dataclasses.fields(module):
         value = getattr(module, field.name)
         if field.name not in (*translated, *_COMPUTE) and value != field.default:
@@ -386,12 +386,12 @@ def _check_settings(part: bundle.Part, name: str, expected: Mapping[str, Any]) -
         if given.get(key, value) != value:
             raise errors.ConfigError(
                 f"the {part.kind} has {key}={given[key]!r}: {name} and UnCLIPScheduler in "
-                f"diffusers have {value!r} alone"
+                f"diffusers have only {value!r}"
             )
 
 
 def _size(options: Mapping[str, Any], name: str, where: str, most: int = 1 << 20) -> int:
-    """A whole number above zero; a list of equal ones, one a level, is that number."""
+    """A whole number above zero; also from a list of equal ones, one per level."""
     value = options[name]
     if isinstance(value, (list, tuple)) and len(set(map(repr, value))) == 1:
         value = value[0]
@@ -412,7 +412,7 @@ def _number(options: Mapping[str, Any], name: str, where: str) -> float:
 def _list(options: Mapping[str, Any], name: str, where: str) -> Sequence[Any]:
     values = options[name]
     if not isinstance(values, (list, tuple)) or not 1 <= len(values) <= MAX_LEVELS:
-        raise errors.ConfigError(f"{where}: {name}={values!r}; expected a list, one a level")
+        raise errors.ConfigError(f"{where}: {name}={values!r}; expected a list, one per level")
     return values
 
 

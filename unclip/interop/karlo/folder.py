@@ -1,12 +1,11 @@
 """Karlo in diffusers' folder layout, into a bundle and back: `--from karlo`, `--to diffusers`.
 
-Karlo v1 alpha is the public model after arXiv 2204.06125: CLIP ViT-L/14, a diffusion prior
-(section 2.2), a decoder of 64 x 64 pictures whose conditions stand in a module of their own
-(section 2.1), and an upsampler to 256 x 256 with a second network for its last step. A folder
-holds one subfolder a network, whose `config.json` gives the architecture, and one
-`scheduler_config.json` for each of the three diffusions.
+Karlo v1 alpha is a public unCLIP: CLIP ViT-L/14, a diffusion prior, a decoder of 64 x 64 pictures
+whose conditions are in a module of their own, and an upsampler to 256 x 256 with a second network
+for its last step. A folder holds one subfolder per network, whose `config.json` gives the
+architecture, and one `scheduler_config.json` for each of the three diffusions.
 
-Karlo's own checkpoint files are read by `karlo_original`.
+Karlo's own checkpoint files are read by `karlo.original`.
 """
 
 import pathlib
@@ -28,7 +27,7 @@ from unclip.models.unet import unfold_params
 
 PIPELINES = ("UnCLIPPipeline", "UnCLIPImageVariationPipeline")
 UPSAMPLERS = {"upsampler_0": "super_res_first", "upsampler_0_last": "super_res_last"}
-# What a pipeline is made of, by subfolder: [library, class], as its model_index.json has it.
+# The components of a pipeline, by subfolder: [library, class], as in its model_index.json.
 COMPONENTS = {
     "text_encoder": ("transformers", "CLIPTextModelWithProjection"),
     "tokenizer": ("transformers", "CLIPTokenizer"),
@@ -43,7 +42,7 @@ COMPONENTS = {
     "super_res_last": ("diffusers", "UNet2DModel"),
     "super_res_scheduler": ("diffusers", "UnCLIPScheduler"),
 }
-# The pipeline that a folder is said to hold, by what it lacks at most.
+# The pipeline that model_index.json names, by the components that it can do without.
 _LACKS = {
     "UnCLIPPipeline": {"image_encoder", "feature_extractor"},
     "UnCLIPImageVariationPipeline": {"prior", "prior_scheduler"},
@@ -62,12 +61,12 @@ def read(paths: list[pathlib.Path], options: Mapping[str, Any]) -> dict[str, bun
       "clip", "prior", "decoder", "upsampler_0", "upsampler_0_last": those that are there.
 
     Raises:
-      ConfigError: an architecture or schedule that ours do not have, or tensors that are not the
-        architecture's (with their table).
+      ConfigError: an architecture or noise schedule that ours do not have, or tensors that are not
+        the architecture's (with their table).
       DataError: nothing there, or files that cannot be read.
     """
     if options.get("preset"):
-        raise errors.ConfigError("--preset: Karlo's files tell the architecture")
+        raise errors.ConfigError("--preset: Karlo's files give the architecture")
     if karlo_original.is_original(paths):
         return karlo_original.read(paths)
     for path in paths:
@@ -98,10 +97,10 @@ def read(paths: list[pathlib.Path], options: Mapping[str, Any]) -> dict[str, bun
 
 
 def prior_part(folder: pathlib.Path, schedule: str = "prior_scheduler") -> bundle.Part:
-    """The prior of a folder prior/, with the folder of its schedule beside it.
+    """The prior of a folder prior/, with the folder of its noise schedule beside it.
 
     Raises:
-      ConfigError: an option or schedule that ours does not have, or other tensors.
+      ConfigError: an option or noise schedule that ours does not have, or other tensors.
     """
     arch = karlo_config.prior_arch(*_config(folder))
     settings = karlo_config.prior_settings(*_scheduler(folder, schedule))
@@ -118,8 +117,8 @@ def decoder_part(folder: pathlib.Path | None, text_proj: pathlib.Path | None) ->
     """The decoder of folders decoder/ and text_proj/, with the decoder_scheduler/ beside them.
 
     Raises:
-      ConfigError: one of the two is missing, an option or schedule that ours does not have, or
-        other tensors.
+      ConfigError: one of the two is missing, an option or noise schedule that ours does not have,
+        or other tensors.
     """
     if folder is None or text_proj is None:
         absent = "decoder" if folder is None else "text_proj"
@@ -149,7 +148,7 @@ def upsampler_parts(
       low: side of the pictures it is given, pixels; None takes a quarter of its own.
 
     Raises:
-      ConfigError: no first network, an option or schedule that ours does not have, or other
+      ConfigError: no first network, an option or noise schedule that ours does not have, or other
         tensors.
     """
     if first is None:
@@ -175,13 +174,13 @@ def upsampler_parts(
 
 
 def _config(folder: pathlib.Path) -> tuple[dict[str, Any], str]:
-    """A network's config.json, and what to call it."""
+    """A network's config.json, and what to call it in messages."""
     path = folder / "config.json"
     return files.read_object(path), str(path)
 
 
 def _scheduler(folder: pathlib.Path, name: str) -> tuple[dict[str, Any], str]:
-    """A schedule of the pipeline that a network's folder stands in, and what to call it."""
+    """A noise schedule's config beside a network's folder, and what to call it in messages."""
     path = folder.parent / name / "scheduler_config.json"
     return karlo_config.scheduler(files.read_object(path), str(path)), str(path)
 
@@ -189,10 +188,10 @@ def _scheduler(folder: pathlib.Path, name: str) -> tuple[dict[str, Any], str]:
 def write(parts: Mapping[str, bundle.Part], out: pathlib.Path) -> None:
     """Writes the parts as folders that diffusers and transformers open, and their index.
 
-    A tower that CLIP lacks and parts that are not there are left out; an upsampler with one
-    network is written as both. `model_index.json` is written when the whole is a pipeline. Not
-    stored in this layout: CLIP's temperature, the steps and guidance of a draw, what only training
-    reads.
+    A tower that CLIP lacks and parts that are missing are left out; an upsampler with one network
+    is written as both. `model_index.json` is written when the parts make a whole pipeline. This
+    layout does not store CLIP's temperature, the steps and guidance of a draw, and settings that
+    only training reads.
 
     Args:
       parts: arrays or `tensors.Lazy`.
@@ -234,7 +233,7 @@ def write(parts: Mapping[str, bundle.Part], out: pathlib.Path) -> None:
             return
 
 
-# Each of the following gives {subfolder: (its config, its tensors)} of a part.
+# Each of the following returns {subfolder: (its config, its tensors)} of a part.
 
 
 def _clip(part: bundle.Part) -> dict[str, tuple[Any, Any]]:

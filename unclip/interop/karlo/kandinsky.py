@@ -1,10 +1,10 @@
 """Kandinsky 2.2's prior in diffusers' folder layout, into a bundle: `--from kandinsky2_2-prior`.
 
-The diffusion prior of arXiv 2204.06125 (section 2.2) in Karlo's architecture, on the embeddings of
-OpenCLIP's ViT-bigG/14 (1,280 dimensions). The folder holds the text and the image encoder, the
-prior with the mean and deviation of z_i, and its schedule. Kandinsky's decoder works on latents
-and has no place here; it takes as negative condition the embedding of a picture whose normalised
-values are all 0, which is no matter of the prior.
+A diffusion prior in Karlo's architecture, on the embeddings of OpenCLIP's ViT-bigG/14 (1,280
+dimensions). The folder holds the text and the image encoder, the prior with the mean and deviation
+of z_i, and its noise schedule. Kandinsky's decoder works on latents and is not read. That it takes
+the embedding of a picture whose normalised values are all 0 as negative condition does not concern
+the prior.
 """
 
 import pathlib
@@ -18,7 +18,7 @@ from unclip.interop.karlo.folder import prior_part
 from unclip.interop.karlo.networks import check_widths
 from unclip.models import clip as clip_model
 
-# The second starts from a picture's noised embedding and is stored alike.
+# The second pipeline starts from a picture's noised embedding and is stored in the same way.
 PIPELINES = ("KandinskyV22PriorPipeline", "KandinskyV22PriorEmb2EmbPipeline")
 
 
@@ -26,18 +26,18 @@ def read(paths: list[pathlib.Path], options: Mapping[str, Any]) -> dict[str, bun
     """{"clip": part, "prior": part} of a KandinskyV22PriorPipeline's folder, tensors unread.
 
     The prior draws as the pipeline does: 25 steps, guidance 4 against the empty caption, x_0
-    clamped to what the schedule says (10 as published).
+    clamped to the limit in the scheduler's config (10 as published).
 
     Args:
       paths: the folder; options: none apply.
 
     Raises:
-      ConfigError: another pipeline, an option or schedule that ours do not have, or tensors that
-        are not the architecture's (with their table).
+      ConfigError: another pipeline, an option or noise schedule that ours do not have, or tensors
+        that are not the architecture's (with their table).
       DataError: files that are missing or damaged.
     """
     if options.get("preset"):
-        raise errors.ConfigError("--preset: Kandinsky's files tell the architecture")
+        raise errors.ConfigError("--preset: Kandinsky's files give the architecture")
     if len(paths) != 1:
         raise errors.ConfigError(f"given {len(paths)} paths; expected Kandinsky's prior folder")
     root = paths[0]

@@ -1,8 +1,8 @@
 """The networks of Karlo: their trees of shapes, and the names that diffusers gives to each leaf.
 
-The prior (arXiv 2204.06125, section 2.2) is a `PriorTransformer`, the decoder (section 2.1) a
-`UNet2DConditionModel` with an `UnCLIPTextProjModel`, each upsampler a `UNet2DModel`. Rules are for
-`layout`; a rule whose leaf an architecture does not have is not used.
+The prior is a `PriorTransformer`, the decoder a `UNet2DConditionModel` with an
+`UnCLIPTextProjModel`, each upsampler a `UNet2DModel`. Rules are for `layout`; a rule whose leaf an
+architecture does not have is not used.
 """
 
 import functools
@@ -56,7 +56,8 @@ def upsampler_shapes(arch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_widths(parts: Mapping[str, bundle.Part]) -> None:
-    """Refuses (ConfigError) a prior or decoder that reads something else than CLIP gives."""
+    """Refuses (ConfigError) a prior or decoder whose inputs have other widths than CLIP's
+    outputs."""
     if "clip" not in parts:
         return
     clip = CLIP(**tasks.arguments(parts["clip"].arch))
@@ -133,7 +134,7 @@ def unet_rules(levels: int, blocks: int) -> list[Rule]:
         *_res("unet/mid/res_1", "mid_block.resnets.1"),
     ]
     for i in range(levels):
-        # They number the way up from the coarsest level, we from the finest.
+        # diffusers numbers the upward levels from the coarsest, we from the finest.
         for ours, theirs, count, resample in (
             (f"unet/down_{i}", f"down_blocks.{i}", blocks, "downsample"),
             (f"unet/up_{i}", f"up_blocks.{levels - 1 - i}", blocks + 1, "upsample"),

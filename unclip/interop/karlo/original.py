@@ -1,8 +1,8 @@
 """Karlo's own checkpoint files, as Kakao Brain published them; read for `karlo`.
 
-The networks are those of the diffusers folder (arXiv 2204.06125, sections 2.1 and 2.2), but the
-files hold tensors alone: the architecture is told by their shapes. Two things are not, and are
-Karlo's: heads of 64 channels and norms of 32 groups. Queries, keys and values are stored as one
+The networks are those of the diffusers folder, but the files hold only tensors: the architecture
+follows from their shapes, except heads of 64 channels and norms of 32 groups, which are always
+Karlo's. Queries, keys and values are stored as one
 tensor, head after head: the 64 rows of a head's q, its k, its v, then the next head's.
 
     prior-ckpt-step=01000000-of-01000000.ckpt      prior, below "model."
@@ -41,8 +41,8 @@ FILES = {
     "statistics": "*_stats.th",
     "clip": "ViT-*.pt",
 }
-# Buffers of Karlo's modules that are made anew when it starts: the causal mask, the empty
-# caption's tokens and mask, and the statistics, which are read from their own file.
+# Buffers that Karlo's modules compute when they are made (the causal mask, the empty caption's
+# tokens and mask), and the statistics, which are read from their own file.
 BUFFERS = ("causal_mask", "cf_token", "cf_mask", "clip_mean", "clip_std")
 HEAD = 64
 GROUPS = 32
@@ -61,7 +61,7 @@ def read(paths: list[pathlib.Path]) -> dict[str, bundle.Part]:
       paths: folders that hold `FILES`, or such files.
 
     Raises:
-      ConfigError: a file too many, the prior without its statistics, tensors that are not Karlo's.
+      ConfigError: two files of one kind, the prior without its statistics, tensors not Karlo's.
       DataError: files that cannot be read.
     """
     found, parts = _find(paths), {}
@@ -180,7 +180,7 @@ def _upsamplers(path: pathlib.Path) -> dict[str, bundle.Part]:
 
 
 def _shape(source: Mapping[str, Lazy], name: str, ndim: int, path: pathlib.Path) -> tuple[int, ...]:
-    """The shape of a tensor that tells part of the architecture."""
+    """The shape of a tensor from which part of the architecture follows."""
     if name not in source or len(source[name].shape) != ndim:
         raise errors.ConfigError(
             f"{path} has no tensor {name} of {ndim} dimensions: no checkpoint of Karlo's"
@@ -197,10 +197,10 @@ def _count(source: Mapping[str, Lazy], name: str) -> int:
 
 
 def _unet_arch(source: Mapping[str, Lazy], prefix: str, path: pathlib.Path) -> dict[str, Any]:
-    """The fields of `models.unet.UNet` that the shapes of a network below `prefix` tell.
+    """The fields of `models.unet.UNet` that follow from the shapes of a network below `prefix`.
 
-    The way up tells the levels: each but the finest ends in a block that upsamples, which stands
-    in the same entry as the level's last residual block.
+    The levels follow from the upward half: each level but the finest ends in a block that
+    upsamples, which is in the same entry as the level's last residual block.
     """
     get = lambda name, ndim: _shape(source, prefix + name, ndim, path)
     out = f"{prefix}output_blocks.{{}}"
@@ -283,7 +283,7 @@ def unet_rules(arch: Mapping[str, Any], ours: str, prefix: str) -> list[Rule]:
         *_attention(f"{ours}/mid/attn_0", f"{middle}.1"),
         *_res(f"{ours}/mid/res_1", f"{middle}.{2 if arch['mid_attention'] else 1}"),
     ]
-    n = 1  # the entries of each way are numbered through, resampling ones of the way down too
+    n = 1  # entries are numbered consecutively, on the way down including those that resample
     for i in range(levels):
         for j in range(blocks):
             rules += _block(f"{ours}/down_{i}", j, f"{prefix}input_blocks.{n}")

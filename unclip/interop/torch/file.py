@@ -1,12 +1,12 @@
 """Reads the tensors of PyTorch's files without PyTorch, and without running what is in them.
 
-Most public weights (OpenAI's CLIP, Karlo's own checkpoints, FID's Inception, arXiv 2204.06125's
-parts as trained by others) are torch files: a pickle that describes tensors, beside raw storages.
-Unpickling runs any code a file names. Here a small machine follows the pickle's instructions and
-builds plain values only: dicts, lists, tuples, numbers, text and descriptions of tensors. Whatever
-else a pickle names (a Lightning checkpoint's callbacks, hyper-parameters, optimisers) becomes an
-inert record; nothing is imported, looked up or called. Sizes are limited and every tensor is
-checked against its storage and the file. Values are read one tensor at a time, by seek and read.
+Most public weights (OpenAI's CLIP, Karlo's own checkpoints, FID's Inception) are torch files: a
+pickle that describes tensors, beside raw storages. Unpickling runs any code a file names. Here a
+small machine follows the pickle's instructions and builds plain values only: dicts, lists, tuples,
+numbers, text and descriptions of tensors. Whatever else a pickle names (a Lightning checkpoint's
+callbacks, hyper-parameters, optimisers) becomes an inert record; nothing is imported, looked up or
+called. Sizes are limited and every tensor is checked against its storage and the file. Values are
+read one tensor at a time, by seek and read.
 
 Three layouts: the zip archive of torch 1.6 and later, the older stream of pickles, and TorchScript
 archives, of which only `data.pkl` is read, never `code/`.
@@ -41,7 +41,7 @@ MAX_DEPTH = 64
 MAGIC = 0x1950A86A20F9469CFC6C  # of the stream layout
 PROTOCOL = 1001
 
-# What a file is, by its first bytes, when it is none of torch's.
+# What a file that is not torch's is, by its first bytes.
 KNOWN = {
     b"version http": "a Git LFS pointer, not the file: fetch the file itself",
     b"\x1f\x8b": "a gzip archive: unpack it first",
@@ -103,7 +103,7 @@ def open_torch(path: str | os.PathLike) -> dict[str, Lazy]:
       modules have the names of their state dict; so have its 0-d attributes.
 
     Raises:
-      DataError: no torch file, a damaged one, or one without tensors; when a tensor is read, a
+      DataError: not a torch file, a damaged one, or one without tensors; when a tensor is read, a
         file that has changed since.
     """
     content, tree = _load(pathlib.Path(path)), None
@@ -122,8 +122,9 @@ def open_torch(path: str | os.PathLike) -> dict[str, Lazy]:
 def scalars(path: str | os.PathLike) -> dict[str, bool | int | float | str]:
     """The plain values of a torch file by name, nested ones joined by ".".
 
-    A TorchScript archive of CLIP tells its `input_resolution` and `context_length` so, a Lightning
-    checkpoint its `epoch`. Arguments and errors as in `open_torch`; no values, no error.
+    A TorchScript archive of CLIP has its `input_resolution` and `context_length` among them, a
+    Lightning checkpoint its `epoch`. Arguments and errors as in `open_torch`, but a file without
+    values is not an error.
     """
     content = _load(pathlib.Path(path))
     with _damage(content.path):
@@ -132,7 +133,7 @@ def scalars(path: str | os.PathLike) -> dict[str, bool | int | float | str]:
 
 
 class _damage:
-    """Makes what a damaged or hostile file raises one line that names the file."""
+    """Turns whatever a damaged or hostile file raises into one line that names the file."""
 
     def __init__(self, path: pathlib.Path):
         self.path = path
@@ -165,7 +166,7 @@ def _load(path: pathlib.Path) -> _Content:
         what = next((text for start, text in KNOWN.items() if head.startswith(start)), None)
         if head[257:262] == b"ustar":
             what = "a tar archive (torch before 0.2 wrote such): save it again with a newer torch"
-        raise errors.DataError(f"{path} is no torch file: it is {what or 'of an unknown kind'}")
+        raise errors.DataError(f"{path} is not a torch file: it is {what or 'of an unknown kind'}")
 
 
 def _load_zip(path: pathlib.Path, file, size: int) -> _Content:
@@ -173,7 +174,9 @@ def _load_zip(path: pathlib.Path, file, size: int) -> _Content:
     entries = {entry.filename: entry for entry in archive.infolist()}
     pickles = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(pickles) != 1:
-        raise errors.DataError(f"{path} is no torch file: it is a zip archive without a data.pkl")
+        raise errors.DataError(
+            f"{path} is not a torch file: it is a zip archive without a data.pkl"
+        )
     prefix = pickles[0].removesuffix("data.pkl")
 
     def content(name: str, limit: int) -> bytes:
@@ -213,10 +216,10 @@ def _load_zip(path: pathlib.Path, file, size: int) -> _Content:
 def _load_stream(path: pathlib.Path, file, size: int) -> _Content:
     machine, stream = Machine(), _Bounded(file)
     if machine.run(stream) != MAGIC:
-        raise errors.DataError(f"{path} is no torch file: a plain pickle, which is never read")
+        raise errors.DataError(f"{path} is not a torch file: a plain pickle, which is never read")
     if machine.run(stream) != PROTOCOL:
         raise ValueError("its protocol is unknown")
-    machine.run(stream)  # facts about the machine that wrote it; storages are little-endian always
+    machine.run(stream)  # facts about the machine that wrote it; storages are always little-endian
     tree, keys = machine.run(stream), machine.run(stream)
     if not isinstance(keys, list):
         raise ValueError("its list of storages is missing")
@@ -254,8 +257,8 @@ def _leaves(tree: Any) -> Iterator[tuple[str, Any]]:
             child = None
             if isinstance(key, str) or (type(key) is int and abs(key) < 1 << 63):
                 child = f"{name}.{key}" if name else str(key)
-            # Few instructions can nest one list in another so often that no walk would end, or
-            # repeat a long name so often that no memory holds it.
+            # A few instructions can nest lists so often that no walk would end, or repeat a long
+            # name so often that the memory is full.
             spent += 1 + len(child or "") // 64
             if spent > MAX_STEPS:
                 raise ValueError(f"it holds more than {MAX_STEPS} values")
@@ -279,7 +282,7 @@ def _named(content: _Content, tree: Any) -> dict[str, Lazy]:
         start, nbytes = places[key]
         if start + nbytes > content.size or leaf.storage.begin + leaf.storage.nbytes > nbytes:
             raise ValueError(f"storage {key} of tensor {name!r} is cut off")
-        # A stride of zero repeats values without storing them.
+        # A stride of zero repeats values that are stored once.
         if math.prod(leaf.shape) * leaf.dtype.itemsize > max(content.size, 1 << 26):
             raise ValueError(f"tensor {name!r} of shape {list(leaf.shape)} is larger than the file")
         if name in found:
@@ -304,7 +307,7 @@ def _reader(content: _Content, tensor: Tensor, start: int) -> Callable[[], np.nd
             if content.swapped:
                 unit = dtype.itemsize // (2 if dtype.kind == "c" else 1)
                 raw = raw.view(f"u{unit}").byteswap()
-            # Along an axis of one the stride may be any number.
+            # Along an axis of length 1 the stride may be any number.
             steps = [s if n > 1 else 0 for n, s in zip(tensor.shape, tensor.strides)]
             strides = [step * dtype.itemsize for step in steps]
             array = np.ndarray(tensor.shape, dtype, raw, 0, strides)

@@ -1,9 +1,9 @@
 """The instructions of a pickle followed without unpickling: plain values and tensor descriptions.
 
-Public weights of the networks of arXiv 2204.06125 come in torch files, whose pickle describes the
-tensors. Unpickling runs whatever code a file names. This machine knows the instructions, the two
-containers and the few calls by which torch describes tensors; everything else that a pickle names
-becomes an inert record. Nothing is imported, looked up or called.
+The pickle of a torch file describes its tensors. Unpickling runs whatever code a file names. This
+machine knows the instructions, the two containers and the few calls by which torch describes
+tensors; everything else that a pickle names becomes an inert record. Nothing is imported, looked up
+or called.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-MAX_STEPS = 5_000_000  # a large Lightning checkpoint takes some 300 thousand
+MAX_STEPS = 5_000_000  # a large Lightning checkpoint has about 300 thousand
 MAX_AXES = 32
 
 DTYPES = {
@@ -38,7 +38,8 @@ STORAGES = {
     "BoolStorage": "bool",
     "ComplexFloatStorage": "complex64",
     "ComplexDoubleStorage": "complex128",
-    # Of quantised tensors, which are not read; a file's other storages lie behind theirs.
+    # Types of quantised tensors, which are not read, but whose sizes give the places of the
+    # storages behind them.
     "QInt8Storage": "int8",
     "QUInt8Storage": "uint8",
     "QInt32Storage": "int32",
@@ -54,14 +55,14 @@ KEYS = (str, int, float, bool, bytes, type(None))
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Global:
-    """A name that a pickle mentions ("torch.FloatStorage"); never looked up."""
+    """A name that a pickle refers to ("torch.FloatStorage"); never looked up."""
 
     path: str
 
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Object:
-    """An instance of something not understood, and the state a pickle gives it."""
+    """An instance of an unknown class, and the state a pickle gives it."""
 
     kind: str
     state: Any = None
@@ -95,14 +96,14 @@ class Tensor:
 
 
 class Machine:
-    """Follows pickles; `storages` are those met so far, by key."""
+    """Follows pickles; `storages` are those found so far, by key."""
 
     def __init__(self):
         self.storages: dict[str, Storage] = {}
         self.steps = 0
 
     def run(self, stream) -> Any:
-        """The value of one pickle; `stream` is left behind it."""
+        """The value of one pickle; `stream` is then at its end."""
         self.stack, self.outer, self.memo = [], [], {}
         for opcode, argument, _ in pickletools.genops(stream):
             self._spend(1)
@@ -180,7 +181,7 @@ class Machine:
             case "STACK_GLOBAL":
                 attribute, module = stack.pop(), stack.pop()
                 if not (isinstance(attribute, str) and isinstance(module, str)):
-                    raise ValueError("its pickle names something by what is no text")
+                    raise ValueError("its pickle names something by what is not text")
                 push(Global(f"{module}.{attribute}"))
             case "REDUCE" | "NEWOBJ":
                 arguments, function = stack.pop(), stack.pop()
@@ -254,7 +255,7 @@ class Machine:
             case ("storage" | b"storage", Global(path), key, _, int(length), view) if length >= 0:
                 pass
             case _:
-                raise ValueError("its pickle refers to something that is no storage")
+                raise ValueError("its pickle refers to something that is not a storage")
         module, _, name = path.rpartition(".")
         if module not in ("torch", "torch.cuda", "torch.storage") or name not in STORAGES:
             return Object(path)
@@ -286,22 +287,22 @@ def storage_key(key: Any) -> str:
 
 
 def _pairs(items: list) -> dict:
-    """[key, value, key, value, …] as a dict; a key that is no plain value loses its name."""
+    """[key, value, key, value, …] as a dict; a key that is not a plain value loses its name."""
     if len(items) % 2:
         raise ValueError("its pickle has a key without a value")
-    # Never hash what the file nests: that has no limit of depth.
+    # Nested values are never hashed, because their depth has no limit.
     keys = [k if type(k) in KEYS else Object("key") for k in items[::2]]
     return dict(zip(keys, items[1::2]))
 
 
 def _tensor(storage: Storage, dtype: np.dtype, offset: Any, size: Any, stride: Any) -> Tensor:
     if not (isinstance(size, list | tuple) and isinstance(stride, list | tuple)):
-        raise ValueError("a tensor's shape is no list")
+        raise ValueError("a tensor's shape is not a list")
     if len(size) != len(stride) or len(size) > MAX_AXES:
         raise ValueError(f"a tensor has {len(size)} axes and {len(stride)} strides")
     # bool is an int to isinstance.
     if any(type(n) is not int or not 0 <= n < 1 << 62 for n in (offset, *size, *stride)):
-        raise ValueError("a tensor's shape, strides or offset are no sizes")
+        raise ValueError("a tensor's shape, strides or offset are not sizes")
     tensor = Tensor(storage, dtype, offset, tuple(size), tuple(stride))
     if tensor.span() and (offset + tensor.span()) * dtype.itemsize > storage.nbytes:
         raise ValueError(
