@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+import unclip
 from unclip import cli
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -185,6 +186,31 @@ def test_closed_pipe_is_quiet(app_file):
     process.stdout.close()
     assert process.stderr.read() == b""
     assert process.wait(30) == 141
+
+
+@pytest.mark.parametrize("command", [["-m", "unclip", "--help"], ["draw.py", "--count=3"]])
+def test_output_that_nobody_reads_is_no_defect(app_file, command):
+    # So short that it is written when the process ends.
+    reading, writing = os.pipe()
+    os.close(reading)
+    ran = subprocess.run(
+        [sys.executable, *command],
+        cwd=app_file.parent,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        timeout=60,
+    )
+    os.close(writing)
+    assert (ran.returncode, ran.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize("flag", ["--version", "-version"])
+def test_version(flag, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([flag])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"unclip {unclip.__version__}\n"
 
 
 def test_unknown_verb_names_the_nearest(monkeypatch, capsys):

@@ -9,6 +9,7 @@ Exit codes: 0 done, 70 numerics, 74 input or output, 75 stopped and resumable, 7
 130 interrupted, 141 the reader of our output went away.
 """
 
+import contextlib
 import difflib
 import errno
 import importlib
@@ -24,7 +25,7 @@ from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
-from unclip import errors
+from unclip import __version__, errors
 
 VERBS = {
     "train": "train one stage: clip, prior, decoder or an upsampler",
@@ -42,6 +43,7 @@ VERBS = {
 }
 _IO_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 _HELP = ("-h", "-help", "--help", "-?", "--helpshort")
+_VERSION = ("-version", "--version")
 
 
 def available() -> dict[str, str]:
@@ -53,16 +55,21 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs `unclip VERB …`. `argv` excludes the program's name; None takes `sys.argv`. Exits."""
     args = list(sys.argv[1:] if argv is None else argv)
     verbs = available()
+    if args and args[0] in _VERSION:
+        with _readers_may_leave():
+            print(f"unclip {__version__}")
+        sys.exit(0)
     if not args or args[0] in (*_HELP, "help"):
         width = max(map(len, verbs), default=0)
         lines = [f"  {verb:<{width}}  {line}" for verb, line in verbs.items()]
-        print(
-            "usage: unclip VERB [flags]\n",
-            *lines,
-            "\nunclip VERB --help shows a verb's flags.",
-            sep="\n",
-            file=sys.stdout if args else sys.stderr,
-        )
+        with _readers_may_leave():
+            print(
+                "usage: unclip VERB [flags]\n",
+                *lines,
+                "\nunclip VERB --help shows a verb's flags.",
+                sep="\n",
+                file=sys.stdout if args else sys.stderr,
+            )
         sys.exit(0 if args else errors.ConfigError.exit_code)
     verb, *rest = args
     if verb not in verbs:
@@ -97,22 +104,35 @@ def run_app(main: Callable[[list[str]], Any]) -> NoReturn:
     flags.FLAGS.set_default("verbosity", logging.WARNING)
     logging.set_verbosity(logging.WARNING)
     try:
-        app.run(_without_usage(main), flags_parser=lambda args: _parse(main, verb, args))
+        with _readers_may_leave():
+            app.run(_without_usage(main), flags_parser=lambda args: _parse(main, verb, args))
     except errors.UnclipError as error:
         _fail(verb, error)
     except KeyboardInterrupt:
         print(f"unclip {verb}: interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:
-        # As SIGPIPE would: quietly. Python flushes stdout once more at exit, so point it elsewhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
     except OSError as error:
         if error.errno not in _IO_ERRNOS:
             raise
         where = f": {error.filename}" if error.filename else ""
         _fail(verb, errors.DataError(f"{error.strerror}{where}"))
     sys.exit(0)
+
+
+@contextlib.contextmanager
+def _readers_may_leave() -> Iterator[None]:
+    """Ends as SIGPIPE would, quietly, when nobody reads our output any more (`unclip … | head`)."""
+    try:
+        try:
+            yield
+        except SystemExit:
+            sys.stdout.flush()  # what is short is only written here
+            raise
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes stdout once more at exit, so point it elsewhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
 
 
 def _module(verb: str) -> str:
