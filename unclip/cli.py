@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 
 from unclip import __version__, errors
+from unclip.files import shipped
 
 VERBS = {
     "train": "train one stage: clip, prior, decoder or an upsampler",
@@ -168,9 +169,12 @@ def _parse(main: Callable, verb: str, argv: Sequence[str]) -> list[str]:
     if any(arg in _HELP for arg in before_dashes[1:]):
         _print_help(verb, sys.modules[main.__module__].__doc__, own)
         sys.exit(0)
-    configs = list(_config_files(before_dashes))
-    for flag, value in configs:
-        _check_config_file(flag, value.partition(":")[0])
+    argv, configs = list(argv), []
+    for flag, position, value in _config_files(before_dashes):
+        found = _find_config(flag, value)
+        configs.append((flag, found))
+        argv[position] = argv[position].removesuffix(value) + found
+    sys.argv = argv  # ml_collections looks for --config and its overrides there
     try:
         return flags.FLAGS(argv)
     except errors.UnclipError:
@@ -213,8 +217,8 @@ def _flag_error(error: flags.Error, own: Mapping[str, flags.Flag]) -> errors.Con
     return errors.ConfigError(message.removeprefix("flag "))
 
 
-def _config_files(args: Sequence[str]) -> Iterator[tuple[flags.Flag, str]]:
-    """(flag, FILE or FILE:ARGUMENT) of every config file named on the command line."""
+def _config_files(args: Sequence[str]) -> Iterator[tuple[flags.Flag, int, str]]:
+    """(flag, number of the argument that ends in the value, value) of every config named."""
     module = sys.modules.get("ml_collections.config_flags.config_flags")
     if module is None:
         return
@@ -225,25 +229,24 @@ def _config_files(args: Sequence[str]) -> Iterator[tuple[flags.Flag, str]]:
         for position, arg in enumerate(args[1:], 1):
             match = re.fullmatch(rf"--?{re.escape(name)}(?:=(.*))?", arg, re.DOTALL)
             if match and match[1] is not None:
-                yield flag, match[1]
+                yield flag, position, match[1]
             elif match and position + 1 < len(args):
-                yield flag, args[position + 1]
+                yield flag, position + 1, args[position + 1]
 
 
-def _check_config_file(flag: flags.Flag, path: str) -> None:
+def _find_config(flag: flags.Flag, value: str) -> str:
+    """`shipped.find_config`, and what its file imports can be found."""
     # ml_collections reports a missing file only when a field is first used, with a long text.
-    file = pathlib.Path(path)
-    if file.is_file():
-        # Config files import their neighbours as `configs.NAME`, wherever the command is run.
-        root = str(file.resolve().parents[1])
+    try:
+        found = shipped.find_config(value)
+    except errors.ConfigError as error:
+        raise errors.ConfigError(f"--{flag.name}: {error.message}") from error
+    # Config files import their neighbours, and ours, as `configs.NAME`, wherever a command is run.
+    file = pathlib.Path(found.partition(":")[0])
+    for root in (str(shipped.ROOT), str(file.resolve().parents[1])):
         if root not in sys.path:
             sys.path.insert(0, root)
-        return
-    folder = file.parent
-    names = [entry.name for entry in folder.glob("*.py")] if folder.is_dir() else []
-    near = difflib.get_close_matches(file.name, names, n=3, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(str(folder / name) for name in near)}?" if near else ""
-    raise errors.ConfigError(f"--{flag.name}: there is no config file {path!r}{hint}")
+    return found
 
 
 def _unknown_field(
