@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PEERS := .cache/peers
 
-.PHONY: demo test lint parity setup clean
+.PHONY: demo test test-all lint parity setup clean
 
 setup: $(VENV)/.ready
 
@@ -19,8 +19,13 @@ $(VENV)/.ready: setup.py
 demo: setup
 	$(BIN)/python launch/demo.py
 
+PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n auto --maxprocesses 4 tests --ignore tests/parity
+
 test: setup
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n auto --maxprocesses 4 tests --ignore tests/parity
+	$(PYTEST) -m 'not slow'
+
+test-all: setup
+	$(PYTEST)
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+import unclip
 from unclip import cli
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -64,19 +65,45 @@ def get_config(preset="emoji"):
 """
 
 
+# What stands for the configs that come with unclip, and a file of the user's under such a name.
+OURS = """
+import ml_collections
+from configs import common
+
+def get_config(arg="emoji"):
+    common.check(arg)
+    return ml_collections.ConfigDict(dict(optim=dict(lr=0.3), arg=arg))
+"""
+COMMON = """
+from unclip import errors
+
+def check(preset):
+    if preset.partition(",")[0] not in ("emoji", "ViT-L/14"):
+        raise errors.unknown("preset", preset, ["emoji", "ViT-L/14"])
+"""
+
+
 @pytest.fixture(scope="module")
 def app_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("app")
     (folder / "draw.py").write_text(APP)
     (folder / "decoder.py").write_text(CONFIG)
     (folder / "broken.py").write_text("def get_config(:\n")
+    ours = folder / "shipped" / "configs"
+    ours.mkdir(parents=True)
+    for name, text in {"clip": OURS, "prior": OURS, "common": COMMON}.items():
+        (ours / f"{name}.py").write_text(text)
+    (folder / "configs").mkdir()
+    (folder / "configs" / "clip.py").write_text(OURS.replace("0.3", "0.7"))
     return folder / "draw.py"
 
 
 # Every case runs in this one process: absl's flags are global, so each is a fork with fresh flags.
 RUNNER = """
-import os, runpy, sys
+import os, pathlib, runpy, sys
 import absl.app, ml_collections.config_flags, unclip.cli
+from unclip.files import shipped
+shipped.ROOT = pathlib.Path("shipped").absolute()
 for number, line in enumerate(open(sys.argv[1]).read().splitlines()):
     sys.stdout.flush()
     pid = os.fork()
@@ -119,6 +146,17 @@ CASES = {
     "field_value": (["--config=decoder.py", "--config.total_steps=x"], 78, ["total_steps=x"]),
     "field_alone": (["--config.optim.lr=1"], 78, ["wants --config=FILE before it"]),
     "field_first": (["--config.name=b", "--config=decoder.py"], 78, ["before a value"]),
+    "named": (["--config=prior:emoji,x", "--config.optim.lr=0.5"], 0, ["4 text 0.5"]),
+    "named_apart": (["--config", "clip:ViT-L/14", "--config.arg", "b"], 0, ["4 text 0.3"]),
+    "named_after": (["--count=7", "--config=prior"], 0, ["7 text 0.3"]),
+    "named_by_path": (["--config", "configs/prior.py:emoji"], 0, ["4 text 0.3"]),
+    "path_wins": (["--config=configs/clip.py"], 0, ["4 text 0.7"]),
+    "no_name": (["--config=priro:emoji"], 78, ["no config 'priro'; did you mean prior?"]),
+    "no_name_apart": (["--config", "zzz"], 78, ["no config 'zzz'; valid: clip, prior"]),
+    "no_file_by_name": (["--config=configs/priro.py"], 78, ["priro.py'; did you mean prior?"]),
+    "shared_name": (["--config=common"], 78, ["no config 'common'"]),
+    "named_preset": (["--config=prior:emojy"], 78, ["preset 'emojy'", "did you mean 'emoji'"]),
+    "named_field": (["--config", "clip", "--config.optim.lrr=1"], 78, ["--config.optim.lr?"]),
     "syntax": (["--config=broken.py"], 78, ["broken.py:1", "SyntaxError"]),
     "raises": (["--config=decoder.py:boom"], 78, ["decoder.py:7: KeyError: 'missing'"]),
     "type_error": (["--config=decoder.py:kind"], 78, ["decoder.py:9: TypeError: wrong kind"]),
@@ -185,6 +223,31 @@ def test_closed_pipe_is_quiet(app_file):
     process.stdout.close()
     assert process.stderr.read() == b""
     assert process.wait(30) == 141
+
+
+@pytest.mark.parametrize("command", [["-m", "unclip", "--help"], ["draw.py", "--count=3"]])
+def test_output_that_nobody_reads_is_no_defect(app_file, command):
+    # So short that it is written when the process ends.
+    reading, writing = os.pipe()
+    os.close(reading)
+    ran = subprocess.run(
+        [sys.executable, *command],
+        cwd=app_file.parent,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        timeout=60,
+    )
+    os.close(writing)
+    assert (ran.returncode, ran.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize("flag", ["--version", "-version"])
+def test_version(flag, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([flag])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"unclip {unclip.__version__}\n"
 
 
 def test_unknown_verb_names_the_nearest(monkeypatch, capsys):

@@ -16,6 +16,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from unclip import errors
+from unclip.files import shipped
 from unclip.training.plan import make_plan
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -117,7 +118,7 @@ def test_commands_parse(tokens, flags_of, at_root, monkeypatch):
     # The parser of the verbs itself: unknown fields, values of another type and bad presets fail.
     values = flags.FlagValues()
     holder = config_flags.DEFINE_config_file("config", flag_values=values)
-    argv = [verb, f"--config={own['config']}", *overrides]
+    argv = [verb, f"--config={shipped.find_config(own['config'])}", *overrides]
     monkeypatch.setattr(sys, "argv", argv)
     values(argv)
     config = holder.value

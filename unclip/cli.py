@@ -9,6 +9,7 @@ Exit codes: 0 done, 70 numerics, 74 input or output, 75 stopped and resumable, 7
 130 interrupted, 141 the reader of our output was closed.
 """
 
+import contextlib
 import difflib
 import errno
 import importlib
@@ -24,7 +25,8 @@ from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
-from unclip import errors
+from unclip import __version__, errors
+from unclip.files import shipped
 
 VERBS = {
     "train": "train one stage: clip, prior, decoder or an upsampler",
@@ -42,6 +44,7 @@ VERBS = {
 }
 _IO_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 _HELP = ("-h", "-help", "--help", "-?", "--helpshort")
+_VERSION = ("-version", "--version")
 
 
 def available() -> dict[str, str]:
@@ -53,16 +56,21 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs `unclip VERB …`. `argv` excludes the program's name; None takes `sys.argv`. Exits."""
     args = list(sys.argv[1:] if argv is None else argv)
     verbs = available()
+    if args and args[0] in _VERSION:
+        with _readers_may_leave():
+            print(f"unclip {__version__}")
+        sys.exit(0)
     if not args or args[0] in (*_HELP, "help"):
         width = max(map(len, verbs), default=0)
         lines = [f"  {verb:<{width}}  {line}" for verb, line in verbs.items()]
-        print(
-            "usage: unclip VERB [flags]\n",
-            *lines,
-            "\nunclip VERB --help shows a verb's flags.",
-            sep="\n",
-            file=sys.stdout if args else sys.stderr,
-        )
+        with _readers_may_leave():
+            print(
+                "usage: unclip VERB [flags]\n",
+                *lines,
+                "\nunclip VERB --help shows a verb's flags.",
+                sep="\n",
+                file=sys.stdout if args else sys.stderr,
+            )
         sys.exit(0 if args else errors.ConfigError.exit_code)
     verb, *rest = args
     if verb not in verbs:
@@ -97,23 +105,35 @@ def run_app(main: Callable[[list[str]], Any]) -> NoReturn:
     flags.FLAGS.set_default("verbosity", logging.WARNING)
     logging.set_verbosity(logging.WARNING)
     try:
-        app.run(_without_usage(main), flags_parser=lambda args: _parse(main, verb, args))
+        with _readers_may_leave():
+            app.run(_without_usage(main), flags_parser=lambda args: _parse(main, verb, args))
     except errors.UnclipError as error:
         _fail(verb, error)
     except KeyboardInterrupt:
         print(f"unclip {verb}: interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:
-        # Exit silently, as SIGPIPE would. Python flushes stdout once more at exit, so it is
-        # redirected.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
     except OSError as error:
         if error.errno not in _IO_ERRNOS:
             raise
         where = f": {error.filename}" if error.filename else ""
         _fail(verb, errors.DataError(f"{error.strerror}{where}"))
     sys.exit(0)
+
+
+@contextlib.contextmanager
+def _readers_may_leave() -> Iterator[None]:
+    """Ends as SIGPIPE would, quietly, when nobody reads our output any more (`unclip … | head`)."""
+    try:
+        try:
+            yield
+        except SystemExit:
+            sys.stdout.flush()  # what is short is only written here
+            raise
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes stdout once more at exit, so point it elsewhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
 
 
 def _module(verb: str) -> str:
@@ -149,9 +169,12 @@ def _parse(main: Callable, verb: str, argv: Sequence[str]) -> list[str]:
     if any(arg in _HELP for arg in before_dashes[1:]):
         _print_help(verb, sys.modules[main.__module__].__doc__, own)
         sys.exit(0)
-    configs = list(_config_files(before_dashes))
-    for flag, value in configs:
-        _check_config_file(flag, value.partition(":")[0])
+    argv, configs = list(argv), []
+    for flag, position, value in _config_files(before_dashes):
+        found = _find_config(flag, value)
+        configs.append((flag, found))
+        argv[position] = argv[position].removesuffix(value) + found
+    sys.argv = argv  # ml_collections looks for --config and its overrides there
     try:
         return flags.FLAGS(argv)
     except errors.UnclipError:
@@ -194,8 +217,8 @@ def _flag_error(error: flags.Error, own: Mapping[str, flags.Flag]) -> errors.Con
     return errors.ConfigError(message.removeprefix("flag "))
 
 
-def _config_files(args: Sequence[str]) -> Iterator[tuple[flags.Flag, str]]:
-    """(flag, FILE or FILE:ARGUMENT) of every config file named on the command line."""
+def _config_files(args: Sequence[str]) -> Iterator[tuple[flags.Flag, int, str]]:
+    """(flag, number of the argument that ends in the value, value) of every config named."""
     module = sys.modules.get("ml_collections.config_flags.config_flags")
     if module is None:
         return
@@ -206,25 +229,24 @@ def _config_files(args: Sequence[str]) -> Iterator[tuple[flags.Flag, str]]:
         for position, arg in enumerate(args[1:], 1):
             match = re.fullmatch(rf"--?{re.escape(name)}(?:=(.*))?", arg, re.DOTALL)
             if match and match[1] is not None:
-                yield flag, match[1]
+                yield flag, position, match[1]
             elif match and position + 1 < len(args):
-                yield flag, args[position + 1]
+                yield flag, position + 1, args[position + 1]
 
 
-def _check_config_file(flag: flags.Flag, path: str) -> None:
+def _find_config(flag: flags.Flag, value: str) -> str:
+    """`shipped.find_config`, and what its file imports can be found."""
     # ml_collections reports a missing file only when a field is first used, with a long text.
-    file = pathlib.Path(path)
-    if file.is_file():
-        # Config files import one another as `configs.NAME`, from whatever folder the command runs.
-        root = str(file.resolve().parents[1])
+    try:
+        found = shipped.find_config(value)
+    except errors.ConfigError as error:
+        raise errors.ConfigError(f"--{flag.name}: {error.message}") from error
+    # Config files import their neighbours, and ours, as `configs.NAME`, wherever a command is run.
+    file = pathlib.Path(found.partition(":")[0])
+    for root in (str(shipped.ROOT), str(file.resolve().parents[1])):
         if root not in sys.path:
             sys.path.insert(0, root)
-        return
-    folder = file.parent
-    names = [entry.name for entry in folder.glob("*.py")] if folder.is_dir() else []
-    near = difflib.get_close_matches(file.name, names, n=3, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(str(folder / name) for name in near)}?" if near else ""
-    raise errors.ConfigError(f"--{flag.name}: there is no config file {path!r}{hint}")
+    return found
 
 
 def _unknown_field(

@@ -1,7 +1,6 @@
 """The interface of every protocol, and views of picture sets that protocols share."""
 
 import hashlib
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,9 +8,10 @@ import numpy as np
 from PIL import Image
 
 from unclip import errors
+from unclip.files import shipped
 from unclip.measure.picture_set import PictureSet
 
-EMOJI = pathlib.Path(__file__).resolve().parents[2] / "data" / "emoji"
+EMOJI = shipped.path("data", "emoji")
 
 
 class EvaluationProtocol:

@@ -21,7 +21,7 @@ from ml_collections import config_flags
 from unclip import errors
 from unclip.training.ahead import examine, parse_topology, text, topology_devices
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "FILE.py:preset[,argument...]")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "NAME|FILE.py:preset[,argument...]")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "TPU slice: v4:2x2x4, v5e:4x4, v5p:4x4x4, …")
 _DEVICES = flags.DEFINE_integer("devices", None, "simulated CPU devices instead", lower_bound=1)
 _STEP = flags.DEFINE_enum("step", "train", ["train", "sample"], "what is compiled")

@@ -13,7 +13,7 @@ from ml_collections import config_flags
 from unclip import errors
 from unclip.training.checkup import examine, text
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "FILE.py:preset[,argument...]")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "NAME|FILE.py:preset[,argument...]")
 _WORKDIR = flags.DEFINE_string("workdir", "runs", "where the run would write")
 _JSON = flags.DEFINE_bool("json", False, "print one JSON object")
 _STRICT = flags.DEFINE_bool("strict", False, "exit with 78 when there are problems")

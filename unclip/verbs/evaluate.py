@@ -15,7 +15,7 @@ from ml_collections import config_flags
 
 from unclip import errors
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "FILE.py:preset[,argument...]")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "NAME|FILE.py:preset[,argument...]")
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the evaluation; the same one resumes it")
 _INDEX = flags.DEFINE_integer(
     "array_index", None, "which job of an array this is, from 0; default from SLURM", lower_bound=0

@@ -18,7 +18,7 @@ from unclip.runtime import (
 )
 from unclip.training.start import train
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "FILE.py:preset[,argument...]")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "NAME|FILE.py:preset[,argument...]")
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; the same folder resumes it")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT, for processes started by hand")
 _PROCESSES = flags.DEFINE_integer("process_count", None, "how many processes, started by hand")

@@ -20,13 +20,9 @@ from tokenizers import Regex, models, pre_tokenizers
 from tokenizers import Tokenizer as Engine
 
 from unclip.errors import ConfigError, DataError
+from unclip.files import shipped
 
-VOCABULARY = (
-    pathlib.Path(__file__).resolve().parents[3]
-    / "third_party"
-    / "clip-bpe"
-    / "bpe_simple_vocab_16e6.txt.gz"
-)
+VOCABULARY = shipped.path("third_party", "clip-bpe", "bpe_simple_vocab_16e6.txt.gz")
 VOCAB_SIZE = 49408
 SOT, EOT, PAD = 49406, 49407, 0
 CONTEXT_LENGTH = 77
@@ -375,8 +371,8 @@ def _build(path: pathlib.Path) -> Engine:
         lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
     except FileNotFoundError as error:
         raise DataError(
-            f"CLIP's vocabulary is not at {path}; it is part of the repository, so install unclip "
-            "from a checkout (pip install -e .) or pass Tokenizer(vocabulary=…)"
+            f"CLIP's vocabulary is not at {path}; unclip comes with it, so install unclip again or "
+            "pass Tokenizer(vocabulary=…)"
         ) from error
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise DataError(f"CLIP's vocabulary {path} cannot be read: {error}") from error
