@@ -8,11 +8,11 @@ import pytest
 
 from unclip import errors, tasks
 from unclip.cascade import bundle, runs
-from unclip.cascade.pipeline import STAGE_TAGS, UnCLIP, to_uint8
+from unclip.cascade.pipeline import STAGE_TAGS, UnCLIP
 from unclip.input.decode.image import for_clip
 from unclip.models.t5 import T5Encoder
 from unclip.runtime import sharding
-from unclip.tasks.clip import unit
+from unclip.tasks.arrays import to_uint8, unit
 from unclip.tasks.t5 import FrozenT5
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")

@@ -445,7 +445,7 @@ def test_training_on_a_folder_is_training_on_the_fly(prior_config, run_of, shard
     assert len(list((tmp_path / "folder" / "embeddings").iterdir())) == 1
     table = np.float64(tables(tmp_path / "z", "z_i"))
     np.testing.assert_allclose(
-        runs.read_statistics(tmp_path / "fly" / "statistics.safetensors")["std"],
+        runs.read_prior_statistics(tmp_path / "fly" / "statistics.safetensors")["std"],
         table.std(0, ddof=1),
         rtol=1e-5,
     )

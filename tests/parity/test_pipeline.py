@@ -22,11 +22,12 @@ from PIL import Image
 from torch.nn import functional
 
 from unclip.cascade import bundle
-from unclip.cascade.pipeline import UnCLIP, to_uint8
+from unclip.cascade.pipeline import UnCLIP
 from unclip.diffusion import schedule
 from unclip.input.decode.image import for_clip
 from unclip.input.decode.text import VOCABULARY, Tokenizer
 from unclip.interop import formats
+from unclip.tasks.arrays import to_uint8
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

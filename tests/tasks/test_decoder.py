@@ -11,7 +11,7 @@ import pytest
 from unclip import errors, tasks
 from unclip.diffusion import gaussian, guidance, samplers
 from unclip.tasks import keys
-from unclip.tasks.clip import to_float
+from unclip.tasks.arrays import to_float
 
 
 class Spy:

@@ -38,7 +38,7 @@ def three_steps(name, tiny_config, run_of, workdir):
     stage, argument, changes = RUNS[name]
     if stage in ("prior", "decoder"):
         changes = {"clip": run_of("clip")} | changes
-    steps = {"total_steps": 3, "log_steps": 1, "save_steps": 0}
+    steps = {"total_steps": 3, "log_steps": 1, "save_steps": 1000}
     train(tiny_config(stage, steps | changes, argument), str(workdir))
     found: dict[str, dict[str, float]] = {}
     for line in (workdir / "metrics.jsonl").open():

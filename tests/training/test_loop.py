@@ -445,7 +445,7 @@ def test_a_damaged_run_is_one_line(tmp_path, run_of):
         runs.open_part(tmp_path, "clip")
     (tmp_path / runs.STATISTICS).write_bytes(b"damaged")
     with pytest.raises(errors.DataError, match=r"statistics\.safetensors"):
-        runs.read_statistics(tmp_path / runs.STATISTICS)
+        runs.read_prior_statistics(tmp_path / runs.STATISTICS)
 
 
 def test_a_workdir_below_a_file_is_one_line(tiny_config, tmp_path):

@@ -25,7 +25,8 @@ from unclip.cascade import bundle
 from unclip.input.decode.image import for_clip
 from unclip.input.decode.text import Tokenizer
 from unclip.runtime import sharding
-from unclip.tasks.clip import FrozenClip, unit
+from unclip.tasks.arrays import to_uint8, unit
+from unclip.tasks.clip import FrozenClip
 
 STAGE_TAGS = {"prior": 0, "decoder": 1, "upsampler_0": 2, "upsampler_1": 3}
 LAST = "_last"  # upsampler_0_last: a second network, for the last step of upsampler_0
@@ -505,11 +506,6 @@ class UnCLIP:
 def _pictures(drawn: dict[str, np.ndarray], recipes: list[dict]) -> Pictures:
     stages = {name: to_uint8(pictures) for name, pictures in drawn.items()}
     return Pictures(list(stages.values())[-1], recipes, stages)
-
-
-def to_uint8(pictures: np.ndarray) -> np.ndarray:
-    """[-1, 1] float to uint8, rounded once, as the metrics expect."""
-    return np.uint8(np.round((np.clip(pictures, -1, 1) + 1) * 127.5))
 
 
 def _split(draw: dict) -> tuple[tuple, dict]:

@@ -55,7 +55,7 @@ def tree_hash(params) -> str:
     return digest.hexdigest()
 
 
-def read_statistics(
+def read_prior_statistics(
     path: str | pathlib.Path, clip_hash: str | None = None
 ) -> dict[str, np.ndarray]:
     """What a prior measured of z_i before it was trained.
@@ -80,10 +80,10 @@ def read_statistics(
     return statistics
 
 
-def write_statistics(
+def write_prior_statistics(
     path: str | pathlib.Path, statistics: dict[str, np.ndarray], clip_hash: str
 ) -> None:
-    """Writes what `read_statistics` reads, atomically.
+    """Writes what `read_prior_statistics` reads, atomically.
 
     Raises:
       DataError: the disk is full or cannot be written.
@@ -117,7 +117,7 @@ def part_from_run(workdir: str | pathlib.Path, stage: str, *, ema: bool = True) 
         kind=stage,
         arch=config["arch"],
         params=params,
-        extra=read_statistics(statistics) if statistics.exists() else {},
+        extra=read_prior_statistics(statistics) if statistics.exists() else {},
         settings=config["task"],
     )
 
@@ -182,7 +182,7 @@ def statistics_of(path: str | pathlib.Path) -> dict[str, np.ndarray]:
     _folder(path)
     if is_run(path):
         file = pathlib.Path(path) / STATISTICS
-        return read_statistics(file) if file.exists() else {}
+        return read_prior_statistics(file) if file.exists() else {}
     extra = bundle.read(path, ["prior"], lazy=True).parts["prior"].extra
     return {name: np.asarray(value) for name, value in extra.items()}
 

@@ -193,8 +193,9 @@ def hybrid(
     parametrisation: str = "eps",
     vlb_weight: float | None = None,
     min_snr_gamma: float | None = None,
-) -> jax.Array:
-    """L_hybrid = L_simple + lambda L_vlb (Improved DDPM eq. 16): [B].
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(L_hybrid, L_simple, L_vlb), [B] each: the first is L_simple + lambda L_vlb (Improved DDPM
+    eq. 16).
 
     The bound trains the variance channels alone: the mean is under stop_gradient in it.
 
@@ -214,4 +215,4 @@ def hybrid(
     )
     weight = len(schedule) / 1000 if vlb_weight is None else vlb_weight
     bound = learned_vlb(schedule, x_0, t, eps, output, parametrisation=parametrisation)
-    return simple + weight * bound
+    return simple + weight * bound, simple, bound

@@ -10,7 +10,7 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 
 from unclip.errors import ConfigError
-from unclip.measure.rows import same_width, unit
+from unclip.measure.rows import checked_unit, same_width
 
 WEIGHT = 2.5  # Hessel's w, which spreads ViT-B/32's cosines over [0, 1]
 BLOCK = 256  # pictures compared with all captions at a time
@@ -65,7 +65,7 @@ def ref_clip_score(
         raise ConfigError(f"{len(references)} sets of references for {len(z_t)} captions")
     best = np.empty(len(z_t))
     for i, (own, others) in enumerate(zip(z_t, references, strict=True)):
-        others = unit(others, f"references of caption {i}", least=1)
+        others = checked_unit(others, f"references of caption {i}", least=1)
         same_width(own[None], others, "captions and references")
         best[i] = max((others @ own).max(), 0.0)
     score = WEIGHT * np.maximum(_product(z_i, z_t), 0.0)
@@ -131,7 +131,7 @@ def r_precision(
 
 
 def _pairs(z_i, z_t):
-    z_i, z_t = unit(z_i, "z_i", least=1), unit(z_t, "z_t", least=1)
+    z_i, z_t = checked_unit(z_i, "z_i", least=1), checked_unit(z_t, "z_t", least=1)
     if len(z_i) != len(z_t):
         raise ConfigError(f"{len(z_i)} pictures and {len(z_t)} captions; expected one caption each")
     same_width(z_i, z_t, "z_i and z_t")

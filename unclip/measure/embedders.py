@@ -28,7 +28,7 @@ from unclip.input.decode.text import EOT, Tokenizer
 from unclip.interop import formats
 from unclip.models import clip as clip_model
 from unclip.models import dinov2 as dinov2_model
-from unclip.tasks.clip import to_float
+from unclip.tasks.arrays import to_float
 
 HESSEL_PREFIX = "A photo depicts "  # CLIPScore's published code puts it before every caption
 TRUNCATIONS = ("eot", "slice")

@@ -8,7 +8,7 @@ embeddings and a Gaussian one. Sums are float64.
 import numpy as np
 
 from unclip.errors import ConfigError
-from unclip.measure.rows import checked, same_width, unit
+from unclip.measure.rows import checked, checked_unit, same_width
 
 BLOCK = 512  # rows of a kernel matrix held at a time
 
@@ -80,7 +80,7 @@ def cmmd(a: np.ndarray, b: np.ndarray, sigma: float = 10, scale: float = 1000) -
     """
     if not sigma > 0:
         raise ConfigError(f"sigma is {sigma}; expected a positive width of the kernel")
-    a, b = unit(a, "first embeddings"), unit(b, "second embeddings")
+    a, b = checked_unit(a, "first embeddings"), checked_unit(b, "second embeddings")
     same_width(a, b, "the embeddings")
 
     def gaussian(x, y):

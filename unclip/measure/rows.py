@@ -4,6 +4,7 @@ first."""
 import numpy as np
 
 from unclip.errors import ConfigError, NumericsError
+from unclip.tasks.arrays import unit
 
 
 def checked(rows: np.ndarray, name: str, *, least: int = 2, why: str = "") -> np.ndarray:
@@ -46,7 +47,7 @@ def same_width(first: np.ndarray, second: np.ndarray, names: str) -> None:
         )
 
 
-def unit(rows: np.ndarray, name: str, *, least: int = 2) -> np.ndarray:
+def checked_unit(rows: np.ndarray, name: str, *, least: int = 2) -> np.ndarray:
     """Embeddings [N, D] scaled to length 1, in float64.
 
     Raises:
@@ -54,8 +55,7 @@ def unit(rows: np.ndarray, name: str, *, least: int = 2) -> np.ndarray:
       NumericsError: NaN, infinity, or a row of zeros, which has no direction.
     """
     rows = checked(rows, name, least=least).astype(np.float64)
-    length = np.linalg.norm(rows, axis=1, keepdims=True)
-    if not length.all():
-        row = int(np.flatnonzero(length == 0)[0])
-        raise NumericsError(f"row {row} of the {name} is all zero and has no direction")
-    return rows / length
+    nowhere = np.flatnonzero(~rows.any(axis=1))
+    if len(nowhere):
+        raise NumericsError(f"row {nowhere[0]} of the {name} is all zero and has no direction")
+    return unit(rows)

@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 
 from unclip import errors
-from unclip.cascade.pipeline import Pictures, to_uint8
+from unclip.cascade.pipeline import Pictures
 from unclip.input.decode.image import for_clip
 from unclip.models.clip import CLIP
 from unclip.protocols import base
+from unclip.tasks.arrays import to_uint8
 
 
 def embed(model: Any, pictures: Sequence[np.ndarray]) -> np.ndarray:
@@ -67,9 +68,3 @@ def decode(
         for row, seed in zip(rows, seeds)
     ]
     return Pictures(list(drawn.values())[-1], recipes, drawn)
-
-
-def unit(z: np.ndarray) -> np.ndarray:
-    """Embeddings [..., D] at length one, float64."""
-    z = np.asarray(z, np.float64)
-    return z / np.maximum(np.linalg.norm(z, axis=-1, keepdims=True), 1e-8)

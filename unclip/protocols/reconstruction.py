@@ -25,6 +25,7 @@ from unclip.measure.picture_set import PictureSet, Prepared
 from unclip.measure.pictures import open_pictures
 from unclip.protocols import base, embedded
 from unclip.tasks import codes
+from unclip.tasks.arrays import unit
 
 DIMS = (20, 30, 40, 80, 120, 160, 200, 320)  # figure 7
 FULL = 0  # in `columns`: z_i itself
@@ -129,10 +130,10 @@ class Reconstruction(base.EvaluationProtocol):
             mse = float(np.square(picture / 255.0 - true[number]).mean())
             facts.append({"components": self.columns[column] or "full", "mse": round(mse, 6)})
         if model is not None and "clip" in model.parts:
-            z_drawn = embedded.unit(embedded.embed(model, list(pictures)))
+            z_drawn = unit(embedded.embed(model, list(pictures)))
             for fact, row, drawn in zip(facts, rows, z_drawn):
-                z = embedded.unit(self._embeddings(model)[1][row // len(self.columns)])
-                projected = embedded.unit(self._projected(model, row))
+                z = unit(self._embeddings(model)[1][row // len(self.columns)])
+                projected = unit(self._projected(model, row))
                 fact |= {
                     "explained": self.explained(model, self.columns[row % len(self.columns)]),
                     "cosine": float(projected @ z),

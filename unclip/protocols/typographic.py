@@ -29,6 +29,7 @@ from unclip import errors
 from unclip.measure.picture_set import ArrayPictures, PictureSet, Prepared
 from unclip.protocols import base, embedded
 from unclip.protocols.scenes import load_cutouts
+from unclip.tasks.arrays import unit
 
 SIDE = 256  # at which pictures are made
 OBJECT = 0.8  # longer side of the object, as a part of the picture's
@@ -132,9 +133,9 @@ class Typographic(base.EvaluationProtocol):
         self, model: Any, pictures: Sequence[np.ndarray], rows: Sequence[int]
     ) -> np.ndarray:
         """CLIP's softmax over (true, pasted, control) of each row, float64 [n, 3]."""
-        z_i = embedded.unit(embedded.embed(model, pictures))
+        z_i = unit(embedded.embed(model, pictures))
         names = sorted({name for row in rows for name in self.labels[row]})
-        z_t = dict(zip(names, embedded.unit(model.embed_text(names))))
+        z_t = dict(zip(names, unit(model.embed_text(names))))
         scale = float(np.exp(np.asarray(model.parts["clip"].params["logit_scale"])))
         candidates = np.stack([[z_t[name] for name in self.labels[row]] for row in rows])
         logits = scale * np.einsum("nd,nkd->nk", z_i, candidates)

@@ -15,19 +15,9 @@ from unclip import errors
 from unclip.models import clip as clip_model
 from unclip.models.transformer import stack_blocks
 from unclip.tasks import base
+from unclip.tasks.arrays import to_float, unit
 
 LOSSES = ("softmax", "sigmoid")
-
-
-def to_float(images: jax.Array) -> jax.Array:
-    """uint8 [..., 3] to float32 in [-1, 1]."""
-    return images.astype(jnp.float32) / 127.5 - 1.0
-
-
-def unit(z: jax.Array) -> jax.Array:
-    """Embeddings [..., D] scaled to length one; a zero vector stays finite."""
-    # The floor is inside the root: the gradient of a norm is NaN at zero, this one's is finite.
-    return z / jnp.sqrt(jnp.maximum(jnp.sum(z * z, axis=-1, keepdims=True), 1e-16))
 
 
 def init_clip(model: clip_model.CLIP, key: jax.Array) -> dict:

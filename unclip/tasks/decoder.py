@@ -18,7 +18,8 @@ from unclip import errors
 from unclip.diffusion import gaussian, guidance, losses, samplers, schedule
 from unclip.models import decoder as decoder_model
 from unclip.tasks import base, keys
-from unclip.tasks.clip import FrozenClip, to_float, unit
+from unclip.tasks.arrays import to_float, unit
+from unclip.tasks.clip import FrozenClip
 from unclip.tasks.t5 import FrozenT5
 
 T, NOISE, DROP_IMAGE, DROP_TEXT = range(4)  # tags of a sample's random draws
@@ -303,21 +304,15 @@ class DecoderTask(base.Stage):
 
 def diffusion_loss(task, raw, x_0, t, eps, valid):
     """The loss of a picture stage from the network's raw output, with its metrics."""
-    options = {"parametrisation": task.parametrisation}
-    mean_part = raw[..., : x_0.shape[-1]]
-    total = losses.l_simple(
-        task.schedule,
-        x_0,
-        t,
-        eps,
-        mean_part,
-        min_snr_gamma=task.min_snr or None,
-        **options,
-    )
-    metrics = {"mse": base.mean(total, valid)}
+    options = {"parametrisation": task.parametrisation, "min_snr_gamma": task.min_snr or None}
     if task.variance == "learned_range":
-        vlb = losses.learned_vlb(task.schedule, x_0, t, eps, raw, **options)
-        metrics["vlb"] = base.mean(vlb, valid)
-        total = total + task.vlb_weight * vlb
+        total, simple, bound = losses.hybrid(
+            task.schedule, x_0, t, eps, raw, vlb_weight=task.vlb_weight, **options
+        )
+        metrics = {"mse": base.mean(simple, valid), "vlb": base.mean(bound, valid)}
+    else:
+        mean = raw[..., : x_0.shape[-1]]
+        total = losses.l_simple(task.schedule, x_0, t, eps, mean, **options)
+        metrics = {"mse": base.mean(total, valid)}
     loss = base.mean(total, valid)
     return loss, {"loss": loss, **metrics}

@@ -21,7 +21,8 @@ from unclip.files.moments import Moments
 from unclip.models import prior as prior_model
 from unclip.models import prior_ar
 from unclip.tasks import base, codes, keys
-from unclip.tasks.clip import FrozenClip, unit
+from unclip.tasks.arrays import unit
+from unclip.tasks.clip import FrozenClip
 
 EMBEDDINGS = ("whiten", "scale")
 T, NOISE, DROP = range(3)  # tags of a sample's random draws

@@ -18,7 +18,7 @@ from unclip.diffusion import gaussian, samplers, schedule
 from unclip.input.decode import transforms
 from unclip.models import upsampler as upsampler_model
 from unclip.tasks import base, keys
-from unclip.tasks.clip import to_float
+from unclip.tasks.arrays import to_float
 from unclip.tasks.decoder import NOISE, T, diffusion_loss
 
 

@@ -181,7 +181,7 @@ class Prepared:
         """
         config, path = self.config, self.folder / runs.STATISTICS
         if path.exists():
-            return runs.read_statistics(path, self.clip_hash)
+            return runs.read_prior_statistics(path, self.clip_hash)
         statistics = runs.statistics_of(config.init_from) if config.init_from else {}
         if statistics:
             shapes = lambda tree: {name: tuple(leaf.shape) for name, leaf in tree.items()}
@@ -199,7 +199,7 @@ class Prepared:
         else:
             statistics = self.plan.task.fit(self.pairs())
         if distributed.is_main():
-            runs.write_statistics(path, statistics, self.clip_hash)
+            runs.write_prior_statistics(path, statistics, self.clip_hash)
         distributed.barrier("statistics", 600)
         return statistics
 

@@ -9,7 +9,6 @@ a pixel. Distances fall with the number of pictures, so that number is part of t
 from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
@@ -19,8 +18,9 @@ from unclip.input import samples, source
 from unclip.input.decode import transforms
 from unclip.measure import features, frechet, picture_set
 from unclip.runtime import sharding
-from unclip.tasks.clip import FrozenClip, to_float
-from unclip.training.evaluators import passes, ranking
+from unclip.tasks.arrays import to_float, to_uint8, unit
+from unclip.tasks.clip import FrozenClip
+from unclip.training.evaluators import passes
 
 POOL = "pool3"  # the output of Inception that FID is measured on
 
@@ -63,7 +63,7 @@ class Drawn:
             error = (drawn - to_float(batch["image"])) ** 2
             rows = {"mse": error.mean((1, 2, 3))}
             # Judged as it would be saved.
-            drawn = jnp.round((drawn + 1) * 127.5).astype(jnp.uint8)
+            drawn = to_uint8(drawn)
             if network is not None:
                 rows["z_drawn"] = network.image(clip_params, drawn)
                 rows["z_true"] = network.image(clip_params, batch["image"])
@@ -128,7 +128,7 @@ def clip_figures(
       z_drawn, z_true, z_t: [N, D], row by row of one sample, as CLIP gives them.
       captioned: bool [N], whether the sample has a caption; the others have no z_t.
     """
-    cosine = lambda a, b: np.sum(ranking.unit(a) * ranking.unit(b), 1, dtype=np.float64)
+    cosine = lambda a, b: np.sum(unit(a) * unit(b), 1, dtype=np.float64)
     figures = {"clip_cosine_pictures": cosine(z_drawn, z_true).mean()}
     if captioned.any():
         figures["clip_cosine"] = cosine(z_drawn, z_t)[captioned].mean()

@@ -12,6 +12,7 @@ import numpy as np
 
 from unclip.runtime import sharding
 from unclip.tasks import keys
+from unclip.tasks.arrays import unit
 from unclip.training.evaluators import passes, ranking
 
 
@@ -88,7 +89,7 @@ def quality(
       drawn z_i, any picture of an equal caption being right; "norm_mean", "norm_std" of the drawn
       and "norm_true_mean", "norm_true_std" of the true z_i, in CLIP's own scale.
     """
-    cosine = lambda a, b: np.sum(ranking.unit(a) * ranking.unit(b), 1, dtype=np.float64)
+    cosine = lambda a, b: np.sum(unit(a) * unit(b), 1, dtype=np.float64)
     figures = {
         "cosine": cosine(drawn, z_i).mean(),
         "cosine_text": cosine(drawn, z_t).mean(),

@@ -6,14 +6,10 @@ asked of a drawn z_i says how much of its caption the prior (arXiv 2204.06125, s
 
 import numpy as np
 
+from unclip.tasks.arrays import unit
+
 RECALLS = (1, 5, 10)
 _BLOCK = 1 << 24  # similarities at a time
-
-
-def unit(rows: np.ndarray) -> np.ndarray:
-    """Rows [N, D] scaled to length one, float32; a zero row stays zero."""
-    rows = np.asarray(rows, np.float32)
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-8)
 
 
 def pairs_through(query_key: np.ndarray, sample_key: np.ndarray, sample_candidate: np.ndarray):
@@ -51,7 +47,7 @@ def ranks(queries: np.ndarray, candidates: np.ndarray, pairs) -> np.ndarray:
     Returns:
       int64 [Q], in 1 ... C.
     """
-    queries, candidates = unit(queries), unit(candidates)
+    queries, candidates = (unit(np.asarray(z, np.float32)) for z in (queries, candidates))
     out = np.empty(len(queries), np.int64)
     rows = max(1, _BLOCK // len(candidates))
     for start in range(0, len(queries), rows):

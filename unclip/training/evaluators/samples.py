@@ -7,6 +7,7 @@ import numpy as np
 
 from unclip.files import images
 from unclip.runtime import sharding
+from unclip.tasks.arrays import to_uint8
 
 
 class Samples:
@@ -47,7 +48,7 @@ class Samples:
             return
         valid = true.pop("valid")  # a small collection is padded to the device count
         true = {name: rows[valid] for name, rows in true.items()}
-        drawn = np.uint8(np.round((pictures[valid] + 1) * 127.5))
+        drawn = to_uint8(pictures[valid])
         side = drawn.shape[1]
         columns = [drawn, true["image"]]
         if "low" in true:
