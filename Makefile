@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PEERS := .cache/peers
 
-.PHONY: demo test lint parity setup clean
+.PHONY: demo test test-all lint parity setup clean
 
 setup: $(VENV)/.ready
 
@@ -19,8 +19,17 @@ $(VENV)/.ready: setup.py
 demo: setup
 	$(BIN)/python launch/demo.py
 
+# A module's tests stay together while they can: its fixtures and programs are made once.
+PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal \
+  tests --ignore tests/parity
+
+# Every behaviour once.
 test: setup
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n auto --maxprocesses 4 tests --ignore tests/parity
+	$(PYTEST) -m "not slow"
+
+# And every case of it: whole sweeps, other sizes, more processes killed. PICK="-m slow": those only.
+test-all: setup
+	$(PYTEST) $(PICK)
 
 lint: setup
 	$(BIN)/ruff format --check .
