@@ -32,14 +32,23 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 jax.config.update("jax_disable_most_optimizations", True)
-# [B] against [B, T] is a mistake more often than it is meant.
-jax.config.update("jax_numpy_rank_promotion", os.environ.get("RANKP", "raise"))
+# Tests of rooms that leave [B] + [A, B] to NumPy's rules; elsewhere it is an error.
+PROMOTING = (
+    "tasks",
+    "training",
+    "cascade",
+    "test_docs.py",
+    "test_kandinsky.py",
+    "test_embedded.py",
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def caches():
+def caches(request):
     """Programs of other modules go: they hold memory, and the setting they were compiled under."""
-    jax.config.update("jax_disable_most_optimizations", True)
+    promoting = bool({*PROMOTING, "parity"} & {*request.path.parts})
+    jax.config.update("jax_numpy_rank_promotion", "allow" if promoting else "raise")
+    jax.config.update("jax_disable_most_optimizations", "parity" not in request.path.parts)
     yield
     jax.clear_caches()
     gc.collect()
@@ -209,6 +218,7 @@ def cheaply():
     from unclip.runtime import sharding
 
     real = sharding.make_mesh
+    ranks = jax.config.jax_numpy_rank_promotion
     seconds = jax.config.jax_persistent_cache_min_compile_time_secs
 
     def one_device(spec=None, devices=None):
@@ -218,16 +228,19 @@ def cheaply():
 
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     sharding.make_mesh = one_device
+    jax.config.update("jax_numpy_rank_promotion", "allow")
     try:
         yield
     finally:
+        jax.config.update("jax_numpy_rank_promotion", ranks)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
         sharding.make_mesh = real
 
 
 @pytest.fixture(scope="module")
 def quick_compiles():
-    """Every module has them."""
+    """Cheap compiles for a module of tests/parity; all others have them."""
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="module")
