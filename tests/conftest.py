@@ -25,7 +25,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-CACHE = pathlib.Path(__file__).resolve().parents[1] / ".cache" / "jax-tests"
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+CACHE = ROOT / ".cache" / "jax-tests"
 
 if os.environ["JAX_PLATFORMS"] == "cpu":
     jax.config.update("jax_num_cpu_devices", 8)
@@ -46,9 +47,10 @@ PROMOTING = (
 @pytest.fixture(scope="module", autouse=True)
 def caches(request):
     """Programs of other modules go: they hold memory, and the setting they were compiled under."""
-    promoting = bool({*PROMOTING, "parity"} & {*request.path.parts})
+    parts = {*request.path.relative_to(ROOT / "tests").parts}
+    promoting = bool({*PROMOTING, "parity"} & parts)
     jax.config.update("jax_numpy_rank_promotion", "allow" if promoting else "raise")
-    jax.config.update("jax_disable_most_optimizations", "parity" not in request.path.parts)
+    jax.config.update("jax_disable_most_optimizations", "parity" not in parts)
     yield
     jax.clear_caches()
     gc.collect()
@@ -86,7 +88,6 @@ def once(tmp_path_factory):
 
 # ============================================================ micro runs of every stage, made once
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 COLOURS = {"red": (220, 30, 20), "green": (20, 180, 40), "blue": (30, 60, 230)}
 SHAPES = ("square", "bar", "dot")
 
@@ -294,8 +295,11 @@ def bundle_dir(run_of, once):
 # Runs a verb once a line, each in a fork of one process that has imported everything.
 _VERB_SERVER = """
 import importlib, json, os, sys, tempfile, warnings
+import jax
 from unclip import cli
-warnings.simplefilter("ignore")
+from unclip.cascade import pipeline
+for kind in (DeprecationWarning, FutureWarning, RuntimeWarning):
+    warnings.simplefilter("ignore", kind)
 verb = importlib.import_module("unclip.verbs." + sys.argv[1])
 for line in sys.stdin:
     out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
