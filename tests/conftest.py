@@ -5,6 +5,7 @@ module of which that is not true asks for `optimised`. Between modules JAX's cac
 """
 
 import contextlib
+import ctypes
 import fcntl
 import gc
 import io
@@ -54,6 +55,8 @@ def caches(request):
     yield
     jax.clear_caches()
     gc.collect()
+    if sys.platform == "linux":  # or the allocator keeps what was freed
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture(scope="module")
