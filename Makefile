@@ -19,13 +19,17 @@ $(VENV)/.ready: setup.py
 demo: setup
 	$(BIN)/python launch/demo.py
 
-PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n auto --maxprocesses 4 tests --ignore tests/parity
+# A module's tests stay together while they can: its fixtures and programs are made once.
+PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal \
+  tests --ignore tests/parity
 
+# Every behaviour once.
 test: setup
-	$(PYTEST) -m 'not slow'
+	$(PYTEST) -m "not slow"
 
+# And every case of it: whole sweeps, other sizes, more processes killed. PICK="-m slow": those only.
 test-all: setup
-	$(PYTEST)
+	$(PYTEST) $(PICK)
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -1,32 +1,96 @@
-"""Every test sees 8 simulated CPU devices; compiled programs are kept between runs."""
+"""Every test sees 8 simulated CPU devices; compiled programs are kept between runs.
+
+Programs are compiled with hardly any optimisation, since compiling is most of what tests do: a
+module of which that is not true asks for `optimised`. Between modules JAX's caches are emptied.
+"""
 
 import contextlib
+import ctypes
+import fcntl
+import gc
 import io
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tarfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# XLA's older way to generate code for fusions compiles in half the time.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-CACHE = pathlib.Path(__file__).resolve().parents[1] / ".cache" / "jax-tests"
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+CACHE = ROOT / ".cache" / "jax-tests"
 
 if os.environ["JAX_PLATFORMS"] == "cpu":
     jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+jax.config.update("jax_disable_most_optimizations", True)
+# Tests of rooms that leave [B] + [A, B] to NumPy's rules; elsewhere it is an error.
+PROMOTING = (
+    "tasks",
+    "training",
+    "cascade",
+    "test_docs.py",
+    "test_kandinsky.py",
+    "test_embedded.py",
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def caches(request):
+    """Programs of other modules go: they hold memory, and the setting they were compiled under."""
+    parts = {*request.path.relative_to(ROOT / "tests").parts}
+    promoting = bool({*PROMOTING, "parity"} & parts)
+    jax.config.update("jax_numpy_rank_promotion", "allow" if promoting else "raise")
+    jax.config.update("jax_disable_most_optimizations", "parity" not in parts)
+    yield
+    jax.clear_caches()
+    gc.collect()
+    if sys.platform == "linux":  # or the allocator keeps what was freed
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+@pytest.fixture(scope="module")
+def optimised(caches):
+    """Programs as users run them, for a module that computes more than it compiles."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    """once(name, make) -> folder that make(folder) has filled, in one worker for all of them."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    shared = shared / "once"
+    shared.mkdir(exist_ok=True)
+
+    def get(name, make):
+        folder = shared / name
+        with open(shared / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (shared / f"{name}.done").exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a worker that died
+                folder.mkdir()
+                make(folder)
+                (shared / f"{name}.done").touch()
+        return folder
+
+    return get
 
 
 # ============================================================ micro runs of every stage, made once
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 COLOURS = {"red": (220, 30, 20), "green": (20, 180, 40), "blue": (30, 60, 230)}
 SHAPES = ("square", "bar", "dot")
 
@@ -60,12 +124,17 @@ def shard_writer():
 
 
 @pytest.fixture(scope="session")
-def shards(tmp_path_factory):
+def shards(once):
     """{"train": 24 samples, "held_out": 8} as paths of tars."""
-    folder = tmp_path_factory.mktemp("shards")
+
+    def make(folder):
+        write_shard(folder / "train-0000.tar", 24)
+        write_shard(folder / "held-out-0000.tar", 8, first=100)
+
+    folder = once("shards", make)
     return {
-        "train": write_shard(folder / "train-0000.tar", 24),
-        "held_out": write_shard(folder / "held-out-0000.tar", 8, first=100),
+        "train": str(folder / "train-0000.tar"),
+        "held_out": str(folder / "held-out-0000.tar"),
     }
 
 
@@ -146,13 +215,14 @@ def tiny_config(shards):
 
 @contextlib.contextmanager
 def cheaply():
-    """Compiles badly and runs on one device: both save far more than micro networks cost to run.
+    """Trains on one device: on eight, orbax slices each replicated array eight ways to save it.
 
-    (On eight, orbax slices every replicated array eight ways when it saves.)
+    Programs that take 0.1 s to compile are kept, since the runs repeat them.
     """
     from unclip.runtime import sharding
 
     real = sharding.make_mesh
+    ranks = jax.config.jax_numpy_rank_promotion
     seconds = jax.config.jax_persistent_cache_min_compile_time_secs
 
     def one_device(spec=None, devices=None):
@@ -160,68 +230,67 @@ def cheaply():
         free = devices is None and (spec is None or dict(spec) == whole)
         return real({"data": 1}, jax.devices()[:1]) if free else real(spec, devices)
 
-    jax.config.update("jax_disable_most_optimizations", True)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # runs repeat programs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     sharding.make_mesh = one_device
+    jax.config.update("jax_numpy_rank_promotion", "allow")
     try:
         yield
     finally:
+        jax.config.update("jax_numpy_rank_promotion", ranks)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
-        jax.config.update("jax_disable_most_optimizations", False)
         sharding.make_mesh = real
 
 
 @pytest.fixture(scope="module")
 def quick_compiles():
-    """Cheap compiles for a module's tests."""
+    """Cheap compiles for a module of tests/parity; all others have them."""
     jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
 def cheap_runs():
-    """Cheap compiles, and training on one device unless the config asks for a mesh."""
+    """Training on one device unless the config asks for a mesh."""
     with cheaply():
         yield
 
 
 @pytest.fixture(scope="session")
-def run_of(tiny_config, tmp_path_factory):
-    """run_of(name): workdir of a run of two steps, trained at the first request.
+def run_of(tiny_config, once):
+    """run_of(name): workdir of a run of two steps, trained at the first request of any worker.
 
     Names: clip, prior, decoder, upsampler_0 (8 to 16), upsampler_1 (16 to 32).
     """
-    folder, done = tmp_path_factory.mktemp("runs"), {}
 
-    def make(name):
-        if name not in done:
+    def get(name):
+        def make(folder):
             from unclip.training.start import train
 
             stage = name.partition("_")[0]
-            changes = {"clip": make("clip")} if stage in ("prior", "decoder") else {}
+            changes = {"clip": get("clip")} if stage in ("prior", "decoder") else {}
             arg = "emoji-256,runlocal" if name == "upsampler_1" else "emoji,runlocal"
             with cheaply():
                 train(tiny_config(stage, changes, arg), str(folder / name))
-            done[name] = str(folder / name)
-        return done[name]
 
-    return make
+        return str(once(f"run-{name}", make) / name)
+
+    return get
 
 
 @pytest.fixture(scope="session")
-def bundle_dir(run_of, tmp_path_factory):
+def bundle_dir(run_of, once):
     """A bundle of the five micro runs, as `unclip export` writes it."""
-    from unclip.cascade import bundle, runs
 
-    parts = {}
-    for name in CASCADE:
-        part = runs.open_part(run_of(name), name)
-        parts[name] = bundle.Part(name, part.arch, part.params, part.extra, part.settings)
-    runs.check_fit(parts)
-    folder = tmp_path_factory.mktemp("bundle")
-    bundle.write(folder, parts, {})
-    return str(folder)
+    def make(folder):
+        from unclip.cascade import bundle, runs
+
+        parts = {}
+        for name in CASCADE:
+            part = runs.open_part(run_of(name), name)
+            parts[name] = bundle.Part(name, part.arch, part.params, part.extra, part.settings)
+        runs.check_fit(parts)
+        bundle.write(folder / "bundle", parts, {})
+
+    return str(once("bundle", make) / "bundle")
 
 
 # ============================================================ verbs as a user sees them
@@ -229,8 +298,11 @@ def bundle_dir(run_of, tmp_path_factory):
 # Runs a verb once a line, each in a fork of one process that has imported everything.
 _VERB_SERVER = """
 import importlib, json, os, sys, tempfile, warnings
+import jax
 from unclip import cli
-warnings.simplefilter("ignore")
+from unclip.cascade import pipeline
+for kind in (DeprecationWarning, FutureWarning, RuntimeWarning):
+    warnings.simplefilter("ignore", kind)
 verb = importlib.import_module("unclip.verbs." + sys.argv[1])
 for line in sys.stdin:
     out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()

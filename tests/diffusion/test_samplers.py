@@ -57,9 +57,9 @@ def ode_end(x_T, s=FULL):
     ("sampler", "eta", "n"),
     [
         ("ddpm", 0.0, 250),
-        ("ddim", 0.0, 250),
-        ("ddim", 1.0, 250),
         ("ddim", 0.5, 250),
+        pytest.param("ddim", 0.0, 250, marks=pytest.mark.slow),
+        pytest.param("ddim", 1.0, 250, marks=pytest.mark.slow),
         ("dpm++2m", 0.0, 40),
     ],
 )
@@ -91,7 +91,7 @@ def test_order_of_convergence(sampler, factor):
     assert error[2] < 0.05
 
 
-@pytest.mark.parametrize("n", [10, 25])
+@pytest.mark.parametrize("n", [10, pytest.param(25, marks=pytest.mark.slow)])
 def test_second_order_beats_first_in_few_steps(n):
     x_T = np.linspace(-2, 2, 8, dtype=np.float32)[:, None]
     first, second = (
@@ -151,7 +151,7 @@ def test_ancestral_loop_follows_the_equations():
     np.testing.assert_allclose(got, x, atol=1e-5)
 
 
-@pytest.mark.parametrize("n", [1000, 25])
+@pytest.mark.parametrize("n", [pytest.param(1000, marks=pytest.mark.slow), 25])
 def test_ddim_with_eta_one_is_ancestral_sampling(n):
     rng = np.random.default_rng(2)
     x_T = rng.standard_normal((2, 3)).astype(np.float32)
@@ -165,7 +165,9 @@ def test_a_denoiser_without_variance_gets_beta_tilde():
     s, keys = FULL.respace(8), keys_of(2)
     x_T = draw_noise(keys, SHAPE)
     full = denoiser(s)
-    bare = samplers.sample(lambda x, t: full(x, t)._replace(log_variance=None), s, x_T, keys)
+    bare = jax.jit(
+        functools.partial(samplers.sample, lambda x, t: full(x, t)._replace(log_variance=None), s)
+    )(x_T, keys)
     np.testing.assert_allclose(bare, runner(8, "ddpm")(x_T, keys), atol=1e-6)
 
 
@@ -224,7 +226,13 @@ def test_one_step_is_the_prediction(sampler):
     np.testing.assert_allclose(runner(1, sampler)(x_T, keys), want, atol=1e-6)
 
 
-@pytest.mark.parametrize("variance", gaussian.VARIANCES)
+@pytest.mark.parametrize(
+    "variance",
+    [
+        v if v == "learned_range" else pytest.param(v, marks=pytest.mark.slow)
+        for v in gaussian.VARIANCES
+    ],
+)
 @pytest.mark.parametrize("sampler", sorted(samplers.SAMPLERS))
 def test_gradients_through_a_sampling_are_finite(sampler, variance):
     s, keys = FULL.respace(4), keys_of(2)

@@ -177,7 +177,7 @@ def test_text_metrics_compare_each_picture_with_its_own_caption(clip):
     values = {value["metric"]: value for value in result.values}
     extractor, encoder = embedders.clip_extractor(clip), embedders.CaptionEncoder(clip)
     batch = {"image": np.stack([extractor.prepare(p)["image"] for p in FAKE])}
-    z_i = np.asarray(extractor.apply(extractor.params, batch)["z_i"])
+    z_i = np.asarray(jax.jit(extractor.apply)(extractor.params, batch)["z_i"])
     unit = lambda z: z / np.linalg.norm(z, axis=1, keepdims=True)
     cosine = (unit(z_i) * unit(encoder.encode(texts))).sum(1)
     prefixed = encoder.encode(texts, prefix="A photo depicts ")

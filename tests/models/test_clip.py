@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 from PIL import Image
 
 from unclip.errors import ConfigError
@@ -39,10 +40,28 @@ def images():
 
 @pytest.fixture(scope="module")
 def params(images):
-    init = jax.jit(clip.CLIP(**TINY).init)
-    tree = init(jax.random.key(0), images, jnp.asarray(TOKENS))["params"]
+    init = clip.CLIP(**TINY).init
+    tree = jax.eval_shape(init, jax.random.key(0), images, jnp.asarray(TOKENS))["params"]
     rng = np.random.default_rng(1)  # zeros and ones of the init would hide mistakes
-    return jax.tree.map(lambda a: a + 0.1 * rng.normal(size=a.shape).astype("f4"), tree)
+
+    def draw(path, leaf):
+        noise = rng.normal(size=leaf.shape) * (leaf.shape[-2] ** -0.5 if leaf.ndim > 1 else 0.1)
+        start = {"scale": 1, "logit_scale": np.log(1 / 0.07)}.get(path[-1].key, 0)
+        return jnp.asarray(noise + start, jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, tree)
+
+
+@pytest.fixture(scope="module")
+def apply():
+    """The tiny CLIP, jitted once: apply({"params": …}, images, tokens)."""
+    return jax.jit(clip.CLIP(**TINY).apply)
+
+
+@pytest.fixture(scope="module")
+def encode():
+    """Its text tower alone: encode({"params": …}, tokens) -> (z_t, hidden states)."""
+    return jax.jit(partial(clip.CLIP(**TINY).apply, method="encode_text"))
 
 
 def np_ln(p, x):
@@ -91,12 +110,10 @@ def np_text(p, tokens):
     return hidden[list(tokens).index(EOT)] @ p["proj"]["kernel"], hidden
 
 
-def test_forward_equals_numpy(params, images):
-    model = clip.CLIP(**TINY)
+def test_forward_equals_numpy(params, images, apply, encode):
     p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
-    z_i, z_t, scale = jax.jit(model.apply)({"params": params}, images, jnp.asarray(TOKENS))
-    text = jax.jit(partial(model.apply, method="encode_text"))
-    _, hidden = text({"params": params}, jnp.asarray(TOKENS))
+    z_i, z_t, scale = apply({"params": params}, images, jnp.asarray(TOKENS))
+    _, hidden = encode({"params": params}, jnp.asarray(TOKENS))
     close = dict(rtol=2e-5, atol=2e-5)
     for row in range(2):
         ref_t, ref_hidden = np_text(p["text"], TOKENS[row])
@@ -170,10 +187,9 @@ def test_counts_by_arithmetic():
     assert (p["text_width"], p["text_layers"]) == (1024, 24)
 
 
-def test_text_is_causal_and_read_at_its_end(params):
-    model = clip.CLIP(**TINY)
-    encode = jax.jit(lambda t: model.apply({"params": params}, t, method="encode_text"))
-    z, hidden = encode(jnp.asarray(TOKENS))
+def test_text_is_causal_and_read_at_its_end(params, encode):
+    encode = partial(encode, {"params": params})
+    z, hidden = map(np.asarray, encode(jnp.asarray(TOKENS)))
     after = TOKENS.copy()
     after[0, 4:] = [17, 4, 9]  # beyond the first row's end token
     z2, hidden2 = encode(jnp.asarray(after))
@@ -185,19 +201,19 @@ def test_text_is_causal_and_read_at_its_end(params):
     z3, hidden3 = encode(jnp.asarray(before))
     assert np.abs(z[0] - z3[0]).max() > 1e-4
     np.testing.assert_array_equal(hidden[0, 0], hidden3[0, 0])
-    short, _ = encode(jnp.asarray(TOKENS[:1, :4]))
+    short, _ = encode(TOKENS[:1, :4])
     np.testing.assert_allclose(short, z[:1], rtol=1e-5, atol=1e-6)
 
 
-def test_embeddings_are_not_normalised(params, images):
-    z_i, z_t, _ = jax.jit(clip.CLIP(**TINY).apply)({"params": params}, images, jnp.asarray(TOKENS))
+def test_embeddings_are_not_normalised(params, images, apply):
+    z_i, z_t, _ = apply({"params": params}, images, jnp.asarray(TOKENS))
     assert np.abs(np.linalg.norm(z_i, axis=1) - 1).min() > 1e-3
     assert np.abs(np.linalg.norm(z_t, axis=1) - 1).min() > 1e-3
 
 
-def test_fold_and_remat_change_nothing(params, images):
+def test_fold_and_remat_change_nothing(params, images, apply):
     tokens = jnp.asarray(TOKENS)
-    plain = jax.jit(clip.CLIP(**TINY).apply)({"params": params}, images, tokens)
+    plain = apply({"params": params}, images, tokens)
     folded = clip.CLIP(**TINY, fold=True, remat="full")
     same = jax.jit(folded.apply)({"params": stack_blocks(params)}, images, tokens)
     for a, b in zip(plain, same):
@@ -206,12 +222,13 @@ def test_fold_and_remat_change_nothing(params, images):
     assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, stack_blocks(params))
 
 
-def test_bf16_is_close(params, images):
+def test_bf16_is_close(params, images, apply):
     tokens = jnp.asarray(TOKENS)
-    z = jax.jit(clip.CLIP(**TINY).apply)({"params": params}, images, tokens)
+    z = apply({"params": params}, images, tokens)
     low = jax.jit(clip.CLIP(**TINY, dtype=jnp.bfloat16).apply)({"params": params}, images, tokens)
     for a, b in zip(z[:2], low[:2]):
         assert b.dtype == jnp.float32
+        a, b = np.asarray(a), np.asarray(b)
         cosine = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
         assert (cosine > 0.999).all()
 
@@ -234,33 +251,46 @@ def test_temperature_starts_caps_and_comes_back():
 
 
 def test_initial_values_and_sigmoid_bias(images):
-    tokens = jnp.asarray(TOKENS)
-    p = jax.jit(clip.CLIP(**TINY).init)(jax.random.key(0), images, tokens)["params"]
-    np.testing.assert_allclose(p["logit_scale"], np.log(1 / 0.07), rtol=1e-6)
+    args = jax.random.key(0), images, jnp.asarray(TOKENS)
+    p = jax.eval_shape(clip.CLIP(**TINY).init, *args)["params"]
     assert "logit_bias" not in p and "bias" not in p["vision"]["patch"]
+    start = initial(clip.CLIP(**TINY), ("logit_scale",), *args)
+    np.testing.assert_allclose(start["logit_scale"], np.log(1 / 0.07), rtol=1e-6)
     model = clip.CLIP(**TINY, logit_bias=True)
-    p = jax.jit(model.init)(jax.random.key(0), images, tokens)["params"]
+    p = initial(model, ("logit_scale", "logit_bias"), *args)
     scale, bias = model.apply({"params": p}, method="logit_scale_and_bias")
     np.testing.assert_allclose([scale, bias], [10.0, -10.0], rtol=1e-6)
 
 
+def initial(model, paths, *args):
+    """The initial values of these parameters: the others are not computed."""
+
+    def init(*args):
+        flat = traverse_util.flatten_dict(model.init(*args)["params"], sep="/")
+        return {path: flat[path] for path in paths}
+
+    return jax.jit(init)(*args)
+
+
 def test_initial_deviations():
     kwargs = clip.PRESETS["emoji"] | {"text_layers": 1, "vision_layers": 1, "vocab_size": 2000}
-    shapes = jnp.zeros((1, 64, 64, 3)), jnp.zeros((1, 32), jnp.int32)
-    p = jax.jit(clip.CLIP(**kwargs).init)(jax.random.key(0), *shapes)["params"]
-    for leaf, std in [
-        (p["text"]["token"]["embedding"], 0.02),
-        (p["text"]["position"], 0.01),
-        (p["vision"]["position"], 128**-0.5),
-        (p["vision"]["class_token"], 128**-0.5),
-        (p["vision"]["proj"]["kernel"], 128**-0.5),
-        (p["text"]["transformer"]["block_0"]["attn"]["q"]["kernel"], 128**-0.5),
-        (p["text"]["transformer"]["block_0"]["mlp"]["fc"]["kernel"], 256**-0.5),
-        (p["text"]["transformer"]["block_0"]["mlp"]["proj"]["kernel"], 256**-0.5),
-    ]:
-        assert abs(np.std(leaf) / std - 1) < 0.2
+    wanted = {
+        "text/token/embedding": 0.02,
+        "text/position": 0.01,
+        "vision/position": 128**-0.5,
+        "vision/class_token": 128**-0.5,
+        "vision/proj/kernel": 128**-0.5,
+        "text/transformer/block_0/attn/q/kernel": 128**-0.5,
+        "text/transformer/block_0/mlp/fc/kernel": 256**-0.5,
+        "text/transformer/block_0/mlp/proj/kernel": 256**-0.5,
+    }
+    patch = "vision/patch/kernel"
+    inputs = jax.random.key(0), np.zeros((1, 64, 64, 3), "f4"), np.zeros((1, 32), np.int32)
+    p = initial(clip.CLIP(**kwargs), (*wanted, patch), *inputs)
+    for path, std in wanted.items():
+        assert abs(np.std(p[path]) / std - 1) < 0.2, path
     bound = (3 * 8 * 8) ** -0.5  # torch's convolution default
-    assert 0.95 * bound < np.abs(p["vision"]["patch"]["kernel"]).max() <= bound
+    assert 0.95 * bound < np.abs(p[patch]).max() <= bound
 
 
 def test_normalise():
@@ -284,18 +314,19 @@ def test_resize_equals_pil_bicubic(size):
 
 
 def test_resize_does_not_overshoot_and_leaves_the_right_size_alone():
-    x = jnp.where(jnp.arange(16)[None, :, None, None] < 8, -1.0, 1.0)
-    x = jnp.broadcast_to(x, (1, 16, 16, 3))
-    out = clip.resize_for_clip(x, 40)
-    assert out.min() >= clip.normalise(-jnp.ones(3)).min() - 1e-6
-    assert (out <= clip.normalise(jnp.ones(3)) + 1e-6).all()
+    x = np.where(np.arange(16)[None, :, None, None] < 8, np.float32(-1), np.float32(1))
+    x = np.broadcast_to(x, (1, 16, 16, 3))
+    out = np.asarray(clip.resize_for_clip(x, 40))
+    black, white = np.asarray(clip.normalise(np.float32([[-1] * 3, [1] * 3])))
+    assert out.min() >= black.min() - 1e-6
+    assert (out <= white + 1e-6).all()
     np.testing.assert_array_equal(clip.resize_for_clip(x, 16), clip.normalise(x))
 
 
 def test_errors_say_what_is_expected(params, images):
     model = clip.CLIP(**TINY)
     with pytest.raises(ConfigError, match=r"\(2, 9, 9, 3\).*\[B, 8, 8, 3\]"):
-        model.apply({"params": params}, jnp.zeros((2, 9, 9, 3)), method="encode_image")
+        model.apply({"params": params}, np.zeros((2, 9, 9, 3)), method="encode_image")
     with pytest.raises(ConfigError, match="8 tokens; expected at most 7"):
         model.apply({"params": params}, jnp.zeros((1, 8), jnp.int32), method="encode_text")
     with pytest.raises(ConfigError, match="square"):
@@ -310,7 +341,6 @@ def test_a_clip_with_one_tower(params, images, absent, tower):
     kept = {name: tree for name, tree in params.items() if name != absent}
     assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, kept)
     model, variables = task.model, {"params": kept}
-    whole = clip.CLIP(**TINY)
     calls = {"image": ("encode_image", images), "text": ("encode_text", jnp.asarray(TOKENS))}
     method, given = calls.pop(tower)
     with pytest.raises(ConfigError, match=f"no {tower} tower; convert with the {tower} encoder's"):
@@ -319,8 +349,8 @@ def test_a_clip_with_one_tower(params, images, absent, tower):
         model.apply(variables, images, jnp.asarray(TOKENS))
     [(method, given)] = calls.values()
     ours = jax.jit(partial(model.apply, method=method))(variables, given)
-    theirs = jax.jit(partial(whole.apply, method=method))({"params": params}, given)
-    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    whole = jax.jit(partial(clip.CLIP(**TINY).apply, method=method))
+    jax.tree.map(np.testing.assert_array_equal, ours, whole({"params": params}, given))
     np.testing.assert_allclose(
         model.apply(variables, method="logit_scale_and_bias")[0],
         np.exp(params["logit_scale"]),
@@ -328,12 +358,11 @@ def test_a_clip_with_one_tower(params, images, absent, tower):
     )
 
 
-def test_half_precision_weights_lose_nothing_more(params, images):
+def test_half_precision_weights_lose_nothing_more(params, images, apply):
     """Parameters kept in float16, as converted ones may be: the arithmetic is float32."""
     tokens = jnp.asarray(TOKENS)
-    half = jax.tree.map(lambda a: a.astype(jnp.float16), params)
-    full = jax.tree.map(lambda a: a.astype(jnp.float32), half)
-    run = jax.jit(clip.CLIP(**TINY).apply)
-    for a, b in zip(*(run({"params": p}, images, tokens) for p in (half, full))):
+    half = jax.tree.map(lambda a: np.asarray(a, np.float16), params)
+    full = jax.tree.map(np.float32, half)
+    for a, b in zip(*(apply({"params": p}, images, tokens) for p in (half, full))):
         assert a.dtype == jnp.float32
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)

@@ -114,7 +114,8 @@ def test_where_the_features_are_taken():
             shrunk = [(n - k) // unit.stride + 1 for n, k in zip((height, width), unit.kernel)]
             height, width = shrunk
         mark = marks.get(unit.path[-2:], 0)
-        values = (jnp.arange(unit.features) + 1000 * mark) * (mark > 0) + 0 * x[:, :1, :1, :1]
+        values = (jnp.arange(unit.features) + 1000 * mark) * (mark > 0)
+        values = values[None, None, None] + 0 * x[:, :1, :1, :1]
         return jnp.broadcast_to(values, (len(x), height, width, unit.features))
 
     rng = np.random.default_rng(0)
@@ -128,7 +129,9 @@ def test_where_the_features_are_taken():
     pool3 = np.concatenate([2000 + np.arange(320), np.zeros(1536), 3000 + np.arange(192)])
     np.testing.assert_allclose(features.pool3, np.stack([pool3] * 2), rtol=1e-5)
     np.testing.assert_allclose(features.logits_unbiased[0], pool3 @ head["kernel"], rtol=1e-3)
-    np.testing.assert_allclose(features.logits, features.logits_unbiased + head["bias"], rtol=1e-5)
+    np.testing.assert_allclose(
+        features.logits, np.asarray(features.logits_unbiased) + head["bias"], rtol=1e-5
+    )
 
 
 def test_what_is_asked_wrongly():

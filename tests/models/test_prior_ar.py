@@ -41,9 +41,14 @@ def inputs():
 @pytest.fixture(scope="module")
 def params(inputs):
     model = ar.ARPrior(**TINY, learned_null=True)
-    tree = jax.jit(model.init)(jax.random.key(0), *inputs)["params"]
-    rng = np.random.default_rng(2)
-    return jax.tree.map(lambda a: a + 0.2 * rng.normal(size=a.shape).astype("f4"), tree)
+    tree = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+    rng = np.random.default_rng(2)  # no zeros or ones, which would hide mistakes
+
+    def draw(path, leaf):
+        noise = rng.normal(size=leaf.shape) * (leaf.shape[0] ** -0.5 if leaf.ndim > 1 else 0.2)
+        return jnp.asarray(noise + (path[-1].key == "scale"), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, tree)
 
 
 @pytest.fixture(scope="module")

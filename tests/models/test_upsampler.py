@@ -1,7 +1,6 @@
 """The upsamplers: published sizes, the bicubic they are fed, and crops against the full size."""
 
 import math
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +11,6 @@ from PIL import Image
 from unclip.errors import ConfigError
 from unclip.models.upsampler import PRESETS, Upsampler, upsample
 
-jit = partial(
-    jax.jit,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-    },
-)
 TINY = dict(channels=4, multipliers=(1, 1), blocks=1, attention=(False, False), groups=2)
 
 
@@ -92,7 +84,7 @@ def test_a_crop_sees_what_the_full_picture_sees():
     model = Upsampler(**TINY, norm="rms")
     x, low, t = normal(0, 1, 128, 128, 3), normal(1, 1, 32, 32, 3), jnp.array([40])
     params = randomised(model, x, t, low)
-    apply = jit(model.apply)
+    apply = jax.jit(model.apply)
     full = apply(params, x, t, low)
     crop = apply(params, x[:, 8:120, 8:120], t, low[:, 2:30, 2:30])
     np.testing.assert_allclose(crop[:, 48:64, 48:64], full[:, 56:72, 56:72], atol=1e-4)
@@ -111,7 +103,7 @@ def test_group_norm_params_run_at_any_multiple_of_the_unit():
 def test_it_reads_the_small_picture_and_starts_at_zero():
     model = Upsampler(**TINY, patch=2)
     args = normal(0, 2, 16, 16, 3), jnp.array([7, 900]), normal(1, 2, 4, 4, 3)
-    apply = jit(model.apply)
+    apply = jax.jit(model.apply)
     params = randomised(model, *args)
     zero = jax.tree.map(jnp.copy, params)
     out = zero["params"]["unet"]["conv_out"]

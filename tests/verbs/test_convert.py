@@ -1,11 +1,7 @@
 """`unclip convert` as a user sees it: the verb, its errors and its exit codes."""
 
-import concurrent.futures
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -16,7 +12,6 @@ from unclip.cascade import bundle
 from unclip.files import tensors
 from unclip.interop import formats
 
-ROOT = pathlib.Path(__file__).parents[2]
 ARCH = dict(
     embed_dim=8, image_size=8, patch_size=4, vision_width=64, vision_layers=1, vision_heads=1,
     text_width=64, text_layers=1, text_heads=1, context=77, activation="quick_gelu",
@@ -42,35 +37,36 @@ def hf_folder(clip_bundle):
     return folder
 
 
-def verb(*arguments):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "unclip", "convert", *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-    assert "Traceback" not in done.stderr, done.stderr
-    return done
+@pytest.fixture(scope="module")
+def convert(serve_verb):
+    """convert(*arguments) -> (exit code, stdout, stderr), see `serve_verb`."""
+    with serve_verb("convert") as run:
+        yield run
 
 
-def test_there_and_back_keeps_every_bit(clip_bundle, hf_folder, tmp_path):
-    done = verb("--from", "hf-clip", hf_folder, "--out", tmp_path / "back")
-    assert done.returncode == 0, done.stderr
+def test_there_and_back_keeps_every_bit(convert, clip_bundle, hf_folder, tmp_path):
+    code, out, err = convert("--from", "hf-clip", hf_folder, "--out", tmp_path / "back")
+    assert code == 0, err
     want, got = (bundle.read_part(f, "clip") for f in (clip_bundle, tmp_path / "back"))
     count = sum(leaf.size for leaf in jax.tree.leaves(want.params))
-    assert f"{count:,} parameters" in done.stdout
-    assert bundle.describe(tmp_path / "back")["hash"] in done.stdout
+    assert f"{count:,} parameters" in out
+    assert bundle.describe(tmp_path / "back")["hash"] in out
     assert jax.tree.structure(want.params) == jax.tree.structure(got.params)
     for a, b in zip(jax.tree.leaves(want.params), jax.tree.leaves(got.params)):
         assert a.dtype == b.dtype and a.tobytes() == b.tobytes()
     assert {name: got.arch[name] for name in ARCH} == ARCH
 
 
-def test_dtype_is_cast_on_the_way(hf_folder, tmp_path):
-    done = verb("--from=hf-clip", hf_folder, f"--out={tmp_path / 'b'}", "--dtype=float32")
-    assert done.returncode == 0, done.stderr
+def test_dtype_is_cast_on_the_way(convert, hf_folder, tmp_path):
+    code, _, err = convert(
+        "--from=hf-clip", hf_folder, f"--out={tmp_path / 'b'}", "--dtype=float32"
+    )
+    assert code == 0, err
     leaves = jax.tree.leaves(bundle.read_part(tmp_path / "b", "clip").params)
     assert {leaf.dtype for leaf in leaves} == {np.dtype(np.float32)}
 
 
-def test_other_tensors_are_listed_and_nothing_is_written(hf_folder, tmp_path):
+def test_other_tensors_are_listed_and_nothing_is_written(convert, hf_folder, tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     (source / "config.json").write_bytes((hf_folder / "config.json").read_bytes())
@@ -79,19 +75,19 @@ def test_other_tensors_are_listed_and_nothing_is_written(hf_folder, tmp_path):
     found["lora.weight"] = np.zeros((2, 3), np.float32)
     found["visual_projection.weight"] = np.zeros((8, 32), np.float32)
     tensors.write(source / "model.safetensors", found)
-    done = verb("--from", "hf-clip", source, "--out", tmp_path / "out")
-    assert done.returncode == 78
+    code, _, err = convert("--from", "hf-clip", source, "--out", tmp_path / "out")
+    assert code == 78
     for line in (
         "1 tensors missing, 1 not expected, 1 of another shape",
         "missing  text_projection.weight  ->  text/proj/kernel [64, 8]",
         "extra    lora.weight [2, 3]",
         "shape    visual_projection.weight [8, 32], [32, 8] as ours  ->  vision/proj/kernel",
     ):
-        assert line in done.stderr
+        assert line in err
     assert not (tmp_path / "out").exists()
 
 
-def test_wrong_commands_are_one_line(clip_bundle, hf_folder, tmp_path):
+def test_wrong_commands_are_one_line(convert, clip_bundle, hf_folder, tmp_path):
     out = tmp_path / "o"
     cases = [
         (["x", "--out", out], "expected either --from FORMAT or --to FORMAT"),
@@ -102,11 +98,10 @@ def test_wrong_commands_are_one_line(clip_bundle, hf_folder, tmp_path):
         (["--to", "hf-clip", clip_bundle, hf_folder, "--out", out], "takes one bundle, given 2"),
         (["--to", "hf-clip", clip_bundle, "--dtype=float32", "--out", out], "with --from only"),
     ]
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        finished = list(pool.map(lambda case: verb(*case[0]), cases))
-    for (arguments, message), done in zip(cases, finished):
-        assert (done.returncode, message in done.stderr) == (78, True), (arguments, done.stderr)
-        assert len(done.stderr.splitlines()) == 1 and not out.exists()
+    for arguments, message in cases:
+        code, _, err = convert(*arguments)
+        assert (code, message in err) == (78, True), (arguments, err)
+        assert len(err.splitlines()) == 1 and not out.exists()
 
 
 @pytest.mark.parametrize(

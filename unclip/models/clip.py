@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip.errors import ConfigError
-from unclip.models.transformer import LayerNorm, Transformer, causal_mask
+from unclip.models.transformer import LayerNorm, Transformer, beside, causal_mask
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -70,7 +70,7 @@ def normalise(images: jax.Array) -> jax.Array:
       float32, same shape; about -1.8 to 2.2.
     """
     unit = (images.astype(jnp.float32) + 1.0) / 2.0
-    return (unit - jnp.asarray(IMAGE_MEAN)) / jnp.asarray(IMAGE_STD)
+    return (unit - beside(IMAGE_MEAN, unit)) / beside(IMAGE_STD, unit)
 
 
 def resize_for_clip(images: jax.Array, size: int) -> jax.Array:
@@ -161,7 +161,7 @@ class VisionTower(nn.Module):
         token = self.param("class_token", scaled, (width,), jnp.float32)
         position = self.param("position", scaled, (x.shape[1] + 1, width), jnp.float32)
         token = jnp.broadcast_to(token.astype(x.dtype), (x.shape[0], 1, width))
-        x = jnp.concatenate([token, x], axis=1) + position.astype(x.dtype)
+        x = jnp.concatenate([token, x], axis=1) + position.astype(x.dtype)[None]
         x = LayerNorm(dtype=self.dtype, name="ln_pre")(x)
         x = Transformer(
             width,
@@ -225,7 +225,7 @@ class TextTower(nn.Module):
             fold=self.fold,
             attention_impl=self.attention_impl,
             name="transformer",
-        )(x + position[:length].astype(x.dtype), causal_mask(length))
+        )(x + position[None, :length].astype(x.dtype), causal_mask(length))
         hidden = LayerNorm(dtype=self.dtype, name="ln_final")(x)
         end = jnp.argmax(tokens, axis=-1)  # the end-of-text id is the highest; its first place
         pooled = jnp.take_along_axis(hidden, end[:, None, None], axis=1)[:, 0]

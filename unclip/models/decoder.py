@@ -53,8 +53,8 @@ class TextEncoder(nn.Module):
         words = nn.Embed(
             self.vocab, self.width, embedding_init=normal(0.02), dtype=self.dtype, name="token"
         )(tokens)
-        positions = self.param("positions", normal(0.01), shape)[:length].astype(self.dtype)
-        padding = self.param("padding", normal(0.02), shape)[:length].astype(self.dtype)
+        positions = self.param("positions", normal(0.01), shape)[None, :length].astype(self.dtype)
+        padding = self.param("padding", normal(0.02), shape)[None, :length].astype(self.dtype)
         x = jnp.where(text_mask[..., None], words + positions, padding)
         x = Transformer(
             self.width,

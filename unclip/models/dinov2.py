@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip.errors import ConfigError, unknown
-from unclip.models.transformer import MLP, Attention, LayerNorm
+from unclip.models.transformer import MLP, Attention, LayerNorm, beside
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)  # of ImageNet
 IMAGE_STD = (0.229, 0.224, 0.225)
@@ -55,7 +55,7 @@ PRESETS: dict[str, dict] = _PLAIN | {
 def normalise(images: jax.Array) -> jax.Array:
     """uint8 [..., 3] RGB -> float32, (value / 255 - IMAGE_MEAN) / IMAGE_STD."""
     unit = images.astype(jnp.float32) / 255.0
-    return (unit - jnp.asarray(IMAGE_MEAN)) / jnp.asarray(IMAGE_STD)
+    return (unit - beside(IMAGE_MEAN, unit)) / beside(IMAGE_STD, unit)
 
 
 def position_matrix(old: int, new: int, interpolation: str) -> np.ndarray:
@@ -130,13 +130,13 @@ class Block(nn.Module):
         y, _ = Attention(self.width, self.heads, 0.02, self.dtype, name="attn")(
             norm(name="ln_1")(x)
         )
-        x = x + y * self._scale("scale_1", y)
+        x = x + y * beside(self._scale("scale_1", y), y)
         if self.ffn == "swiglu":
             ffn = SwiGLU(self.hidden, self.dtype, name="mlp")
         else:
             ffn = MLP(self.hidden, "gelu", 0.02, self.dtype, name="mlp")
         y = ffn(norm(name="ln_2")(x))
-        return x + y * self._scale("scale_2", y)
+        return x + y * beside(self._scale("scale_2", y), y)
 
     def _scale(self, name: str, y: jax.Array) -> jax.Array:
         scale = self.param(name, nn.initializers.ones, (self.width,), jnp.float32)
@@ -200,7 +200,7 @@ class DINOv2(nn.Module):
         x = x.reshape(x.shape[0], -1, self.width)
         token, grid = param("class_token", self.width), self.image_size // patch
         position = param("position", 1 + grid**2, self.width)
-        x = x + self._resized(position[1:], grid, size // patch).astype(x.dtype)
+        x = x + self._resized(position[1:], grid, size // patch).astype(x.dtype)[None]
         leading = [token + position[0]]
         if self.registers:
             leading += list(param("registers", self.registers, self.width))

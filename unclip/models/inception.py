@@ -70,6 +70,7 @@ class Unit(nn.Module):
         var = self.param("var", nn.initializers.ones, (self.features,))
         x = _convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.pad)
         gain = scale.astype(jnp.float32) / jnp.sqrt(var.astype(jnp.float32) + 1e-3)
+        mean, gain, bias = (v[None, None, None] for v in (mean, gain, bias))
         x = (x.astype(jnp.float32) - mean) * gain + bias
         return nn.relu(x).astype(self.dtype)
 
@@ -116,7 +117,7 @@ def _average(x):
     """The picture's size is kept, and padding is not counted."""
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     inside = [np.convolve(np.ones(n), np.ones(3), "same") for n in x.shape[1:3]]
-    share = 1 / np.outer(*inside)[..., None]
+    share = 1 / np.outer(*inside)[None, ..., None]
     return _pool(padded, jnp.add) * share.astype(x.dtype)
 
 
@@ -206,7 +207,7 @@ class Head(nn.Module):
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], CLASSES))
         bias = self.param("bias", nn.initializers.zeros, (CLASSES,))
         unbiased = jnp.matmul(x, kernel.astype(jnp.float32), precision="highest")
-        return unbiased + bias, unbiased
+        return unbiased + bias[None], unbiased
 
 
 # name, kind, width.

@@ -197,7 +197,8 @@ class DiffusionPrior(nn.Module):
 
         length = self.context + EXTRA_TOKENS
         position = self.param("position", small, (length, self.width), jnp.float32)
-        x = jnp.concatenate([text, z_t, time, z_i, query], axis=1) + position.astype(self.dtype)
+        x = jnp.concatenate([text, z_t, time, z_i, query], axis=1)
+        x = x + position.astype(self.dtype)[None]
         mask = jnp.pad(mask, ((0, 0), (0, EXTRA_TOKENS)), constant_values=True)
         if self.norm_in:
             x = LayerNorm(dtype=self.dtype, name="norm_in")(x)

@@ -149,7 +149,7 @@ class ARPrior(nn.Module):
             )
         x, mask = self._prefix(z_t, text_hidden, text_mask, dot, drop_text)
         x = jnp.concatenate([x, self.code(codes[:, :-1])], axis=1)
-        x = x + self.position.astype(x.dtype)
+        x = x + self.position.astype(x.dtype)[None]
         x = self.transformer(x, causal_mask(self.length) & mask[:, None, None])
         return self._logits(x[:, self.prefix - 1 :])
 
@@ -160,7 +160,7 @@ class ARPrior(nn.Module):
           (logits float32 [B, buckets] of code 0, the cache that `step` continues: a pytree).
         """
         x, mask = self._prefix(z_t, text_hidden, text_mask, dot, drop_text)
-        x = x + self.position[: self.prefix].astype(x.dtype)
+        x = x + self.position[None, : self.prefix].astype(x.dtype)
         # The keys of codes not read yet are behind every prefix position, so causality hides them.
         causal = causal_mask(self.length)[:, :, : self.prefix]
         cache = self.transformer.init_cache(x.shape[0], self.length)
@@ -180,7 +180,7 @@ class ARPrior(nn.Module):
         """
         at = self.prefix + n
         x = self.code(code)[:, None]
-        x = x + jax.lax.dynamic_slice_in_dim(self.position, at, 1).astype(x.dtype)
-        seen = cache["mask"] & (jnp.arange(self.length) <= at)
+        x = x + jax.lax.dynamic_slice_in_dim(self.position, at, 1).astype(x.dtype)[None]
+        seen = cache["mask"] & (jnp.arange(self.length) <= at)[None]
         x, attention = self.transformer(x, seen[:, None, None], cache["attention"], at)
         return self._logits(x[:, 0]), {"attention": attention, "mask": cache["mask"]}

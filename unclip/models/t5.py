@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip.errors import ConfigError, unknown
-from unclip.models.transformer import ATTENTION_IMPLS, remat_policy
+from unclip.models.transformer import ATTENTION_IMPLS, beside, remat_policy
 
 ACTIVATIONS = {"relu": jax.nn.relu, "gelu_tanh": partial(jax.nn.gelu, approximate=True)}
 
@@ -84,7 +84,7 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
         x = x.astype(jnp.float32)
         inverse = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-        return (x * inverse * scale).astype(self.dtype)
+        return (x * inverse * beside(scale, x)).astype(self.dtype)
 
 
 class Attention(nn.Module):

@@ -156,6 +156,11 @@ def gather_dtype(x, *weights, dtype=None, **options):
     return (x, *weights)
 
 
+def beside(vector, x: jax.Array) -> jax.Array:
+    """`vector` [W] as [1, …, 1, W], of as many dimensions as x [..., W]."""
+    return jax.lax.expand_dims(jnp.asarray(vector), range(x.ndim - 1))
+
+
 def causal_mask(length: int) -> jax.Array:
     """bool [1, 1, length, length]: position i may attend to positions 0..i."""
     return jnp.tril(jnp.ones((length, length), bool))[None, None]
@@ -195,7 +200,8 @@ class LayerNorm(nn.Module):
         x = x.astype(jnp.float32)
         centred = x - x.mean(-1, keepdims=True)
         variance = jnp.square(centred).mean(-1, keepdims=True)
-        return (centred * jax.lax.rsqrt(variance + self.eps) * scale + bias).astype(self.dtype)
+        normed = centred * jax.lax.rsqrt(variance + self.eps)
+        return (normed * beside(scale, x) + beside(bias, x)).astype(self.dtype)
 
 
 class Attention(nn.Module):

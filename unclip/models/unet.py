@@ -94,8 +94,8 @@ class Norm(nn.Module):
             mean, square = moments.reshape(2, batch, groups, -1).mean(-1)
             inverse = jax.lax.rsqrt(jnp.maximum(square - mean * mean, 0.0) + eps)
             mean, inverse = (jnp.repeat(v, channels // groups, axis=1) for v in (mean, inverse))
-            multiplier = inverse * scale
-            offset = bias - mean * multiplier
+            multiplier = inverse * scale[None]
+            offset = bias[None] - mean * multiplier
         if film is not None:
             factor, shift = (v.astype(jnp.float32) for v in film)
             multiplier, offset = multiplier * (1 + factor), offset * (1 + factor) + shift
