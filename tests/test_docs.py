@@ -236,3 +236,16 @@ def test_exit_codes():
     for page in ("training.md", "runbook.md"):
         text = (ROOT / "docs" / page).read_text()
         assert codes <= {int(code) for code in re.findall(r"^\| (\d+) ?\|", text, re.MULTILINE)}
+
+
+def test_the_rooms_files_are_there():
+    """Every file that docs/architecture.md names, and every folder of the README's tree."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    named = set(re.findall(r"`((?:\w+/)+\w+\.\w+)`", text))
+    assert len(named) > 40
+    gone = [n for n in named if not any((ROOT / top / n).exists() for top in ("", "unclip"))]
+    assert not [name for name in gone if "NAME" not in name and "STAGE" not in name]
+    tree = (ROOT / "README.md").read_text().partition("## What is where")[2].split("```")[1]
+    rooms = re.findall(r"^  (\w+)/ ", tree, re.MULTILINE)
+    here = {path.name for path in (ROOT / "unclip").iterdir() if (path / "__init__.py").exists()}
+    assert set(rooms) == here

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import re
+import sys
 from typing import Any
 
 import jax
@@ -46,7 +47,7 @@ def train(config: ConfigDict, workdir: str) -> None:
         fingerprint = "streaming" if data is None else data.fingerprint
         state, position = restored(plan, saver, workdir, fingerprint)
         first = int(state["step"])
-        log_parameters(plan)
+        print_parameters(plan)
 
         rows = {
             "process_index": distributed.process_index(),
@@ -93,8 +94,8 @@ def write_config(config: ConfigDict, folder: pathlib.Path) -> None:
             path.write_text(json.dumps(as_json(config), indent=1, sort_keys=True))
 
 
-def log_parameters(plan: Plan) -> None:
-    """Logs what is trained: parameters by branch, with their sharding, and of frozen parts."""
+def print_parameters(plan: Plan) -> None:
+    """Prints what is trained, by branch, and what is frozen beside it: counts of parameters."""
     sizes: dict[str, int] = {}
     for path, leaf in sharding.tree_paths(plan.params).items():
         branch = "/".join([plan.config.stage, path.split("/")[0]])
@@ -104,7 +105,8 @@ def log_parameters(plan: Plan) -> None:
     trained = sum(leaf.size for leaf in jax.tree.leaves(plan.params))
     width = max(map(len, sizes))
     lines = [f"  {name:<{width}}  {count:>14,}" for name, count in sizes.items()]
-    logging.info("%s trained parameters:\n%s", f"{trained:,}", "\n".join(lines))
+    if distributed.is_main():
+        print(f"{trained:,} trained parameters", *lines, sep="\n", file=sys.stderr)
 
 
 def restored(
