@@ -36,10 +36,6 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 jax.config.update("jax_disable_most_optimizations", True)
 # Tests of rooms that leave [B] + [A, B] to NumPy's rules; elsewhere it is an error.
 PROMOTING = (
-    "tasks",
-    "training",
-    "cascade",
-    "test_docs.py",
     "test_kandinsky.py",
     "test_embedded.py",
 )

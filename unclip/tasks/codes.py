@@ -14,6 +14,7 @@ import numpy as np
 
 from unclip.errors import ConfigError
 from unclip.models.prior_ar import ARPrior
+from unclip.models.transformer import beside
 
 RANGE_SIGMAS = 4.0  # a normal dimension leaves the buckets' range once in 16,000 values
 
@@ -69,13 +70,15 @@ def fit_pca(
 
 def encode(pca: PCA, z: jax.Array) -> jax.Array:
     """Coefficients float32 [..., N] of embeddings [..., D]."""
-    return (z - jnp.asarray(pca.mean, jnp.float32)) @ jnp.asarray(pca.components, jnp.float32)
+    mean = beside(jnp.asarray(pca.mean, jnp.float32), z)
+    return (z - mean) @ jnp.asarray(pca.components, jnp.float32)
 
 
 def decode(pca: PCA, coefficients: jax.Array) -> jax.Array:
     """Embeddings float32 [..., D] from coefficients [..., N]."""
     components = jnp.asarray(pca.components, jnp.float32)
-    return coefficients @ components.T + jnp.asarray(pca.mean, jnp.float32)
+    mean = beside(jnp.asarray(pca.mean, jnp.float32), coefficients)
+    return coefficients @ components.T + mean
 
 
 def _bucket_width(scale, buckets, range_sigmas):
@@ -95,7 +98,7 @@ def quantise(
     The buckets of dimension n cut +-range_sigmas * scale[n] into equal parts; values beyond fall
     into the end buckets.
     """
-    width = _bucket_width(scale, buckets, range_sigmas)
+    width = beside(_bucket_width(scale, buckets, range_sigmas), coefficients)
     index = jnp.floor(coefficients / width + buckets / 2)
     return jnp.clip(index, 0, buckets - 1).astype(jnp.int32)
 
@@ -107,7 +110,7 @@ def dequantise(
     range_sigmas: float = RANGE_SIGMAS,
 ) -> jax.Array:
     """Bucket centres float32 [..., N] of codes int [..., N]; at most half a bucket off."""
-    width = _bucket_width(scale, buckets, range_sigmas)
+    width = beside(_bucket_width(scale, buckets, range_sigmas), codes)
     return (codes.astype(jnp.float32) + 0.5 - buckets / 2) * width
 
 

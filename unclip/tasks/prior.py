@@ -185,13 +185,15 @@ class DiffusionPriorTask(_Conditioned):
         """z_i to the space the diffusion runs in, [B, D]."""
         if self.embedding == "scale":
             return self.scale * unit(z_i)
-        return (z_i - frozen["statistics"]["mean"]) / frozen["statistics"]["std"]
+        mean, std = (frozen["statistics"][name][None] for name in ("mean", "std"))
+        return (z_i - mean) / std
 
     def decode(self, frozen, x_0):
         """The inverse of `encode`; a unit vector when embeddings are scaled."""
         if self.embedding == "scale":
             return unit(x_0)
-        return x_0 * frozen["statistics"]["std"] + frozen["statistics"]["mean"]
+        mean, std = (frozen["statistics"][name][None] for name in ("mean", "std"))
+        return x_0 * std + mean
 
     def loss(self, params, frozen, batch, key, *, train):
         """L_prior = E |f(z_i^(t), t, y) - z_i|^2 in the space of `encode` (paper, section 2.2)."""
