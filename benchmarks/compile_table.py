@@ -5,7 +5,8 @@
 Each cell is one run of `unclip compile` in a process of its own, so that its memory is returned,
 and one JSON file in --out; a cell whose file exists is not compiled again. --stages and --chips
 choose cells; --parallel runs several at once; --quick leaves out code generation and with it the
-estimated seconds. The table of all finished cells is printed last.
+estimated seconds. The table of all finished cells is printed last; --record FILE.json keeps their
+figures for docs/speed.md.
 """
 
 import argparse
@@ -15,8 +16,11 @@ import pathlib
 import subprocess
 import sys
 
-ROOT = pathlib.Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from benchmarks import record
+
+ROOT = record.ROOT
 
 SLICES = {"v4": "v4:4x4x4", "v5e": "v5e:8x8", "v5p": "v5p:4x4x4", "v6e": "v6e:8x8"}
 # stage -> (config, {generation: slices of a batch}); "" is for the others. The batch is the
@@ -38,7 +42,7 @@ OPTIONS = (
 
 def compile_cell(out: pathlib.Path, stage: str, chip: str, limit: float, quick: bool) -> str:
     """Runs one cell unless its file exists; returns a line about it."""
-    path = out / f"{stage.replace(' ', '-').replace('/', '-')}_{chip}.json"
+    path = _cell(out, stage, chip)
     if path.exists():
         return f"{path.name}: there already"
     config, slices = STAGES[stage]
@@ -68,12 +72,35 @@ def table(out: pathlib.Path) -> str:
         "model FLOPs | estimate s | utilisation | collectives GiB (s) | compile s (CPU) |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for stage in STAGES:
-        for chip in SLICES:
-            path = out / f"{stage.replace(' ', '-').replace('/', '-')}_{chip}.json"
-            if path.exists():
-                lines.append(_row(stage, json.loads(path.read_text())))
+    lines += [_row(stage, cell) for stage, cell in finished(out)]
     return "\n".join(lines)
+
+
+def finished(out: pathlib.Path) -> list[tuple[str, dict]]:
+    """(stage, what `unclip compile` found) of every cell with a file, in the table's order."""
+    paths = [(stage, _cell(out, stage, chip)) for stage in STAGES for chip in SLICES]
+    return [(stage, json.loads(path.read_text())) for stage, path in paths if path.exists()]
+
+
+def figures(out: pathlib.Path) -> list[dict]:
+    """What is kept of the finished cells: temporaries of a chip; where code was generated, the
+    compiler's estimate of a step too."""
+    kept = []
+    for stage, cell in finished(out):
+        what = f"{stage}, {cell['rows']:,} rows on {cell['topology']}, by the compiler"
+        temporaries = cell["memory_per_chip"].get("temporaries")
+        for text, value, unit, against in (
+            ("temporaries of a chip", temporaries and temporaries / 2**30, "GiB", None),
+            ("a step", cell["estimated_seconds"], "s", None),
+            ("utilisation", cell["utilisation"], "", "bfloat16 peak of the chip"),
+        ):
+            if value is not None:
+                kept.append(record.figure(f"{what}: {text}", value, unit, against))
+    return kept
+
+
+def _cell(out: pathlib.Path, stage: str, chip: str) -> pathlib.Path:
+    return out / f"{stage.replace(' ', '-').replace('/', '-')}_{chip}.json"
 
 
 def _row(stage: str, found: dict) -> str:
@@ -103,6 +130,7 @@ def main() -> None:
     parser.add_argument("--limit_seconds", type=float, default=3600)
     parser.add_argument("--quick", action="store_true", help="no code generation, no estimate")
     parser.add_argument("--table", action="store_true", help="compile nothing")
+    parser.add_argument("--record", help="FILE.json that keeps the figures of all finished cells")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     cells = [(stage, chip) for chip in arguments.chips for stage in arguments.stages]
@@ -113,6 +141,8 @@ def main() -> None:
         for line in pool.map(run, [] if arguments.table else cells):
             print(line, file=sys.stderr, flush=True)
     print(table(arguments.out))
+    if arguments.record:
+        record.write(arguments.record, figures(arguments.out))
 
 
 if __name__ == "__main__":

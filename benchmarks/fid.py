@@ -10,6 +10,7 @@ values have no meaning, but the tools must agree on them (pytorch-fid resizes di
 Prints JSON lines: what is measured, a line per tool (seconds of features and of the distance), and
 a line per peer with our speed divided by its speed: `features` is the median over slices, `total`
 of the sums. Imports, compilation and a first call are `start_s`, which is not part of the rest.
+--out FILE.json keeps the ratios for docs/speed.md.
 """
 
 import argparse
@@ -27,8 +28,11 @@ import time
 
 import numpy as np
 
-ROOT = pathlib.Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from benchmarks import record
+
+ROOT = record.ROOT
 
 TOOLS = ("unclip", "torch-fidelity", "pytorch-fid")
 CORES = len(os.sched_getaffinity(0))
@@ -163,6 +167,7 @@ def main():
     parser.add_argument("--size", type=int, default=256, help="their side in pixels")
     parser.add_argument("--slices", type=int, default=20, help="turns a tool takes; even")
     parser.add_argument("--inception", help="the published .pth; random weights without it")
+    parser.add_argument("--out", help="FILE.json that keeps the ratios")
     parser.add_argument("--tool", choices=TOOLS, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.tool:
@@ -185,15 +190,17 @@ def main():
             tool: subprocess.Popen([*command, tool], env=environment, **pipes) for tool in TOOLS
         }
         try:
-            compare(tools, folders, given.count)
+            kept = compare(tools, folders, given.count)
         finally:
             for process in tools.values():
                 process.stdin.close()
                 process.wait()
+    if given.out:
+        record.write(given.out, kept, device="cpu")
 
 
 def compare(tools, folders, count):
-    """Runs the tools in turn and prints a line for each, then the ratios."""
+    """Runs the tools in turn and prints a line for each, then the ratios, which it returns."""
     started = {tool: ask(process, "start", folders[0][1]) for tool, process in tools.items()}
     seconds = {tool: [] for tool in tools}
     for i, (kind, folder) in enumerate(folders):
@@ -201,9 +208,10 @@ def compare(tools, folders, count):
         order = list(tools)[i % len(tools) :] + list(tools)[: i % len(tools)]
         for tool in order:
             seconds[tool].append(ask(tools[tool], kind, folder)["seconds"])
-    totals = {}
+    totals, versions, kept = {}, {}, []
     for tool, process in tools.items():
         last = ask(process, "distance")
+        versions[tool] = last["version"]
         taken = sum(seconds[tool])
         totals[tool] = taken + last["seconds"]
         print(json.dumps({
@@ -214,10 +222,16 @@ def compare(tools, folders, count):
         }), flush=True)  # fmt: skip
     for peer in list(tools)[1:]:
         ratios = [theirs / ours for ours, theirs in zip(seconds["unclip"], seconds[peer])]
-        print(json.dumps({
-            "against": peer, "features": round(statistics.median(ratios), 2),
+        found = {
+            "features": round(statistics.median(ratios), 2),
             "total": round(totals[peer] / totals["unclip"], 2),
-        }), flush=True)  # fmt: skip
+        }
+        print(json.dumps({"against": peer, **found}), flush=True)
+        against = f"{peer} {versions[peer]}"
+        for name, text in (("features", "Inception features"), ("total", "FID, features and all")):
+            text = f"{text} of {count:,} pictures: speed"
+            kept.append(record.figure(text, found[name], "×", against))
+    return kept
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ has grown at that point and after random look-ups of key and place, and look-ups
 Second, on one real tar of random pictures: samples indexed per second, with and without checksums,
 in turn with tarfile and webdataset reading the same tar. Prints JSON lines; memory is split into
 the process's own and pages of mapped files, which the system reclaims when it needs them.
+--out FILE.json keeps the figures for docs/speed.md.
 """
 
 import argparse
@@ -25,8 +26,11 @@ import time
 
 import numpy as np
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from benchmarks import record
+
+ROOT = record.ROOT
 
 # unclip itself is imported where it is used, because the time of the import is measured too.
 PAPER = 650_000_000  # pairs that CLIP was trained on in appendix C of arXiv 2204.06125
@@ -110,8 +114,8 @@ def load(folder: str, lookups: int) -> None:
     )
 
 
-def entries(shards: int, rows: int, lookups: int) -> None:
-    """Measures an index of shards x rows entries."""
+def entries(shards: int, rows: int, lookups: int) -> list[dict]:
+    """Measures an index of shards x rows entries; returns the figures to keep."""
     from unclip.input.shards import folder as index_folder
 
     with tempfile.TemporaryDirectory() as name:
@@ -173,6 +177,16 @@ def entries(shards: int, rows: int, lookups: int) -> None:
             }
         )
     )
+    what = f"index of {summary.samples:,} samples in {shards:,} shards"
+    return [
+        record.figure(f"{what}: size", bytes_a_sample, "bytes a sample"),
+        record.figure(f"{what}: until the first sample is found", line["open_s"], "s"),
+        record.figure(f"{what}: memory at start", line["open_own_MiB"], "MiB"),
+        record.figure(
+            f"{what}: memory after {lookups:,} random look-ups", line["lookups_own_MiB"], "MiB"
+        ),
+        record.figure(f"{what}: later look-ups", line["later_lookups_per_s"], "/s"),
+    ]
 
 
 def write_tar(path: str, samples: int, size: int) -> None:
@@ -227,8 +241,8 @@ def by_webdataset(path: str) -> int:
     return sum(1 for _ in webdataset.WebDataset(path, shardshuffle=False, empty_check=False))
 
 
-def walks(samples: int, size: int, rounds: int) -> None:
-    """Measures the walk beside its peers."""
+def walks(samples: int, size: int, rounds: int) -> list[dict]:
+    """Measures the walk beside its peers; returns the figures to keep."""
     contenders = {
         "unclip": lambda path: indexed(path, False),
         "unclip, checksums": lambda path: indexed(path, True),
@@ -259,20 +273,22 @@ def walks(samples: int, size: int, rounds: int) -> None:
                 }
             )
         )
-    print(
-        json.dumps(
-            {
-                "what": "walk, ours over theirs",
-                "headers, over tarfile": round(rates["unclip"] / rates["tarfile, headers"], 2),
-                "all bytes, over tarfile": round(
-                    rates["unclip, checksums"] / rates["tarfile, all bytes"], 2
-                ),
-                "all bytes, over webdataset": round(
-                    rates["unclip, checksums"] / rates["webdataset, all bytes"], 2
-                ),
-            }
+    ratios = {
+        (what, peer): round(rates[ours] / rates[f"{peer}, {what}"], 2)
+        for what, ours, peer in (
+            ("headers", "unclip", "tarfile"),
+            ("all bytes", "unclip, checksums", "tarfile"),
+            ("all bytes", "unclip, checksums", "webdataset"),
         )
-    )
+    }
+    named = {f"{what}, over {peer}": ratio for (what, peer), ratio in ratios.items()}
+    print(json.dumps({"what": "walk, ours over theirs", **named}))
+    return [
+        record.figure(
+            f"samples of {size:,} bytes indexed a second, {what} read", ratio, "×", against=peer
+        )
+        for (what, peer), ratio in ratios.items()
+    ]
 
 
 def main() -> None:
@@ -286,6 +302,7 @@ def main() -> None:
     parser.add_argument("--walk_samples", type=int, default=10_000)
     parser.add_argument("--picture_bytes", type=int, default=30_000)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", help="FILE.json that keeps the figures")
     parser.add_argument("--load", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.load:
@@ -301,8 +318,10 @@ def main() -> None:
             }
         )
     )
-    entries(args.shards, min(args.rows, 10_000), args.lookups)
-    walks(args.walk_samples, args.picture_bytes, args.rounds)
+    kept = entries(args.shards, min(args.rows, 10_000), args.lookups)
+    kept += walks(args.walk_samples, args.picture_bytes, args.rounds)
+    if args.out:
+        record.write(args.out, kept)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ crop, Pillow's antialiased bicubic resize, CLIP's tokens, a batch of 64. The lim
 reads, decodes by libjpeg-turbo and resizes, without captions or batches; a second one has captions.
 Prints a table of medians, the ratios, and the memory (PSS) of each process. The peers decode as
 webdataset does, by Pillow at full size, and a second time with Pillow's reduced decode, which
-webdataset does not do by itself.
+webdataset does not do by itself. --out FILE.json keeps the ratios for docs/speed.md.
 """
 
 import argparse
@@ -28,8 +28,11 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from PIL import Image
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from benchmarks import record
+
+ROOT = record.ROOT
 
 CASES = {"256-64": (256, 64), "512-256": (512, 256)}
 BATCH, CONTEXT, SHARDS = 64, 77, 10
@@ -291,8 +294,8 @@ def turn(name: str, tars: list[str], size: int, seconds: float, cores: int) -> d
     return {"rate": count / elapsed, "cpu": count / cpu, "memory": used_memory}
 
 
-def compare(case: str, tars: list[str], rounds: int, seconds: float, cores: int) -> None:
-    """Runs every contender by turns and prints medians and ratios."""
+def compare(case: str, tars: list[str], rounds: int, seconds: float, cores: int) -> list[dict]:
+    """Runs every contender by turns and prints medians and ratios; returns the ratios to keep."""
     turns: dict[str, list[dict]] = {name: [] for name in contenders(cores)}
     for _ in range(rounds):
         for name, found in turns.items():
@@ -335,19 +338,35 @@ def compare(case: str, tars: list[str], rounds: int, seconds: float, cores: int)
             f"{cpu[name] / cpu['limit']:>14.2f}  {sizes}"
         )
     usual = ("peer, 0 workers", "peer, 1 worker")
+    peer_name, kept = "webdataset with torch's DataLoader", []
     for what, found in (("by the clock", rate), ("by CPU time", cpu)):
         mine = found["ours, 1 thread"]
-        print(
-            f"  one core, {what}: ours is {mine / max(found[p] for p in usual):.2f} x the better "
-            f"peer, {mine / found['peer, 0 workers, reduced']:.2f} x one that decodes reduced, "
-            f"{mine / found['limit']:.2f} of the limit"
+        better, reduced, of_limit = (
+            mine / theirs
+            for theirs in (
+                max(found[p] for p in usual),
+                found["peer, 0 workers, reduced"],
+                found["limit"],
+            )
         )
+        print(
+            f"  one core, {what}: ours is {better:.2f} x the better "
+            f"peer, {reduced:.2f} x one that decodes reduced, "
+            f"{of_limit:.2f} of the limit"
+        )
+        text = f"pictures {case.replace('-', ' to ')} pixels, one core, {what}"
+        kept += [
+            record.figure(text, better, "×", peer_name),
+            record.figure(text, reduced, "×", f"{peer_name}, decoding reduced"),
+            record.figure(text, of_limit, "×", "a loop that reads, decodes and resizes"),
+        ]
     if cores > 1:
         best = max(rate[f"ours, {cores} threads"], rate[f"ours, {cores} workers"])
-        print(
-            f"  {cores} cores, by the clock: ours is "
-            f"{best / rate[f'peer, {cores} workers']:.2f} x the peer"
-        )
+        ratio = best / rate[f"peer, {cores} workers"]
+        print(f"  {cores} cores, by the clock: ours is {ratio:.2f} x the peer")
+        text = f"pictures {case.replace('-', ' to ')} pixels, {cores} cores, by the clock"
+        kept.append(record.figure(text, ratio, "×", f"{peer_name}, {cores} workers"))
+    return kept
 
 
 def main() -> None:
@@ -357,6 +376,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--case", choices=CASES)
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--out", help="FILE.json that keeps the ratios")
     parser.add_argument("--turn", help=argparse.SUPPRESS)
     parser.add_argument("--tars", nargs="*", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -364,6 +384,7 @@ def main() -> None:
         size = CASES[args.case][1]
         print(json.dumps(turn(args.turn, args.tars, size, args.seconds, args.cores)))
         return
+    kept = []
     for case in [args.case] if args.case else CASES:
         with tempfile.TemporaryDirectory() as folder:
             tars = [pathlib.Path(folder) / f"{n:05d}.tar" for n in range(SHARDS)]
@@ -374,7 +395,9 @@ def main() -> None:
                 f"{case}: {SHARDS} shards of {tars[0].stat().st_size >> 20} MiB, "
                 f"{bits:.1f} bits a pixel"
             )
-            compare(case, list(map(str, tars)), args.rounds, args.seconds, args.cores)
+            kept += compare(case, list(map(str, tars)), args.rounds, args.seconds, args.cores)
+    if args.out:
+        record.write(args.out, kept)
 
 
 if __name__ == "__main__":

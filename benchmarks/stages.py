@@ -4,7 +4,8 @@
 
 Prints one JSON line a stage: images a second, the first step's seconds (compilation included),
 peak memory of a device, and the model FLOPs reached of the chip's bf16 peak. Absolute times mean
-something on an accelerator only; on a CPU this checks that the stages run.
+something on an accelerator only; on a CPU this checks that the stages run. --out FILE.json keeps
+the figures for docs/speed.md.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
+from benchmarks import record
 from configs import clip, decoder, prior, upsampler
 from unclip.runtime import flops, sharding
 from unclip.training.plan import make_plan
@@ -100,6 +102,23 @@ def measure(name: str, preset: str, batch_size: int, steps: int, overrides: dict
     }
 
 
+def figures(found: dict) -> list[dict]:
+    """What is kept of one stage's line; what this device does not tell is left out."""
+    what = f"{found['stage']}, preset {found['preset']}, batch {found['batch']}, {found['dtype']}"
+    kept = (
+        ("images_per_second", "pictures a second", "/s", None),
+        ("seconds_per_step", "a step", "s", None),
+        ("first_step_seconds", "the first step, with compilation", "s", None),
+        ("peak_memory_gib", "peak memory of a device", "GiB", None),
+        ("flop_utilisation", "part of the peak that is used", "", "bfloat16 peak of the chip"),
+    )
+    return [
+        record.figure(f"{what}: {text}", found[name], unit, against)
+        for name, text, unit, against in kept
+        if found[name] is not None
+    ]
+
+
 def main() -> None:
     """Reads the flags, prints a line a stage."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -109,12 +128,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--remat", default=None, help="policy name, '' for none")
     parser.add_argument("--dtype", default=None)
+    parser.add_argument("--out", help="FILE.json that keeps the figures")
     arguments = parser.parse_args()
     overrides = {"remat": arguments.remat, "dtype": arguments.dtype}
     overrides = {name: value for name, value in overrides.items() if value is not None}
+    kept = []
     for name in arguments.stages:
         found = measure(name, arguments.preset, arguments.batch, arguments.steps, overrides)
         print(json.dumps(found), flush=True)
+        kept += figures(found)
+    if arguments.out:
+        record.write(arguments.out, kept, device=jax.devices()[0].device_kind)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ Arguments: loss=softmax|sigmoid, theme=food, scratch (karlo from random weights)
 
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import common, known
 from unclip.models import clip
 
 
@@ -16,6 +16,7 @@ def get_config(arg=None):
     args = common.parse_arg(arg, "emoji", loss="softmax", theme="", scratch=False, runlocal=False)
     name = {"paper": "ViT-H/16", "karlo": "ViT-L/14"}.get(args.preset, args.preset)
     config = common.base("clip", args)
+    config.known = known.of("clip", name)
     common.theme(config, args.theme)
     config.arch = common.arch(clip.CLIP, name, clip.PRESETS, "CLIP")
     config.task = ConfigDict({"loss": args.loss})

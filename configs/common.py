@@ -89,6 +89,7 @@ def base(stage: str, args: ConfigDict) -> ConfigDict:
     config = ConfigDict()
     config.stage = stage
     config.preset = args.preset
+    config.known = ConfigDict()  # published and expected figures of the preset, for the doctor
     config.seed = 0
     config.batch_size = 64
     config.total_steps = 1000
@@ -205,6 +206,7 @@ def finetune(
 def runlocal(config: ConfigDict, small_arch: ConfigDict) -> ConfigDict:
     """The same config with a small model and two steps, for a laptop."""
     config.arch = small_arch
+    config.known = ConfigDict()
     config.follow_init, config.init_part = False, ""
     config.batch_size = 8
     config.total_steps = 2

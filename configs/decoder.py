@@ -7,7 +7,7 @@ two that read only the caption: glide (a text transformer of its own), imagen (a
 
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import common, known
 from unclip.models import decoder
 
 CLIP_OF = {"emoji": "emoji", "paper": "ViT-H/16"}
@@ -30,6 +30,7 @@ SMALL = {
 def get_config(arg=None):
     args = common.parse_arg(arg, "emoji", theme="", scratch=False, runlocal=False)
     config = common.base("decoder", args)
+    config.known = known.of("decoder", args.preset)
     common.theme(config, args.theme)
     config.arch = common.arch(decoder.Decoder, args.preset, decoder.PRESETS, "decoder")
     config.clip = ""  # RUN or BUNDLE of the frozen CLIP; "random" for benchmarks

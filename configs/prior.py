@@ -7,7 +7,7 @@ The values of `paper` are those of Table 3.
 
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import common, known
 from unclip import errors
 from unclip.models import prior, prior_ar
 
@@ -24,6 +24,7 @@ def get_config(arg=None):
         raise errors.unknown("prior kind", args.kind, KINDS)
     module, presets = KINDS[args.kind]
     config = common.base("prior", args)
+    config.known = known.of("prior", args.preset + (",kind=ar" if args.kind == "ar" else ""))
     common.theme(config, args.theme)
     config.arch = common.arch(module, args.preset, presets, f"{args.kind} prior")
     config.clip = ""  # RUN or BUNDLE of the frozen CLIP; "random" for benchmarks

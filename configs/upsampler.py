@@ -8,7 +8,7 @@ runlocal.
 
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import common, known
 from unclip import errors
 from unclip.models import upsampler
 
@@ -25,6 +25,7 @@ def get_config(arg=None):
         raise errors.ConfigError(f"net=last is one of karlo's two nets, not of {args.preset!r}")
     name = ALIASES.get(args.preset, args.preset)
     config = common.base("upsampler", args)
+    config.known = known.of("upsampler", name)
     common.theme(config, args.theme)
     config.arch = common.arch(upsampler.Upsampler, name, upsampler.PRESETS, "upsampler")
     size = SIZES[name]

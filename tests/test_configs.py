@@ -1,6 +1,8 @@
 """Every preset of every stage builds; arguments are strict; every config runs on a laptop."""
 
 import importlib
+import pathlib
+import re
 
 import jax
 import pytest
@@ -40,6 +42,7 @@ PRESETS = {
     ],
 }
 EVERY = [(name, arg) for name, args in PRESETS.items() for arg in args]
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 def get(name, arg=None):
@@ -148,3 +151,46 @@ def test_arguments_keep_their_type(tiny_config):
     for wrong in ("count=3.5", "count=x", "count=__import__('os')"):
         with pytest.raises(errors.ConfigError, match="expected int"):
             common.parse_arg(wrong, "emoji", count=1)
+
+
+def known():
+    return importlib.import_module("configs.known").KNOWN
+
+
+def test_what_is_known_belongs_to_presets():
+    """Every entry is found under a preset's config, has its source, and is not that of a toy."""
+    for name, entries in known().items():
+        for arg, entry in entries.items():
+            assert arg in PRESETS[name] and not arg.startswith("emoji")
+            assert get(name, arg).known.to_dict() == entry
+            assert get(name, f"{arg},runlocal").known.to_dict() == {}
+            assert entry and set(entry) <= {"published", "seconds_per_step"}
+            for row in entry.get("published", ()):
+                assert set(row) == {"what", "value", "source"} and row["source"]
+            for row in entry.get("seconds_per_step", ()):
+                assert set(row) == {"hardware", "batch", "seconds", "source"} and row["source"]
+    assert get("clip", "paper").known == get("clip", "ViT-H/16").known
+    assert get("upsampler", "paper").known == get("upsampler", "paper-256").known
+    assert get("clip", "emoji").known.to_dict() == {}
+
+
+def test_known_seconds_are_those_of_the_documentation():
+    rows = {
+        "CLIP ViT-H/16": ("clip", "ViT-H/16"),
+        "diffusion prior": ("prior", "paper"),
+        "AR prior": ("prior", "paper,kind=ar"),
+        "decoder 64": ("decoder", "paper"),
+        "upsampler 256": ("upsampler", "paper-256"),
+        "upsampler 1024": ("upsampler", "paper-1024"),
+    }
+    shown = {place: [] for place in rows.values()}
+    for line in (ROOT / "docs" / "compile.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if cells[0] in rows and re.fullmatch(r"[\d.]+", cells[8]):
+            chip, batch = cells[1].partition(":")[0], int(cells[2].split()[0].replace(",", ""))
+            shown[rows[cells[0]]].append((f"64 x TPU {chip}", batch, float(cells[8])))
+    assert sum(map(len, shown.values())) >= 13
+    for (name, arg), expected in shown.items():
+        found = known()[name].get(arg, {}).get("seconds_per_step", ())
+        found = [(row["hardware"].split(" (")[0], row["batch"], row["seconds"]) for row in found]
+        assert found == expected

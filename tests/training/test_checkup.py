@@ -45,6 +45,7 @@ def found(shards, run_of, tmp_path_factory):
         ("decoder", "decoder", "karlo", data | fold, folder),
         ("prior", "prior", "karlo", data | fold, folder),
         ("upsampler", "upsampler", "karlo", data | fold, folder),
+        ("paper", "prior", "paper", data | fold | {"clip": "random"}, folder),
         (
             "clip",
             "clip",
@@ -134,6 +135,26 @@ def test_the_report_for_people(found):
     assert "885,439,686" in text and "problem     the decoder needs a trained CLIP" in text
     assert "params/unet/" in text
     assert "no problems found" in found["layout"]["text"]
+
+
+def test_what_is_known_of_the_preset(found):
+    assert found["clip"]["known"] == {} and "known " not in found["clip"]["text"]
+    published, seconds = (found["paper"]["known"][k] for k in ("published", "seconds_per_step"))
+    assert published[0]["value"] == 10.39 and seconds[2]["seconds"] == 0.96
+    lines = found["paper"]["text"].splitlines()
+    assert (
+        "known       zero-shot FID of unCLIP with the diffusion prior, decoder guidance 1.25, "
+        "MS-COCO 256x256, 30k: 10.39 (arXiv 2204.06125, Table 2)"
+    ) in lines
+    assert (
+        "known       a step of 4,096 samples on 64 x TPU v5p (the compiler's estimate): 0.96 s "
+        "(docs/compile.md)"
+    ) in lines
+    assert set(found["decoder"]["known"]) == {"published"}
+
+
+def test_the_workdir_does_not_keep_what_is_known(run_of):
+    assert "known" not in json.loads((pathlib.Path(run_of("clip")) / "config.json").read_text())
 
 
 def test_exit_codes(shards, tmp_path):

@@ -12,14 +12,15 @@ from unclip.embeddings.store import Store
 from unclip.runtime import distributed, flops, sharding
 from unclip.runtime.flops import readable_bytes as _bytes
 from unclip.training import data as inputs
-from unclip.training.plan import Plan, check_workdir, make_plan
+from unclip.training.plan import Plan, as_json, check_workdir, make_plan
 
 
 def examine(config, workdir: str) -> dict:
     """Everything the doctor knows, JSON-able; of what is wrong, everything too.
 
     Returns:
-      {"stage", "preset", "devices", "mesh", "parameters": {part: count}, "trained_parameters",
+      {"stage", "preset", "known": as in configs/known.py, "devices", "mesh",
+      "parameters": {part: count}, "trained_parameters",
       "sharding": {part: bytes a device}, "leaves", "memory_per_device": {kind: bytes},
       "flops_per_step", "learning_rate", "data", "disk", "problems": [text]}. What a problem keeps
       from being known is None or empty.
@@ -34,6 +35,7 @@ def examine(config, workdir: str) -> dict:
     out = {
         "stage": config.stage,
         "preset": config.preset,
+        "known": as_json(config.get("known")) or {},  # a config of somebody's own may have none
         "devices": {
             "count": len(devices),
             "kind": devices[0].device_kind,
@@ -172,11 +174,24 @@ def _disk(plan: Plan, workdir: str, problems: list[str]) -> dict:
     return {"folder": str(folder), "free_bytes": free, "needed_bytes": needed}
 
 
+def _known(known: dict) -> list[str]:
+    """A line for every figure of `config.known`, with its source."""
+    published = [
+        f"{row['what']}: {row['value']:g} ({row['source']})" for row in known.get("published", ())
+    ]
+    return published + [
+        f"a step of {row['batch']:,} samples on {row['hardware']}: {row['seconds']:g} s "
+        f"({row['source']})"
+        for row in known.get("seconds_per_step", ())
+    ]
+
+
 def text(found: dict, *, leaves: bool = False) -> str:
     """The report for people."""
     d = found["devices"]
     lines = [
         f"stage       {found['stage']}, preset {found['preset']}",
+        *(f"known       {line}" for line in _known(found["known"])),
         f"devices     {d['count']} x {d['kind']} ({d['platform']}), {d['processes']} process(es)",
         "mesh        " + ", ".join(f"{k} {v}" for k, v in (found["mesh"] or {}).items()),
         "parameters",

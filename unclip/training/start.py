@@ -91,7 +91,9 @@ def write_config(config: ConfigDict, folder: pathlib.Path) -> None:
     check_workdir(config, folder)
     if distributed.is_main():
         with files.replacing(folder / "config.json") as path:
-            path.write_text(json.dumps(as_json(config), indent=1, sort_keys=True))
+            kept = as_json(config)
+            kept.pop("known", None)  # of the preset, no setting of this run
+            path.write_text(json.dumps(kept, indent=1, sort_keys=True))
 
 
 def print_parameters(plan: Plan) -> None:
