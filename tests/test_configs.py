@@ -42,6 +42,12 @@ PRESETS = {
     ],
 }
 EVERY = [(name, arg) for name, args in PRESETS.items() for arg in args]
+# Tracing a large model takes seconds: of the published ones, one a stage in `make test`.
+QUICK = ("emoji", "karlo")
+TRACED = [
+    pytest.param(name, arg, marks=[pytest.mark.slow] * (not arg.startswith(QUICK)))
+    for name, arg in EVERY
+]
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -59,7 +65,7 @@ def planned(config):
     return plan.task, plan.params
 
 
-@pytest.mark.parametrize(("name", "arg"), EVERY)
+@pytest.mark.parametrize(("name", "arg"), TRACED)
 def test_every_preset_builds(name, arg, tiny_config):
     config = get(name, arg)
     assert config.stage == name and config.preset == arg.split(",")[0]

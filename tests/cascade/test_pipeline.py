@@ -274,6 +274,7 @@ def test_a_mesh_draws_the_same_pictures(parts, six):
         UnCLIP(parts, batch_size=6, mesh=mesh)
 
 
+@pytest.mark.slow
 def test_a_text_only_decoder_needs_no_prior(parts):
     """GLIDE's form: the decoder reads the caption, no z_i is drawn or used."""
     arch = dict(parts["decoder"].arch) | {"use_z_i": False}
@@ -344,6 +345,7 @@ def test_every_entry_of_the_noise_counts_but_the_last(noisy, name):
         assert same == (entry == STEPS), entry
 
 
+@pytest.mark.slow
 def test_a_stage_without_given_noise_draws_its_own(noisy):
     noise = {"prior": noise_for(2)["prior"]}
     z_i = noisy.draw_prior(["a red dot"] * 2, [3, 4], noise=noise, candidates=1)

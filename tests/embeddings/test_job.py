@@ -411,6 +411,7 @@ def prior_config(tiny_config, run_of, shards):
     return lambda **more: tiny_config("prior", changes | more, "emoji,runlocal,kind=diffusion")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cheap_runs")
 def test_training_on_a_folder_is_training_on_the_fly(prior_config, run_of, shards, tmp_path):
     """Bit for bit, statistics of z_i too; held-out pictures that it lacks go to the workdir."""

@@ -348,7 +348,7 @@ def test_patch_is_space_to_depth_row_by_row():
     "fields,message",
     [
         (dict(norm="grop"), "did you mean 'group'"),
-        (dict(attention=(True,)), "one bool a level"),
+        (dict(attention=(True,)), "one bool per level"),
         (dict(groups=3), "groups=3"),
         (dict(head_dim=5), "head_dim=5"),
         (dict(patch=3), "multiples of 6"),

@@ -61,14 +61,6 @@ def captions(rng, rows, length):
     return tokens, np.arange(length) <= np.argmax(tokens == 39, axis=1)[:, None]
 
 
-@pytest.fixture(scope="package", autouse=True)
-def quick_compiles():
-    """These models are so small that compiling them well costs far more than running them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="session")
 def batch_of():
     """batch_of(task, rows, seed=0, first=0): a random batch of the task's spec."""
@@ -112,6 +104,7 @@ def _with_model():
 @pytest.fixture(scope="session")
 def made(clip_params):
     """made(stage, kind="diffusion", arch=None, **settings) -> (task, params, frozen)."""
+    params = {}
 
     def make(stage, kind="", arch=None, **settings):
         name = "ar" if kind == "ar" else stage
@@ -137,6 +130,10 @@ def made(clip_params):
         if stage == "upsampler":
             settings = {"image_size": 8, "factor": 2} | settings
         task = tasks.make(stage, arch or ARCH[name], settings, weights=weights, **parts)
-        return task, scrambled(jax.jit(task.init)(jax.random.key(1))), task.frozen()
+        # Parameters depend on the architecture alone, so they are made once for all settings.
+        of = (name, repr(arch))
+        if of not in params:
+            params[of] = scrambled(jax.jit(task.init)(jax.random.key(1)))
+        return task, params[of], task.frozen()
 
     return make

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-STAGES = [("clip", ""), ("prior", ""), ("prior", "ar"), ("decoder", ""), ("upsampler", "")]
+STAGES = [("clip", ""), ("prior", ""), ("decoder", ""), ("upsampler", "")]
 
 
 @pytest.mark.parametrize(("stage", "kind"), STAGES)

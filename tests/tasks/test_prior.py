@@ -261,7 +261,7 @@ def test_a_learned_null_is_trained_and_drawn_from():
     }
     ones = np.ones(16, np.float32)
     weights = {
-        "clip": tasks.ClipTask(tasks.arguments(clip)).init(jax.random.key(1)),
+        "clip": jax.jit(tasks.ClipTask(tasks.arguments(clip)).init)(jax.random.key(1)),
         "statistics": {"mean": 0 * ones, "std": ones},
     }
     task = tasks.make("prior", arch, {"text_drop": 1.0}, clip=clip, weights=weights)

@@ -34,6 +34,7 @@ def two_sets(shard_writer, tmp_path_factory):
     return tuple(str(folder / f"{name}-*.tar") for name in ("a", "b"))
 
 
+@pytest.mark.slow
 def test_a_streamed_and_weighted_run_resumes_bit_for_bit(
     tiny_config, two_sets, tmp_path, monkeypatch
 ):

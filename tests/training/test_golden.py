@@ -49,7 +49,9 @@ def three_steps(name, tiny_config, run_of, workdir):
     return {step: values for step, values in found.items() if values}
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (", " in n)) for n in RUNS]
+)
 def test_the_first_three_steps(name, tiny_config, run_of, tmp_path):
     found = three_steps(name, tiny_config, run_of, tmp_path)
     kept = json.loads(FILE.read_text()) if FILE.exists() else {}

@@ -21,7 +21,7 @@ from unclip.training.plan import as_json, frozen_part, make_plan, needs
 from unclip.training.start import train
 
 ROOT = pathlib.Path(__file__).parents[2]
-pytestmark = pytest.mark.usefixtures("cheap_runs")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cheap_runs")]
 SMALL = dict(
     vocab_size=40,
     width=8,

@@ -74,7 +74,7 @@ def assert_same_state(one, two):
     assert int(a["step"]) == int(b["step"])
 
 
-@pytest.mark.parametrize("name", ["clip", "decoder"])
+@pytest.mark.parametrize("name", ["clip", pytest.param("decoder", marks=pytest.mark.slow)])
 def test_a_resumed_run_ends_with_the_same_bits(
     name, whole, decoder_config, tiny_config, tmp_path, monkeypatch
 ):
@@ -286,6 +286,7 @@ def test_a_decoder_is_judged_by_its_own_clip(whole):
     )
 
 
+@pytest.mark.slow
 def test_stored_embeddings_give_the_same_loss(whole, decoder_config, tmp_path):
     workdir = str(tmp_path / "stored")
     config = decoder_config(

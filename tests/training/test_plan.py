@@ -104,7 +104,10 @@ def alone(prepared):
     return make
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize(
+    "name",
+    [n if n == "clip" else pytest.param(n, marks=pytest.mark.slow) for n in STAGES],
+)
 def test_eight_devices_are_one(name, prepared, alone):
     want, got = alone(name), run(prepared(name), {"data": 8}, jax.devices())
     np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
@@ -118,6 +121,7 @@ def test_sharded_parameters_change_nothing(prepared, alone):
     np.testing.assert_allclose(got[0], alone("clip")[0], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_accumulation_of_the_decoder(prepared, alone):
     """Two microbatches of four give the step of eight, on one device and on four."""
     parts = prepared("decoder", {"accumulate": 2})

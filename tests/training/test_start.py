@@ -127,7 +127,12 @@ def config_of(tiny_config, shards, karlo):
 
 @pytest.mark.parametrize(
     ("name", "arg"),
-    [("clip", "karlo"), ("prior", "karlo"), ("decoder", "karlo"), ("upsampler", "karlo,net=last")],
+    [
+        pytest.param("clip", "karlo", marks=pytest.mark.slow),
+        ("prior", "karlo"),
+        pytest.param("decoder", "karlo", marks=pytest.mark.slow),
+        ("upsampler", "karlo,net=last"),
+    ],
 )
 def test_two_steps_from_the_bundle(name, arg, config_of, karlo, tmp_path, monkeypatch):
     """Step 0 is the bundle bit for bit, in float32; two steps move it a little."""

@@ -298,7 +298,7 @@ def test_parts_must_fit_each_other(folder, tmp_path):
         ("upsampler_0", {"add_low": True}, "add_low=True"),
         ("upsampler_0", {"multipliers": (2, 4)}, "multipliers"),
         ("upsampler_0", {"settings": {"parametrisation": "v"}}, "parametrisation='v'"),
-        ("upsampler_0", {"settings": {"noise": "linear"}}, "noise='linear'"),
+        ("upsampler_0", {"settings": {"noise": "linear"}}, "noise_schedule='linear'"),
         ("decoder", {"learned_null_text": True}, "learned_null_text=True"),
         ("decoder", {"text_layers": 2}, "text_layers=2"),
         ("decoder", {"mid_attention": False}, "mid_attention=False"),

@@ -381,7 +381,7 @@ def _check_fields(module: Any, name: str, translated: Collection[str]) -> None:
 
 def _check_settings(part: bundle.Part, name: str, expected: Mapping[str, Any]) -> None:
     draw = part.settings.get("draw", {})
-    given = {"threshold": draw.get("threshold", "static")} | part.settings
+    given = {"threshold": draw.get("threshold", "static")} | tasks.current_names(part.settings)
     for key, value in ({"threshold": "static"} | expected).items():
         if given.get(key, value) != value:
             raise errors.ConfigError(
