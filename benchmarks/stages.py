@@ -64,7 +64,7 @@ def measure(name: str, preset: str, batch_size: int, steps: int, overrides: dict
     plan = make_plan(config, shapes_only=True)
     plan.check()
     frozen = {}
-    for part, shapes in (plan.task.frozen_shapes() or {}).items():
+    for part, shapes in (plan.frozen_shapes or {}).items():
         where = sharding.shardings(shapes, plan.mesh, plan.rules)
         init = jax.jit(plan.task.init_frozen, static_argnums=0, out_shardings=where)
         frozen[part] = init(part, jax.random.key(1))

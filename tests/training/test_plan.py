@@ -130,6 +130,7 @@ def test_accumulation_of_the_decoder(prepared, alone):
     np.testing.assert_allclose(got[1]["mse"], alone("decoder")[1]["mse"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_accumulation_of_clip_is_exact(prepared, alone):
     """Every other row of the batch stays a negative, also at SAM's perturbed point (rho 0.1)."""
     changes = {"optim.sam_rho": 0.1}

@@ -106,46 +106,75 @@ _ELEMENTWISE = {
 _REDUCTIONS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "cumsum"}
 
 
-def count(function: Callable, *args: Any) -> float:
-    """Floating-point operations of one call, from its trace alone: nothing is lowered or run.
+def count(function: Callable, trained: Any, *args: Any) -> float:
+    """Floating-point operations of a training step, from the trace of its loss alone.
 
-    A multiplication and an addition count two. Loops of known length (folded layers, steps of a
-    sampler) count as often as they run, of branches the dearest; what a rematerialised program
-    computes again is counted again. A kernel of Pallas counts as its own estimate says.
+    A multiplication and an addition count two. Of a product of matrices or a convolution the
+    gradient costs as much again for each factor that depends on the trained parameters, and what
+    depends on none costs nothing more; what rematerialisation computes again is not counted. Loops
+    of known length (folded layers) count as often as they run, of branches the dearest. A kernel of
+    Pallas counts as its own estimate says.
 
     Args:
-      function: traceable; args: arrays or ShapeDtypeStructs.
+      function: (trained, *args) -> loss, traceable; all arrays or ShapeDtypeStructs.
     """
-    return _count(jax.make_jaxpr(function)(*args).jaxpr)
+    jaxpr = jax.make_jaxpr(function)(trained, *args).jaxpr
+    learned = len(jax.tree.leaves(trained))
+    return _count(jaxpr, [k < learned for k in range(len(jaxpr.invars))])[0]
 
 
-def _count(jaxpr: Any) -> float:
+def _count(jaxpr: Any, learned: Sequence[bool]) -> tuple[float, list[bool]]:
+    """(operations, which results depend on the trained parameters) of a jaxpr.
+
+    Args:
+      learned: which of its arguments do.
+    """
+    known = {variable for variable, is_learned in zip(jaxpr.invars, learned) if is_learned}
+    depends = lambda variable: not hasattr(variable, "val") and variable in known
     total = 0.0
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
-        result = equation.outvars[0].aval if equation.outvars else None
+        given = [depends(variable) for variable in equation.invars]
+        results = [any(given)] * len(equation.outvars)
+        shapes = [variable.aval.shape for variable in equation.invars]
+        out = equation.outvars[0].aval if equation.outvars else None
         if name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            total += 2.0 * result.size * math.prod(left[axis] for axis in contracted)
+            once = 2.0 * out.size * math.prod(shapes[0][axis] for axis in contracted)
+            total += once * (1 + sum(given))
         elif name == "conv_general_dilated":
-            total += _convolution(*(v.aval.shape for v in equation.invars), result.shape, params)
+            total += _convolution(*shapes, out.shape, params) * (1 + sum(given))
         elif name == "pallas_call":
-            total += getattr(params.get("cost_estimate"), "flops", 0)
-        elif name == "cond":
-            total += max(_count(branch.jaxpr) for branch in params["branches"])
+            total += getattr(params.get("cost_estimate"), "flops", 0) * (1 + 2 * any(given))
         elif name in _ELEMENTWISE:
-            total += result.size if jnp.issubdtype(result.dtype, jnp.floating) else 0
+            counted = out.size if jnp.issubdtype(out.dtype, jnp.floating) else 0
+            total += counted * (1 + any(given))
         elif name in _REDUCTIONS:
-            total += equation.invars[0].aval.size
+            total += equation.invars[0].aval.size * (1 + any(given))
+        elif name == "cond":
+            inside = [_count(branch.jaxpr, given[1:]) for branch in params["branches"]]
+            total += max(operations for operations, _ in inside)
+        elif name == "scan":
+            first, carries = params["num_consts"], params["num_carry"]
+            while True:  # until what one turn passes on to the next is known
+                inside, results = _count(params["jaxpr"].jaxpr, given)
+                carried = [a or b for a, b in zip(given[first : first + carries], results)]
+                if carried == given[first : first + carries]:
+                    break
+                given[first : first + carries] = carried
+            total += inside * params["length"]
         else:
-            inside = sum(_count(getattr(j, "jaxpr", j)) for j in _jaxprs(params))
-            total += inside * (params["length"] if name == "scan" else 1)
-    return total
+            for inner in filter(None, (params.get(key) for key in _INNER)):
+                inner = getattr(inner, "jaxpr", inner)
+                # Of a function with constants of its own, these come first.
+                more = len(inner.invars) - len(given)
+                inside, results = _count(inner, [False] * more + given if more >= 0 else given)
+                total += inside
+        known.update(v for v, is_learned in zip(equation.outvars, results) if is_learned)
+    return total, [depends(variable) for variable in jaxpr.outvars]
 
 
-def _jaxprs(params: dict) -> list:
-    return [value for value in params.values() if hasattr(value, "eqns") or hasattr(value, "jaxpr")]
+_INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr", "body_jaxpr")
 
 
 def _convolution(left: tuple, right: tuple, out: tuple, params: dict) -> float:

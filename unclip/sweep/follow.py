@@ -31,7 +31,7 @@ def followed_part(config: Mapping, run: str) -> str:
     stage = runs.run_config(run)["stage"]
     raise errors.ConfigError(
         f"--follow {run}: no model of the sweep has that run; name it, e.g. "
-        f"--config.{stage if stage != 'upsampler' else 'upsamplers'}={run}"
+        f"--config.{stage if stage in config else f'{stage}s'}={run}"
     )
 
 

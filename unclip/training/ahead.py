@@ -138,7 +138,7 @@ def lower(config: ConfigDict, devices: list, step: str = "train"):
     plan = make_plan(config, devices=devices, shapes_only=True)
     plan.check()
     config, task = plan.config, plan.task
-    frozen = plan.task.frozen_shapes()
+    frozen = plan.frozen_shapes
     frozen = frozen and {name: plan.placed_shapes(tree) for name, tree in frozen.items()}
     state = sharding.abstract(plan.state, plan.shardings)
     if step == "train":
@@ -204,7 +204,7 @@ def examine(
     plan, lowered, rows = lower(config, devices, step)
     config = plan.config
     size = lambda tree: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
-    frozen = plan.task.frozen_shapes() or {}
+    frozen = plan.frozen_shapes or {}
     trained = size(plan.params)
     out |= {"mesh": dict(plan.mesh.shape), "rows": rows, "trained_parameters": trained}
     out["parameters"] = trained + sum(size(frozen[name]) for name in plan.parts)

@@ -74,7 +74,7 @@ def _peak_rate(plan: Plan) -> float | None:
 def _parameters(plan: Plan) -> dict[str, int]:
     """{part: all, part/branch: its own} parameters, the frozen parts first."""
     found = {}
-    frozen = (plan.task and plan.task.frozen_shapes()) or {}
+    frozen = (plan.task and plan.frozen_shapes) or {}
     for name in plan.parts:
         if name in frozen:
             found |= _counts(name, frozen[name])
@@ -96,7 +96,7 @@ def _memory(plan: Plan) -> tuple[dict, list, dict]:
                 part = f"{plan.config.stage}/{rest.split('/')[0]}"
                 where[part] = where.get(part, 0) + row.bytes_per_device
         memory["gradients"] = memory["params"]
-        frozen = plan.task.frozen_shapes()
+        frozen = plan.frozen_shapes
         if frozen is not None:
             shardings = sharding.shardings(frozen, plan.mesh, plan.rules)
             rows = sharding.describe(frozen, shardings)

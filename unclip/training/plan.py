@@ -110,23 +110,17 @@ class Plan:
         }
 
     def flops(self) -> float:
-        """Floating-point operations one step needs, recomputation not counted.
-
-        Counted on the folded model, whose repeated layers are traced once: see `flops.count`.
-        """
-        with self.config.unlocked():
-            config = self.config.copy_and_resolve_references()
-            config.arch.fold, config.arch.remat = True, ""
-        try:
-            task = make_task(config, self.parts)
-            params = jax.eval_shape(task.init, jax.random.key(0))
-        except errors.UnclipError:  # layers that cannot be folded
-            task, params = self.task, self.params
+        """Floating-point operations one step needs, recomputation not counted: `flops.count`."""
         key = jax.random.key(0)
-        loss = lambda p, f, b: task.loss(p, f, b, key, train=True)[0]
-        batch = task.batch_spec(config.batch_size)
-        counted = flops.count(jax.grad(loss), params, task.frozen_shapes(), batch)
-        return counted * (2 if config.optim.sam_rho else 1)
+        loss = lambda p, f, b: self.task.loss(p, f, b, key, train=True)[0]
+        batch = self.task.batch_spec(self.config.batch_size)
+        counted = flops.count(loss, self.params, self.frozen_shapes, batch)
+        return counted * (2 if self.config.optim.sam_rho else 1)
+
+    @functools.cached_property
+    def frozen_shapes(self) -> dict[str, Any] | None:
+        """The task's frozen trees as ShapeDtypeStructs, or None."""
+        return self.task.frozen_shapes()
 
 
 def make_plan(

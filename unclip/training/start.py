@@ -102,13 +102,13 @@ def print_parameters(plan: Plan) -> None:
     for path, leaf in sharding.tree_paths(plan.params).items():
         branch = "/".join([plan.config.stage, path.split("/")[0]])
         sizes[branch] = sizes.get(branch, 0) + leaf.size
-    for name, tree in (plan.task.frozen_shapes() or {}).items():
+    for name, tree in (plan.frozen_shapes or {}).items():
         sizes[f"{name} (frozen)"] = sum(leaf.size for leaf in jax.tree.leaves(tree))
     trained = sum(leaf.size for leaf in jax.tree.leaves(plan.params))
     width = max(map(len, sizes))
     lines = [f"  {name:<{width}}  {count:>14,}" for name, count in sizes.items()]
     if distributed.is_main():
-        print(f"{trained:,} trained parameters", *lines, sep="\n", file=sys.stderr)
+        print(*lines, f"{trained:,} trained parameters", sep="\n", file=sys.stderr)
 
 
 def restored(

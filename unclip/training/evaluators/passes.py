@@ -1,8 +1,8 @@
 """One pass over the held-out samples: what the evaluators of a training run share.
 
-The figures the paper (arXiv 2204.06125) follows a run by are means over pictures that training
-never sees. Every process feeds its own rows of a batch and gets every row of the results, so that
-all of them compute the same figures from every sample once.
+Figures of a run are means over pictures that training never sees. Every process feeds its own rows
+of a batch and gets every row of the results, so that all of them compute the same figures from
+every sample once.
 """
 
 import contextlib
