@@ -206,6 +206,7 @@ def test_what_metrics_jsonl_holds_is_not_measured_again(tiny_config, tmp_path):
     assert loop.evaluate({}, 0) and len(writer.written) == 5
 
 
+@pytest.mark.slow
 def test_an_evaluation_cut_short_is_done_after_the_resume(
     measured, measured_clip, tmp_path, monkeypatch
 ):

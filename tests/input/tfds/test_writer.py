@@ -96,6 +96,7 @@ def words(texts, length):
     return tokens, tokens > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_training_sees_the_same_batches(tars, tmp_path, workers):
     tarred = open_shards(tars).subset(keys=[f"k/{i:03d}" for i in range(1, 10) if i != 7])

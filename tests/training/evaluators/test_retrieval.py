@@ -261,6 +261,7 @@ class Pixels:
         }
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_figures_of_one(shards):
     """Each process reads its own rows; the figures are of all of them, in the same order."""
     with socket.socket() as probe:
