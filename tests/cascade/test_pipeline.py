@@ -409,6 +409,7 @@ def test_two_networks_share_one_upsampler(noisy):
         UnCLIP(parts | {"upsampler_0_last": odd})
 
 
+@pytest.mark.slow
 def test_a_decoder_that_reads_t5_needs_no_clip(parts):
     """Imagen's form: the caption through T5's own tokenizer (here bytes), and nothing else."""
     t5_arch = {
