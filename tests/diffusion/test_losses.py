@@ -11,6 +11,8 @@ import pytest
 from unclip import errors
 from unclip.diffusion import gaussian, losses, schedule
 
+# Float32 sums in differently fused programs agree to 1e-5 only where XLA optimises them.
+pytestmark = pytest.mark.usefixtures("optimised")
 FULL = schedule.cosine()
 RESPACED = FULL.respace(timesteps=[0, 1, 250, 487, 999])
 RNG = np.random.default_rng(0)
@@ -193,7 +195,7 @@ def test_l_vlb_is_the_bound_in_bits(s):
 
     got = bound(output)
     stopped, _ = measured(s)(output)["learned_vlb"]
-    np.testing.assert_allclose(stopped, got, rtol=1e-4)
+    np.testing.assert_allclose(stopped, got, rtol=1e-5)
     for row in range(4):
         want = numpy_vlb(s, row, X_0[row], EPS[row], mean[row], VALUE[row])
         assert got[row] == pytest.approx(want, rel=2e-3), row
