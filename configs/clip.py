@@ -20,6 +20,7 @@ def get_config(arg=None):
     common.theme(config, args.theme)
     config.arch = common.arch(clip.CLIP, name, clip.PRESETS, "CLIP")
     config.task = ConfigDict({"loss": args.loss})
+    config.input.crop = "random"  # CLIP's only augmentation (arXiv 2103.00020, section 2.5)
     if args.loss == "sigmoid":
         config.arch.logit_bias = True
     common.optimiser(config, "clip")
@@ -32,6 +33,7 @@ def get_config(arg=None):
         # Appendix C gives the learning rate, SAM and its per-replica batch of 64; the batch is
         # that of the public CLIP models.
         common.scale(config, batch_size=32_768, total_steps=400_000)
+        config.optim.sam_rows = 64
         config.ema = 0.999
     if args.preset == "karlo" and not args.scratch:
         common.finetune(config, learning_rate=1e-6, batch_size=4096, total_steps=20_000)

@@ -160,8 +160,10 @@ def optimiser(config: ConfigDict, name: str) -> None:
         "warmup_steps": 1000,
         "end_fraction": 0.0,
         "clip_norm": 1.0,  # 0 = off
-        "freeze": (),
+        "freeze": (),  # path patterns of parameters that are not trained
+        "no_decay": (),  # path patterns without weight decay, beside gains, biases and vectors
         "sam_rho": 0.0,
+        "sam_rows": 0,  # of the batch, that go to a point of their own; 0 = all to one
     }
     values |= optim.PRESETS[name]
     config.ema = values.pop("ema_decay", config.ema)
@@ -216,4 +218,5 @@ def runlocal(config: ConfigDict, small_arch: ConfigDict) -> ConfigDict:
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
     config.sharding = "data"
     config.optim.warmup_steps = 0
+    config.optim.sam_rows = min(config.optim.sam_rows, config.batch_size // 2)
     return config

@@ -37,6 +37,7 @@ def get_config(arg=None):
     config.clip_preset = CLIP_OF.get(args.preset, "ViT-L/14")
     config.t5 = ""  # BUNDLE of the frozen T5, or a decoder's RUN; "random" for benchmarks
     config.t5_preset = "t5-v1_1-xxl"
+    config.metric_bits_examples = 0  # held-out pictures whose whole bound is measured: 1,000 calls
     config.stored_embeddings = False  # embed every picture once before training
     config.embeddings = ""  # folder of `unclip embed`: z_i of the training pictures, not computed
     common.optimiser(config, "decoder")
@@ -48,6 +49,7 @@ def get_config(arg=None):
             "parametrisation": "eps",
             "variance": "learned_range",
             "vlb_weight": 1.0,
+            "timesteps": "uniform",  # | loss_aware
             "min_snr": 0.0,  # 0 = off
             "embedding": "image",  # "text": trained on z_t in place of z_i, drawn without a prior
             "z_scale": 0.0,  # 0 = z_i as CLIP gives it
@@ -57,6 +59,7 @@ def get_config(arg=None):
     )
     config.task.draw = {
         "steps": 250 if args.preset in ("paper", "imagen") else 25,
+        "spacing": "even",  # | trailing | log-snr | so many in each section, as "10,10,3,2,2"
         "guidance": GUIDANCE[args.preset],
         "sampler": "ddpm",
         "eta": 0.0,

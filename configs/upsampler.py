@@ -40,11 +40,19 @@ def get_config(arg=None):
             "parametrisation": "eps",
             "variance": "fixed_small",
             "vlb_weight": 1.0,
+            "timesteps": "uniform",  # | loss_aware
             "min_snr": 0.0,
             "t_below": 1 if args.net == "last" else 0,  # timesteps trained on; 0 = all
         }
     )
-    config.task.draw = {"steps": 15 if second else 27, "sampler": "ddim", "eta": 0.0}
+    config.task.draw = {
+        "steps": 15 if second else 27,
+        # Of the paper's 27 steps nothing is said but that GLIDE, the decoder's parent, has a
+        # spacing of so many for its upsampler.
+        "spacing": "fast27" if name == "paper-256" else "even",
+        "sampler": "ddim",
+        "eta": 0.0,
+    }
     config.input.degradation = "bsr" if second else "blur"
     config.input.degradation_probability = 0.5
     if name.startswith("emoji"):

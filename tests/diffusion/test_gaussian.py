@@ -1,5 +1,7 @@
 """The process against Bayes' rule in float64, and published variances."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,8 +72,34 @@ def test_posterior_is_the_product_of_two_gaussians(s):
 
 
 def test_fixed_small_has_the_published_deviations():
-    std = np.exp(0.5 * np.asarray(gaussian.fixed_small(FULL, np.array([0, 487, 999])), np.float64))
-    np.testing.assert_allclose(std, [1e-10, 0.05496255, 0.99949866], rtol=2e-5)
+    std = np.exp(0.5 * np.asarray(gaussian.fixed_small(FULL, np.array([487, 999])), np.float64))
+    np.testing.assert_allclose(std, [0.05496255, 0.99949866], rtol=2e-5)
+
+
+def test_the_first_fixed_variance_is_clipped_as_in_improved_ddpm():
+    """Both take beta_tilde of the second step, computed here in float64 from the definition."""
+    beta, a = 1 - FULL.alpha_bar[1] / FULL.alpha_bar[0], FULL.alpha_bar
+    second = math.log(beta * (1 - a[0]) / (1 - a[1]))
+    for fixed in (gaussian.fixed_small, gaussian.fixed_large):
+        assert float(fixed(FULL, np.array([0]))[0]) == pytest.approx(second, rel=1e-6)
+    assert float(gaussian.fixed_large(FULL, np.array([1]))[0]) == pytest.approx(math.log(beta))
+
+
+def test_the_analytic_variance_is_that_of_gaussian_data():
+    """x_0 ~ N(0, v) has p(x_{t-1} | x_t) in closed form: the product of two Gaussians."""
+    v, s = 0.3, FULL.respace(12)
+    a, below, t = s.alpha_bar, s.alpha_bar_prev, s.timesteps
+    error = np.zeros(1000, np.float32)
+    error[t] = v * (1 - a) / (a * v + 1 - a)  # of the best predictor, E[x_0 | x_t]
+
+    def denoise(x_t, t):
+        return gaussian.Prediction(x_t, x_t, None)
+
+    known = gaussian.with_analytic_variance(denoise, s, error)
+    got = known(jnp.zeros((len(t), 3)), jnp.asarray(t)).log_variance[:, 0]
+    before = below * v + 1 - below  # variance of x_{t-1}; x_t = sqrt(1 - beta) x_{t-1} + noise
+    want = 1 / (1 / before + (1 - s.betas) / s.betas)
+    np.testing.assert_allclose(got[1:], np.log(want)[1:], rtol=1e-4, atol=1e-4)
 
 
 def test_learned_range_has_the_published_log_variances():
@@ -85,7 +113,7 @@ def test_learned_range_ends_at_the_fixed_variances():
     high = gaussian.learned_range(FULL, T, value)
     low = gaussian.learned_range(FULL, T, -value)
     np.testing.assert_allclose(high[:, 0, 1, 2], np.log(FULL.betas[T]), rtol=1e-6)
-    np.testing.assert_array_equal(high[:, 0, 1, 2], gaussian.fixed_large(FULL, T))
+    np.testing.assert_array_equal(high[1:, 0, 1, 2], gaussian.fixed_large(FULL, T)[1:])
     np.testing.assert_allclose(low[1:, 1, 0, 0], gaussian.fixed_small(FULL, T)[1:], rtol=1e-6)
     # The first step's beta_tilde is 0: it takes the second's.
     np.testing.assert_allclose(low[0, 0, 0, 0], low[1, 0, 0, 0])

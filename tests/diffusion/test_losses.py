@@ -262,3 +262,69 @@ def test_errors():
         losses.min_snr_weight(FULL, T, parametrisation="score")
     with pytest.raises(errors.ConfigError, match="log variance"):
         losses.l_vlb(FULL, X_0, X_0, T, gaussian.Prediction(X_0, EPS))
+
+
+def guided_diffusion_bound(s, x_0, noise, predicted, variance):
+    """The loop of guided-diffusion's calc_bpd_loop in float64: clipped x_0, fixed variances.
+
+    Its `_vb_terms_bpd`: the first term a discretised likelihood, the others Kullback-Leibler
+    divergences; log variances of "fixed_small" and "fixed_large" with the first entry clipped.
+    """
+    a, below, betas = s.alpha_bar, s.alpha_bar_prev, s.betas
+    posterior = betas * (1 - below) / (1 - a)
+    clipped = np.log(np.append(posterior[1], posterior[1:]))
+    model = {"fixed_small": clipped, "fixed_large": np.log(np.append(posterior[1], betas[1:]))}
+    terms = []
+    for i in range(len(s)):
+        x_t = np.sqrt(a[i]) * x_0 + np.sqrt(1 - a[i]) * noise[i]
+        c_0 = betas[i] * np.sqrt(below[i]) / (1 - a[i])
+        c_t = np.sqrt(1 - betas[i]) * (1 - below[i]) / (1 - a[i])
+        mean = c_0 * np.clip(predicted[i], -1, 1) + c_t * x_t
+        log_p = model[variance][i]
+        if i:
+            true = c_0 * x_0 + c_t * x_t
+            ratio = clipped[i] - log_p
+            nats = 0.5 * (-1 - ratio + np.exp(ratio) + (true - mean) ** 2 * np.exp(-log_p))
+        else:
+            levels = np.rint((x_0 + 1) * 127.5).astype(int)
+            std = np.exp(0.5 * log_p)
+            each = [level_probability(k, m, std) for k, m in zip(levels.flat, mean.flat)]
+            nats = -np.log(np.maximum(each, 1e-300)).reshape(x_0.shape)
+        terms.append(nats.mean((1, 2, 3)) / math.log(2))
+    prior = 0.5 * (a[-1] * x_0**2 + (1 - a[-1]) - 1 - math.log(1 - a[-1]))
+    return np.array(terms), prior.mean((1, 2, 3)) / math.log(2)
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+def test_bits_per_dimension_are_guided_diffusions(variance):
+    s = FULL.respace(timesteps=[0, 1, 40, 300, 700, 999])
+    keys = jax.random.split(jax.random.key(4), 2)
+    x_0 = X_0[:2]
+    draw = lambda key, at: jax.random.normal(jax.random.fold_in(key, at), x_0.shape[1:])
+    noise = np.array([[draw(key, at) for key in keys] for at in range(len(s))], np.float64)
+    # A predictor that is a little off, more so where there is more noise.
+    off = np.random.default_rng(2).normal(size=(len(s), *x_0.shape))
+    predicted = x_0 + off * np.sqrt(1 - s.alpha_bar)[:, None, None, None, None] * 0.05
+
+    def denoise(x_t, t):
+        output = jnp.asarray(predicted, jnp.float32)[s.position(t)[0]]
+        options = dict(parametrisation="x0", variance=variance, clip=1.0)
+        return gaussian.predict(s, x_t, t, output, **options)
+
+    got = jax.jit(lambda: losses.bits_per_dimension(denoise, s, jnp.float32(x_0), keys))()
+    terms, prior = guided_diffusion_bound(s, x_0, noise, predicted, variance)
+    np.testing.assert_allclose(got["terms"], terms, rtol=3e-3, atol=3e-5)
+    np.testing.assert_allclose(got["prior"], prior, rtol=1e-4, atol=1e-8)
+    total = terms.sum(0) + prior
+    np.testing.assert_allclose(got["bits_per_dimension"], total, rtol=3e-3)
+    assert (total < 20).all()  # with a first deviation of 1e-10 it is 2e15
+
+
+def test_the_error_is_told_without_its_weight():
+    output = jnp.concatenate([EPS + 0.1 * MEAN, VALUE], -1)
+    run = lambda gamma: losses.hybrid(FULL, X_0, T, EPS, output, min_snr_gamma=gamma)
+    (weighted, simple, bound), (_, plain, _) = run(0.5), run(None)
+    np.testing.assert_array_equal(simple, plain)
+    weight = losses.min_snr_weight(FULL, T, gamma=0.5)
+    np.testing.assert_allclose(weighted, weight * plain + bound, rtol=1e-5)
+    assert float(weight[0]) < 0.1

@@ -56,6 +56,55 @@ def test_sampling_timesteps_are_the_published_ones():
     assert s.respace(1).timesteps.tolist() == [999]
 
 
+def test_sections_are_guided_diffusions():
+    """What its space_timesteps gives; fast27 with GLIDE's change at the noisiest step."""
+    s = schedule_lib.cosine()
+
+    def space(counts):
+        steps, start = [], 0
+        for i, count in enumerate(counts):
+            size = 1000 // len(counts) + (i < 1000 % len(counts))
+            stride, at = (size - 1) / (count - 1) if count > 1 else 1, 0.0
+            for _ in range(count):
+                steps.append(start + round(at))
+                at += stride
+            start += size
+        return steps
+
+    glide = [*space([10, 10, 3, 2, 2])[:-1], 997]
+    assert s.respace(27, "fast27").timesteps.tolist() == glide
+    assert glide[:4] == [0, 22, 44, 66] and glide[-5:] == [599, 600, 799, 800, 997]
+    for counts in ([10, 10, 3, 2, 2], [5, 1, 4], [300, 3, 1], [1]):
+        got = s.respace(sum(counts), ",".join(map(str, counts)))
+        assert got.timesteps.tolist() == space(counts)
+    with pytest.raises(errors.ConfigError, match="has 27 steps: expected as many as steps=25"):
+        s.respace(25, "10,10,3,2,2")
+    with pytest.raises(errors.ConfigError, match="501 steps in a section of 500"):
+        s.respace(502, "501,1")
+    with pytest.raises(errors.ConfigError, match=r"unknown spacing 'trailling'.*'trailing'"):
+        s.respace(25, "trailling")
+
+
+def test_trailing_steps_end_at_noise():
+    """np.round(np.arange(1000, 0, -1000 / n)) - 1 (arXiv 2305.08891, table 2)."""
+    s = schedule_lib.cosine()
+    assert s.respace(5, "trailing").timesteps[::-1].tolist() == [999, 799, 599, 399, 199]
+    for n in (1, 3, 7, 25, 27, 300):
+        want = np.round(np.arange(1000, 0, -1000 / n))[:n] - 1
+        np.testing.assert_array_equal(s.respace(n, "trailing").timesteps[::-1], want)
+
+
+@pytest.mark.parametrize("n", [2, 10, 27, 300, 999])
+def test_log_snr_steps_are_even_in_log_snr(n):
+    s = schedule_lib.linear()
+    log = np.log(s.signal_to_noise)
+    kept = s.respace(n, "log-snr").timesteps
+    assert len(kept) == n and kept[0] == 0 and kept[-1] == 999 and (np.diff(kept) > 0).all()
+    if n == 10:
+        wanted = np.linspace(log[0], log[-1], n)
+        assert np.abs(log[kept] - wanted).max() < 0.4 < np.abs(np.diff(wanted)).min()
+
+
 @pytest.mark.parametrize("name", ["cosine", "linear"])
 @pytest.mark.parametrize("n", [1, 2, 27, 250, 999])
 def test_respacing_leaves_alpha_bar_alone(name, n):

@@ -11,7 +11,7 @@ import pytest
 from unclip.errors import ConfigError
 from unclip.models import unet
 from unclip.models.transformer import timestep_embedding
-from unclip.models.unet import AttentionBlock, Norm, ResBlock, Style, UNet
+from unclip.models.unet import AttentionBlock, Norm, Reads, ResBlock, Style, UNet
 
 TINY = dict(
     channels=8,
@@ -23,7 +23,7 @@ TINY = dict(
     groups=4,
 )
 SMALL = dict(multipliers=(1,), attention=(True,))
-STYLE = Style(8, True, "group", 4, 1e-5, 0.0, False, jnp.float32, None, False, "xla")
+STYLE = Style(8, True, "group", 4, 1e-5, 0.0, jnp.float32, None, False, "xla")
 
 
 def normal(seed, *shape):
@@ -221,9 +221,10 @@ def test_statistics_are_float32_under_bfloat16():
 def test_res_block_equals_numpy(how, scale_shift, features):
     x, emb = normal(0, 2, 4, 6, 8), normal(1, 2, 5)
     block = ResBlock(STYLE._replace(scale_shift=scale_shift), features, how)
-    p = randomise(jax.eval_shape(block.init, jax.random.key(0), x, emb)["params"])
+    reads = Reads(emb, None, None, None)
+    p = randomise(jax.eval_shape(block.init, jax.random.key(0), x, reads)["params"])
     expected = np_res(f64(x), f64(emb), f64(p), how, scale_shift)
-    got = jax.jit(block.apply)({"params": p}, x, emb)
+    got = jax.jit(block.apply)({"params": p}, x, reads)
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
@@ -231,9 +232,10 @@ def test_attention_equals_numpy_one_softmax_over_context_and_self():
     x, context = normal(0, 2, 3, 4, 16), normal(1, 2, 5, 6)
     mask = jnp.array([[True, False, True, True, False], [False] * 5])
     block = AttentionBlock(STYLE)
-    p = randomise(jax.eval_shape(block.init, jax.random.key(0), x, context)["params"], scale=0.6)
+    reads = Reads(None, context, mask, None)
+    p = randomise(jax.eval_shape(block.init, jax.random.key(0), x, reads)["params"], scale=0.6)
     expected = np_attention(f64(x), f64(context), mask, f64(p))
-    got = jax.jit(block.apply)({"params": p}, x, context, mask)
+    got = jax.jit(block.apply)({"params": p}, x, reads)
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
@@ -326,14 +328,39 @@ def test_bfloat16_computes_close_and_keeps_float32_outside(y, params, batch):
     assert 1e-5 < error < 0.05
 
 
-def test_dropout_needs_train_and_an_rng(batch):
+def test_dropout_needs_keys_and_an_rng(batch):
     x, t, emb, *_ = batch
     model = UNet(**TINY | dict(dropout=0.5, blocks=1, attention=(False, False), fold=True))
     p = randomise(jax.eval_shape(model.init, jax.random.key(0), x, t, emb))
-    run = jax.jit(lambda key: model.apply(p, x, t, emb, train=True, rngs={"dropout": key}))
-    a, b = run(jax.random.key(1)), run(jax.random.key(2))
+    rows = jax.random.split(jax.random.key(0), len(x))
+    options = lambda key, rows: {"dropout_keys": rows, "rngs": {"dropout": key}}
+    run = jax.jit(lambda key, rows: model.apply(p, x, t, emb, **options(key, rows)))
+    a, b = run(jax.random.key(1), rows), run(jax.random.key(2), rows)
     assert np.abs(np.asarray(a) - b).max() > 1e-3
-    np.testing.assert_array_equal(a, run(jax.random.key(1)))
+    np.testing.assert_array_equal(a, run(jax.random.key(1), rows))
+    other = run(jax.random.key(1), rows.at[0].set(jax.random.key(9)))
+    assert np.abs(np.asarray(a) - other)[0].max() > 1e-3
+    np.testing.assert_array_equal(a[1:], other[1:])
+
+
+def test_bfloat16_keeps_time_film_and_last_convolution_in_float32(batch):
+    """Of each layer, the type that its product is computed in."""
+    x, t, emb, *_ = batch
+    model = UNet(**TINY | dict(blocks=1, attention=(False, False)), dtype=jnp.bfloat16)
+    p = jax.eval_shape(model.init, jax.random.key(0), x, t, emb)
+    found = {}
+
+    def watch(next_function, args, kwargs, context):
+        out = next_function(*args, **kwargs)
+        if context.method_name == "__call__" and isinstance(context.module, nn.Conv | nn.Dense):
+            found["/".join(context.module.path)] = out.dtype
+        return out
+
+    with nn.intercept_methods(watch):
+        jax.eval_shape(lambda p: model.apply(p, x, t, emb), p)
+    kept = {path for path, dtype in found.items() if dtype == jnp.float32}
+    film = {path for path in found if path.endswith("/time")}
+    assert film and kept == {"time/fc_1", "time/fc_2", "conv_out"} | film
 
 
 def test_patch_is_space_to_depth_row_by_row():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from unclip.errors import ConfigError
-from unclip.runtime import optim
+from unclip.runtime import optim, sharding
 
 
 def tree(seed):
@@ -14,7 +14,7 @@ def tree(seed):
     return {
         "dense": {"kernel": rng.normal(size=(3, 4)), "bias": rng.normal(size=(4,))},
         "stack": {"bias": rng.normal(size=(2, 4))},
-        "ln_norm": {"w": rng.normal(size=(2, 3))},
+        "norm": {"scale": rng.normal(size=(2, 3))},
         "text": {"token_embedding": rng.normal(size=(5, 2))},
         "time_embed": {"kernel": rng.normal(size=(2, 2))},
     }
@@ -24,7 +24,7 @@ def jaxed(t):
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), t)
 
 
-DECAYED = {"dense/kernel", "time_embed/kernel"}
+DECAYED = {"dense/kernel", "text/token_embedding", "time_embed/kernel"}
 
 
 def adamw(weights, gradients, rates, *, b1, b2, eps, weight_decay, clip):
@@ -226,3 +226,37 @@ def test_nonfinite_steps_keep_every_bit(bad):
     assert bool(ok) and float(norm) == 5 and int(skipped) == 0
     assert np.asarray(taken["opt"]["count"]) == 8
     assert not bool(optim.all_finite(jnp.float32(np.nan), {"g": jnp.zeros(1)})[0])
+
+
+def test_what_decays_is_neither_gain_nor_bias():
+    """The rule of CLIP's paper on every stage's own tree, folded or not."""
+    leaf = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    params = {
+        "text": {"null": leaf(8, 4), "token": {"embedding": leaf(40, 4)}},
+        "position": leaf(9, 4),
+        "class_token": leaf(4),
+        "logit_scale": leaf(),
+        "fold": {
+            "norm_1": {"scale": leaf(3, 4), "bias": leaf(3, 4)},
+            "fc": {"kernel": leaf(3, 4, 4)},
+        },
+    }
+    got = {path for path, decays in sharding.tree_paths(optim.decay_mask(params)).items() if decays}
+    assert got == {"text/null", "text/token/embedding", "position", "fold/fc/kernel"}
+    kept = sharding.tree_paths(optim.decay_mask(params, ("position", "token/")))
+    assert {path for path, decays in kept.items() if decays} == {"text/null", "fold/fc/kernel"}
+    with pytest.raises(ConfigError, match=r"no_decay 'positions' matches no parameter.*position"):
+        optim.decay_mask(params, ("positions",))
+
+
+def test_the_rate_that_is_told_is_the_one_applied():
+    """After skipped steps the optimiser is behind the step's number."""
+    params = {"w": jnp.zeros((2, 2))}
+    tx, rate = optim.make_optimizer(
+        params, learning_rate=1.0, total_steps=4, schedule="linear", freeze=()
+    )
+    state = tx.init(params)
+    for taken in range(3):
+        assert int(optim.applied_steps(state)) == taken
+        updates, state = tx.update({"w": jnp.ones((2, 2))}, state, params)
+        np.testing.assert_allclose(updates["w"], -rate(taken), rtol=1e-4)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from unclip import errors, tasks
@@ -142,3 +143,55 @@ def test_the_empty_caption_is_the_tokenizers():
     want_tokens, want_mask, _ = Tokenizer().encode(["", ""], 32)
     np.testing.assert_array_equal(tokens, want_tokens)
     np.testing.assert_array_equal(mask, want_mask)
+
+
+@pytest.mark.slow
+def test_sam_by_groups_is_sam_on_replicas_that_share_embeddings(made, batch_of):
+    """Each group's own point, written out one group after another."""
+    task, params, _ = made("clip")
+    batch, rho, rows = batch_of(task, 8), 0.1, 2
+    got = jax.jit(
+        lambda accumulate: task.sharpness_aware(
+            params, None, batch, jax.random.key(0), accumulate, rho, rows
+        ),
+        static_argnums=0,
+    )
+    groups = [{k: batch[k][i : i + rows] for k in ("image", "tokens")} for i in range(0, 8, rows)]
+
+    @jax.jit
+    def loss_at(points):
+        z = [task.embed(p, g) for p, g in zip(points, groups)]
+        z_i, z_t = (jnp.concatenate(part) for part in zip(*z))
+        middle = jax.tree.map(lambda *p: sum(p) / len(p), *points)
+        return task.contrast(middle, z_i, z_t, batch["valid"])[0]
+
+    gradients = jax.jit(jax.grad(loss_at))
+    alike = [params] * len(groups)
+    # A gradient with respect to one replica holds a share of what the temperature has in common.
+    own = gradients(alike)
+    whole = jax.tree.map(lambda *g: sum(g), *own)
+    points = []
+    for g in own:
+        g = g | {name: whole[name] for name in g if name.startswith("logit_")}
+        norm = optax.tree.norm(g)
+        points.append(jax.tree.map(lambda p, d, norm=norm: p + rho * d / norm, params, g))
+    want = jax.tree.map(lambda *g: sum(g), *gradients(points))
+    (loss, _), grads = got(1)
+    assert float(loss) == pytest.approx(float(loss_at(alike)), rel=1e-5)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5)
+    jax.tree.map(close, grads, want)
+    jax.tree.map(close, got(2)[1], want)
+
+
+@pytest.mark.slow
+def test_sam_with_one_group_is_sam_on_the_batch(made, batch_of):
+    task, params, _ = made("clip")
+    batch = batch_of(task, 4)
+    got = jax.jit(
+        lambda rows: task.sharpness_aware(params, None, batch, jax.random.key(0), 1, 0.1, rows)[1],
+        static_argnums=0,
+    )
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5)
+    jax.tree.map(close, got(4), got(0))
+    with pytest.raises(errors.ConfigError, match="sam_rows=3"):
+        got(3)

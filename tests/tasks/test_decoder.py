@@ -39,7 +39,7 @@ def spied(task, params, frozen, batch, *, train, channels=6):
     return jax.device_get(run(frozen, batch))
 
 
-OPTIONS = ("train", "rngs", "rest")
+OPTIONS = ("dropout_keys", "rngs", "rest")
 
 
 def given(batch, z_i):

@@ -7,7 +7,15 @@ import pytest
 from unclip import errors, tasks
 from unclip.tasks import base, keys
 
-STAGES = [("prior", ""), ("prior", "ar"), ("decoder", ""), ("upsampler", "")]
+DROPOUT = dict(channels=8, multipliers=(1,), blocks=1, head_dim=8, groups=4, time_dim=16)
+DROPOUT |= dict(attention=(False,), dropout=0.5)
+STAGES = [
+    ("prior", ""),
+    ("prior", "ar"),
+    ("decoder", ""),
+    ("upsampler", ""),
+    ("upsampler", "dropout"),
+]
 
 
 @pytest.fixture(scope="module", params=STAGES, ids=lambda p: "-".join(filter(None, p)))
@@ -15,7 +23,10 @@ def stage(request, made, batch_of):
     name, kind = request.param
     # The autoregressive loss draws nothing but which captions are dropped: often, to be seen.
     settings = {"text_drop": 0.5} if kind == "ar" else {}
-    task, params, frozen = made(name, kind, **settings)
+    if kind == "dropout":
+        task, params, frozen = made(name, arch=DROPOUT)
+    else:
+        task, params, frozen = made(name, kind, **settings)
     loss = jax.jit(lambda b: task.loss(params, frozen, b, jax.random.key(6), train=True))
     return task, batch_of(task, 6), loss
 
@@ -28,6 +39,27 @@ def test_rows_may_change_places(stage):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got, want)
     renumbered = moved | {"sample": batch["sample"]}
     assert abs(float(loss(renumbered)[0]) / float(want[0]) - 1) > 1e-4
+
+
+def test_dropout_belongs_to_the_sample(made, batch_of):
+    """Gradients of a batch, of its slices and of its rows in another order are the same."""
+    task, params, frozen = made("upsampler", arch=DROPOUT)
+    batch = batch_of(task, 6)
+    gradient = jax.jit(
+        lambda b, accumulate: task.value_and_grad(params, frozen, b, jax.random.key(6), accumulate)[
+            1
+        ],
+        static_argnums=1,
+    )
+    whole = jax.device_get(gradient(batch, 1))
+    order = np.array([3, 0, 5, 1, 4, 2])
+    moved = {name: value[order] for name, value in batch.items()}
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
+    jax.tree.map(close, jax.device_get(gradient(moved, 1)), whole)
+    jax.tree.map(close, jax.device_get(gradient(batch, 3)), whole)
+    kernel = lambda tree: tree["unet"]["mid"]["res_0"]["conv_1"]["kernel"]
+    other = jax.device_get(gradient(batch | {"sample": batch["sample"] + np.uint32([0, 9])}, 1))
+    assert np.abs(kernel(other) - kernel(whole)).max() > 0.1 * np.abs(kernel(whole)).max()
 
 
 def test_padding_changes_nothing(stage):

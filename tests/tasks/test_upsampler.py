@@ -77,3 +77,23 @@ def test_injected_noise_is_what_the_network_sees(marked):
         x = (b**0.5 * beta * 0.25 + (1 - beta) ** 0.5 * (1 - b) * x) / (1 - a)
         x += np.sqrt(beta * (1 - b) / (1 - a)) * noise[visit]
     np.testing.assert_allclose(seen[0], x, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_sam_by_groups_of_rows(made, batch_of):
+    """The mean of what every group finds alone (m-sharpness), however it is accumulated."""
+    task, params, frozen = made("upsampler")
+    batch, key = batch_of(task, 4), jax.random.key(0)
+    run = jax.jit(
+        lambda rows, accumulate, b: task.sharpness_aware(
+            params, frozen, b, key, accumulate, 0.1, rows
+        )[1],
+        static_argnums=(0, 1),
+    )
+    alone = [run(0, 1, {k: v[i : i + 1] for k, v in batch.items()}) for i in range(4)]
+    want = jax.tree.map(lambda *g: sum(g) / 4, *alone)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-6)
+    jax.tree.map(close, run(1, 1, batch), want)
+    jax.tree.map(close, run(1, 2, batch), want)
+    whole = jax.tree.leaves(run(0, 1, batch))
+    assert any(np.abs(a - b).max() > 1e-4 for a, b in zip(whole, jax.tree.leaves(want)))

@@ -30,6 +30,7 @@ from unclip.tasks.clip import FrozenClip
 
 STAGE_TAGS = {"prior": 0, "decoder": 1, "upsampler_0": 2, "upsampler_1": 3}
 LAST = "_last"  # upsampler_0_last: a second network, for the last step of upsampler_0
+TRACED = ("guidance", "eta", "temperature", "top_p")  # settings of a draw that compile nothing
 EMBEDS = ("prior", "text", "none")  # where the decoder's z_i comes from
 FREE = ("dtype", "dropout", "remat", "attention_impl")  # in which the two networks may differ
 
@@ -108,7 +109,8 @@ class UnCLIP:
         self._params = {name: self._place(parts[name].params) for name in used}
         self._frozen = {name: self._params[name] for name in ("clip", "t5") if name in used}
         if "prior" in parts:
-            self._frozen["statistics"] = self._place(parts["prior"].extra)
+            statistics = {**self._tasks["prior"].unmeasured, **parts["prior"].extra}
+            self._frozen["statistics"] = self._place(statistics)
         self._compiled, self._warned = {}, set()
 
     @classmethod
@@ -227,8 +229,7 @@ class UnCLIP:
     ) -> np.ndarray:
         """z_i float32 [n, D] drawn for captions, one a (prompt, seed) pair.
 
-        Settings: steps, guidance, sampler, eta, candidates (see `tasks.prior`); `noise` as this
-        module says, with candidates = 1.
+        Settings: see the tasks of `tasks.prior`; `noise` as this module says, with candidates = 1.
         """
         self._need("prior", "drawing from a caption")
         task = self._tasks["prior"]
@@ -294,8 +295,8 @@ class UnCLIP:
         """Pictures of embeddings through the decoder and the upsamplers.
 
         Args:
-          z_i: float32 [n, D], or None for a decoder without it; prompts: captions or None for
-            none; seeds: one a picture.
+          z_i: float32 [n, D], or None for a decoder without it; prompts: captions, or None to draw
+            as the decoder was trained to without one; seeds: one a picture.
           drop_image: whether the decoder draws as it was trained to without z_i.
           decoder: settings of the decoder's draw; upsamplers: one dict an upsampler.
           stages: how many of decoder and upsamplers run; None = all.
@@ -312,6 +313,7 @@ class UnCLIP:
             tokens, mask = self.tokenize(prompts, task.context, task.tokenizer)
         conditions = {"tokens": tokens, "text_mask": mask}
         conditions["drop_image"] = np.full(len(seeds), drop_image)
+        conditions["drop_text"] = np.full(len(seeds), prompts is None)
         if z_i is not None:
             conditions["z_i"] = z_i
         shape = (len(seeds), *2 * (task.image_size,), 3)
@@ -462,7 +464,8 @@ class UnCLIP:
 
         Args:
           image: uint8 [H, W, 3]; a picture that is not square is cropped to its centre.
-          Other arguments as in `generate`; the caption is empty, with guidance too.
+          Other arguments as in `generate`; the decoder draws as it was trained to without a
+            caption, with guidance too.
         """
         self._need("clip", "variations of a picture")
         if self._need("decoder", "variations").settings.get("embedding") == "text":
@@ -510,7 +513,7 @@ def _pictures(drawn: dict[str, np.ndarray], recipes: list[dict]) -> Pictures:
 
 def _split(draw: dict) -> tuple[tuple, dict]:
     """A draw's settings as (static items, traced floats)."""
-    traced = {k: jnp.float32(v) for k, v in draw.items() if k in ("guidance", "eta", "temperature")}
+    traced = {k: jnp.float32(v) for k, v in draw.items() if k in TRACED}
     return tuple(sorted((k, v) for k, v in draw.items() if k not in traced)), traced
 
 

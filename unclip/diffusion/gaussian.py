@@ -120,16 +120,22 @@ def posterior(
 
 
 def fixed_small(schedule: Schedule, t: jax.Array) -> jax.Array:
-    """Log of beta_tilde_t, floored at 1e-20 (DDPM section 3.2, the lower bound): float32 [B].
+    """Log of beta_tilde_t (DDPM section 3.2, the lower bound): float32 [B].
 
-    The floor makes the first step's standard deviation 1e-10, Karlo's fixed_small_log.
+    The first step's, 0 in truth, is the second's, as in Improved DDPM's code. Karlo's
+    fixed_small_log has 1e-20 there; only the bound reads it, since the last step of a draw adds no
+    noise, and a picture's likelihood under a deviation of 1e-10 has no meaning.
     """
-    return schedule.at(np.log(np.maximum(schedule.posterior_variance, 1e-20)), t)
+    return schedule.at(schedule.posterior_log_variance, t)
 
 
 def fixed_large(schedule: Schedule, t: jax.Array) -> jax.Array:
-    """Log of beta_t (DDPM section 3.2, the upper bound): float32 [B]."""
-    return schedule.at(np.log(schedule.betas), t)
+    """Log of beta_t (DDPM section 3.2, the upper bound): float32 [B].
+
+    The first step's is that of `fixed_small`, as in Improved DDPM's code.
+    """
+    log = np.append(schedule.posterior_log_variance[:1], np.log(schedule.betas[1:]))
+    return schedule.at(log, t)
 
 
 def learned_range(schedule: Schedule, t: jax.Array, value: jax.Array) -> jax.Array:
@@ -142,9 +148,35 @@ def learned_range(schedule: Schedule, t: jax.Array, value: jax.Array) -> jax.Arr
       float32, the shape of value.
     """
     low = expand(schedule.at(schedule.posterior_log_variance, t), value)
-    high = expand(fixed_large(schedule, t), value)
+    high = expand(schedule.at(np.log(schedule.betas), t), value)
     fraction = (value + 1) / 2
     return fraction * high + (1 - fraction) * low
+
+
+def with_analytic_variance(
+    denoise: Callable[[jax.Array, jax.Array], Prediction], schedule: Schedule, x0_error: jax.Array
+) -> Callable[[jax.Array, jax.Array], Prediction]:
+    """denoise with the variance that is best for its mean (Analytic-DPM, arXiv 2201.06503, eq. 8).
+
+    p(x_{t-1} | x_t) has beside beta_tilde_t, which q leaves open even if x_0 is known, what x_0
+    itself leaves open: c^2 E|x_0 - x_0(x_t)|^2 / d, c being the posterior mean's factor of x_0. The
+    expectation is measured on data instead of following from the mean square of eps, which is the
+    same for the best predictor, and stays right for one that is not.
+
+    Args:
+      schedule: the one that is sampled, already respaced.
+      x0_error: float32 [total], mean squared error of x_0 a dimension by original timestep.
+    """
+    s = schedule
+    factor = s.betas * np.sqrt(s.alpha_bar_prev) / (1 - s.alpha_bar)
+
+    def analytic(x_t: jax.Array, t: jax.Array) -> Prediction:
+        known = s.at(s.posterior_variance, t)
+        left = s.at(factor, t) ** 2 * jnp.asarray(x0_error)[t]
+        log_variance = jnp.log(jnp.maximum(known + left, 1e-20))
+        return denoise(x_t, t)._replace(log_variance=expand(log_variance, x_t))
+
+    return analytic
 
 
 def split_variance(output: jax.Array, channels: int) -> tuple[jax.Array, jax.Array]:

@@ -9,6 +9,8 @@ Every function returns float32 [B], a mean over the other axes. The bound is in 
 x_0 is float32 [B, ..., C]; t is int32 [B], original indices; eps is the noise that made x_t.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -157,6 +159,41 @@ def l_vlb(
     return jnp.where(schedule.is_first(t), _mean(decoder), _mean(kl)) / np.log(2)
 
 
+def bits_per_dimension(
+    denoise: Callable[[jax.Array, jax.Array], Prediction],
+    schedule: Schedule,
+    x_0: jax.Array,
+    keys: jax.Array,
+) -> dict[str, jax.Array]:
+    """The whole variational bound on 8-bit pictures: every step's `l_vlb`, then `l_prior`.
+
+    One call of denoise a step; x_t is drawn anew at each (Improved DDPM's evaluation).
+
+    Args:
+      denoise: (x_t [B, ...], t int32 [B]) -> Prediction with its log variance, without guidance.
+      schedule: all of its steps are visited; a respaced one bounds the likelihood of the coarser
+        process.
+      x_0: float32 [B, ...], 8-bit pictures in [-1, 1].
+      keys: typed keys [B], one a picture.
+
+    Returns:
+      {"bits_per_dimension": [B], their sum; "terms": [n, B], by step, ascending in t;
+      "prior": [B]}.
+    """
+
+    def term(_, step):
+        at, t = step
+        noise = lambda key: jax.random.normal(jax.random.fold_in(key, at), x_0.shape[1:])
+        steps = jnp.full(x_0.shape[0], t)
+        x_t = gaussian.q_sample(schedule, x_0, steps, jax.vmap(noise)(keys))
+        return None, l_vlb(schedule, x_0, x_t, steps, denoise(x_t, steps))
+
+    visited = jnp.arange(len(schedule)), jnp.asarray(schedule.timesteps)
+    _, terms = jax.lax.scan(term, None, visited)
+    prior = l_prior(schedule, x_0)
+    return {"bits_per_dimension": terms.sum(0) + prior, "terms": terms, "prior": prior}
+
+
 def l_prior(schedule: Schedule, x_0: jax.Array) -> jax.Array:
     """L_T = KL(q(x_T | x_0) || N(0, 1)) in bits per dimension (Improved DDPM eq. 7): [B]."""
     mean = np.sqrt(schedule.alpha_bar[-1]) * x_0
@@ -194,8 +231,8 @@ def hybrid(
     vlb_weight: float | None = None,
     min_snr_gamma: float | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(L_hybrid, L_simple, L_vlb), [B] each: the first is L_simple + lambda L_vlb (Improved DDPM
-    eq. 16).
+    """(L_hybrid, L_simple, L_vlb), [B] each: the first is w L_simple + lambda L_vlb (Improved DDPM
+    eq. 16), w being min-SNR's weight, 1 without it; the second is not weighted.
 
     The bound trains the variance channels alone: the mean is under stop_gradient in it.
 
@@ -204,15 +241,17 @@ def hybrid(
       vlb_weight: weight of one term of the bound, in bits per dimension. Improved DDPM's lambda is
         0.001 on the sum over all steps; a uniformly drawn t stands for len(schedule) terms, so
         the default is len(schedule) / 1000, what guided-diffusion calls rescaled learned sigmas.
-      min_snr_gamma: weighs L_simple only.
+      min_snr_gamma: of w, see `min_snr_weight`.
 
     Raises:
       ConfigError: output is not twice as deep as x_0, or an unknown parametrisation.
     """
     mean, _ = gaussian.split_variance(output, x_0.shape[-1])
-    simple = l_simple(
-        schedule, x_0, t, eps, mean, parametrisation=parametrisation, min_snr_gamma=min_snr_gamma
-    )
+    simple = l_simple(schedule, x_0, t, eps, mean, parametrisation=parametrisation)
+    weighted = simple
+    if min_snr_gamma is not None:
+        snr = {"gamma": min_snr_gamma, "parametrisation": parametrisation}
+        weighted = min_snr_weight(schedule, t, **snr) * simple
     weight = len(schedule) / 1000 if vlb_weight is None else vlb_weight
     bound = learned_vlb(schedule, x_0, t, eps, output, parametrisation=parametrisation)
-    return simple + weight * bound, simple, bound
+    return weighted + weight * bound, simple, bound

@@ -3,7 +3,9 @@
 unCLIP (arXiv 2204.06125, table 3) samples its decoder with the ancestral process of DDPM (arXiv
 2006.11239, algorithm 2) and its upsamplers with DDIM (arXiv 2010.02502, eq. 12), whose inversion
 (its section 4.3) also gives the x_T that unCLIP's manipulations keep (section 3). DPM-Solver++(2M)
-(arXiv 2211.01095, algorithm 2) needs the fewest steps.
+(arXiv 2211.01095, algorithm 2) is of second order in the steps' length in log-SNR: on Gaussian data
+with the exact denoiser, its error at 10 steps is less than half of DDIM's. Nothing was measured on
+pictures, where guidance and thresholds break what the order rests on.
 
 A denoiser is any function (x_t, t) -> Prediction, so two networks can share one trajectory, as
 Karlo's super-resolution has the last step done by a second network:
@@ -230,7 +232,10 @@ def ddim_invert(
     In angles, with alpha_bar = cos^2(phi), a DDIM step down is the rotation
     x_prev = cos(d) x_t - sin(d) v(x_t, t), d = phi_t - phi_prev (arXiv 2202.00512, appendix D).
     Going up, x_t = (x_prev + sin(d) v(x_t, t)) / cos(d) is solved by repetition from
-    x_t = x_prev: once is the usual first-order inversion; a few times is nearly exact.
+    x_t = x_prev: once is the usual first-order inversion. On Gaussian data with the exact denoiser
+    and 20 steps, DDIM leads back to within 0.2 of values in [-1, 1] with one call a step and to
+    within 0.001 with eight. A network need not be as smooth: with strong guidance the repetition
+    may not converge, so compare what DDIM makes of the result.
 
     Args:
       denoise: as in `sample`, with the guidance that sampling will have.

@@ -21,6 +21,8 @@ import numpy as np
 
 from unclip import errors
 
+SPACINGS = ("even", "trailing", "log-snr", "fast27")
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Schedule:
@@ -97,30 +99,43 @@ class Schedule:
         return self.at(self.signal_to_noise, t)
 
     def respace(
-        self, n: int | None = None, *, timesteps: Sequence[int] | None = None
+        self,
+        n: int | None = None,
+        spacing: str = "even",
+        *,
+        timesteps: Sequence[int] | None = None,
     ) -> "Schedule":
         """Keeps some steps, with the betas that leave alpha_bar unchanged at each.
 
         Improved DDPM, section 4: beta_t = 1 - alpha_bar_t / alpha_bar_prev over the kept steps.
 
         Args:
-          n: number of steps, evenly spread with both ends included: round(i (N-1) / (n-1)) among
-            the N steps of this schedule, halves to even. One step keeps the noisiest.
+          n: number of steps among the N of this schedule.
+          spacing: how they are spread:
+            "even": both ends included, round(i (N-1) / (n-1)), halves to even; one step keeps the
+              noisiest (Karlo).
+            "trailing": N - 1 - round(i N / n), the noisiest included and the cleanest not
+              (arXiv 2305.08891, section 3.3).
+            "log-snr": evenly in the logarithm of the signal-to-noise ratio, both ends included
+              (DPM-Solver, arXiv 2206.00927, section 3.4); a step that is taken is replaced by the
+              next noisier one.
+            "10,10,3,2,2": so many in each of equal sections, from the cleanest on, each section's
+              ends included (GLIDE, Improved DDPM); the numbers add up to n.
+            "fast27": that, but for the noisiest step, in place of which stands the second below it
+              (GLIDE's, for 27 steps of DDIM).
           timesteps: or the original indices to keep, in any order. Sampling then starts at the
             greatest of them, which need not be the noisiest step.
 
         Raises:
-          ConfigError: n is not an integer in 1..N; a timestep is not of this schedule or comes
-            twice; both or neither are given.
+          ConfigError: n is not an integer in 1..N; unknown spacing, or sections that do not add
+            up to n or hold more steps than there are; a timestep is not of this schedule or comes
+            twice; both or neither of n and timesteps are given.
         """
         if (n is None) == (timesteps is None):
             raise errors.ConfigError("respace needs either a number of steps or timesteps")
         if timesteps is None:
             n = _count(n, "number of sampling steps", len(self))
-            # The stride is rounded before it is multiplied, as in diffusers; this decides how some
-            # halves (n = 27) are rounded.
-            stride = (len(self) - 1) / max(n - 1, 1)
-            keep = np.round(np.arange(n) * stride).astype(int) if n > 1 else np.array([-1])
+            keep = self._spread(n, spacing)
         else:
             keep = self._positions(timesteps)
         if len(keep) == len(self):
@@ -131,6 +146,42 @@ class Schedule:
         unchanged = alpha_bar_prev == self.alpha_bar_prev[keep]
         betas = np.where(unchanged, self.betas[keep], 1 - alpha_bar / alpha_bar_prev)
         return Schedule(betas, alpha_bar, alpha_bar_prev, self.timesteps[keep], self.total)
+
+    def _spread(self, n: int, spacing: str) -> np.ndarray:
+        """Positions [n] of the kept steps, ascending; see `respace`."""
+        most = len(self) - 1
+        if spacing == "fast27":
+            keep = self._spread(n, "10,10,3,2,2")
+            return np.append(keep[:-1], most - 2)
+        if spacing == "even":
+            return _ends(0, most, n) if n > 1 else np.array([most])
+        if spacing == "trailing":
+            return (most - np.round(np.arange(n) * (len(self) / n))[::-1]).astype(int)
+        if spacing == "log-snr":
+            log = np.log(self.signal_to_noise)
+            wanted = np.linspace(log[0], log[-1], n) if n > 1 else log[-1:]
+            keep = np.abs(log[None] - wanted[:, None]).argmin(1)
+            keep = np.maximum.accumulate(keep - np.arange(n)) + np.arange(n)
+            # Ties pushed beyond the noisiest step are pushed back from there.
+            return np.minimum(keep, most - np.arange(n)[::-1])
+        counts = [int(word) for word in spacing.split(",") if word.strip().isdigit()]
+        if not counts or len(counts) != len(spacing.split(",")):
+            raise errors.unknown("spacing", spacing, (*SPACINGS, "10,10,3,2,2"))
+        if sum(counts) != n:
+            raise errors.ConfigError(
+                f"spacing {spacing!r} has {sum(counts)} steps: expected as many as steps={n}"
+            )
+        keep, first = [], 0
+        for section, count in enumerate(counts):
+            size = len(self) // len(counts) + (section < len(self) % len(counts))
+            if not 1 <= count <= size:
+                raise errors.ConfigError(
+                    f"spacing {spacing!r}: {count} steps in a section of {size}: expected 1 to "
+                    f"{size}"
+                )
+            keep += list(_ends(first, first + size - 1, count))
+            first += size
+        return np.array(keep)
 
     def _positions(self, timesteps: Sequence[int]) -> np.ndarray:
         given = np.sort(np.asarray(timesteps).reshape(-1))
@@ -146,6 +197,14 @@ class Schedule:
                 f"{self.timesteps[0]} to {self.timesteps[-1]}; nearest: {nearest}"
             )
         return np.searchsorted(self.timesteps, given)
+
+
+def _ends(first: int, last: int, n: int) -> np.ndarray:
+    """n integers evenly from first to last, both included; first alone for one."""
+    # The stride is rounded before it is multiplied, as in diffusers and guided-diffusion; this
+    # decides how some halves (n = 27) are rounded.
+    stride = (last - first) / max(n - 1, 1)
+    return first + np.round(np.arange(n) * stride).astype(int)
 
 
 def _count(n, what: str, most: int | None = None) -> int:

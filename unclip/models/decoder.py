@@ -121,7 +121,7 @@ class Conditioner(nn.Module):
         embs, context, masks = [], [], []
         if self.use_z_i:
             z_i = self._drop(z_i, drop_image, self._null("null_image", z_i))
-            embs.append(self._dense(self.time_dim, "image_time")(z_i))
+            embs.append(self._time(self.time_dim, "image_time")(z_i))
             # Karlo's memory order: channel by channel, the four tokens of each side by side.
             extra = self._dense(self.context_dim * IMAGE_TOKENS, "image_tokens")(z_i)
             context.append(extra.reshape(-1, self.context_dim, IMAGE_TOKENS).swapaxes(1, 2))
@@ -129,13 +129,13 @@ class Conditioner(nn.Module):
         if self.use_z_t:
             null = self._null("null_z_t", z_t) if self.learned_null_text else 0.0
             z_t = self._drop(z_t, drop_text, null)
-            embs.append(self._dense(self.time_dim, "text_time")(z_t))
+            embs.append(self._time(self.time_dim, "text_time")(z_t))
         if self.text is not None:
             if drop_text is not None:
                 text_mask = text_mask & ~drop_text[:, None]
             fields = {**self.text, "width": self.context_dim, "dtype": self.dtype}
             hidden = TextEncoder(**fields, name="text")(tokens, text_mask)
-            embs.append(self._dense(self.time_dim, "caption_time")(hidden[:, -1]))
+            embs.append(self._time(self.time_dim, "caption_time")(hidden[:, -1]))
             if self.use_text_tokens:
                 context.append(hidden)
                 masks.append(jnp.ones_like(text_mask))
@@ -156,7 +156,7 @@ class Conditioner(nn.Module):
                 pooled = pool(hidden, mask)
                 if not self.learned_null_text:
                     pooled = self._drop(pooled, drop_text, 0.0)
-                embs.append(self._dense(self.time_dim, "pool_time")(pooled))
+                embs.append(self._time(self.time_dim, "pool_time")(pooled))
         emb = sum(embs) if embs else None
         if not context:
             return emb, None, None
@@ -164,6 +164,10 @@ class Conditioner(nn.Module):
 
     def _dense(self, features, name):
         return nn.Dense(features, dtype=self.dtype, name=name)
+
+    def _time(self, features, name):
+        """Into the time embedding, which is float32 in every dtype."""
+        return nn.Dense(features, dtype=jnp.float32, name=name)
 
     def _null(self, name, like):
         return self.param(name, nn.initializers.normal(0.02), like.shape[-1:])
@@ -214,7 +218,7 @@ class Decoder(UNet):
         *,
         drop_image=None,
         drop_text=None,
-        train=False,
+        dropout_keys=None,
     ):
         """Predict the noise and its variance from a noised picture and its conditions.
 
@@ -231,7 +235,7 @@ class Decoder(UNet):
           text_mask: bool [B, L], True = real token.
           drop_image: None or bool [B], True = without z_i.
           drop_text: None or bool [B], True = without the caption (z_t and its tokens).
-          train: dropout on.
+          dropout_keys: None or typed keys [B], one a sample: dropout on, see `UNet`.
 
         Returns:
           float32 [B, H, W, out_channels]: eps, then the variance value v if out_channels is 6.
@@ -279,7 +283,8 @@ class Decoder(UNet):
             attention_impl=self.attention_impl,
             name="text_proj",
         )(z_i, z_t, text_hidden, tokens, text_mask, drop_image, drop_text)
-        return UNet(**unet_fields(self), name="unet")(x_t, t, emb, context, mask, train=train)
+        unet = UNet(**unet_fields(self), name="unet")
+        return unet(x_t, t, emb, context, mask, dropout_keys=dropout_keys)
 
 
 # The paper's Table 3: 64 × 64, own text transformer; GLIDE is the same net without z_i.

@@ -188,8 +188,9 @@ class DiffusionPrior(nn.Module):
             name="text",
         )(text_hidden, text_mask, drop_text)
         z_t = EmbeddingInput(self.width, self.learned_null, self.dtype, name="z_t")(z_t, drop_text)
-        time = dense(self.width, name="time_in")(timestep_embedding(t, self.width))
-        time = dense(self.width, name="time_out")(nn.silu(time))[:, None]
+        full = partial(nn.Dense, dtype=jnp.float32)  # bfloat16 has too few digits for t
+        time = full(self.width, name="time_in")(timestep_embedding(t, self.width))
+        time = full(self.width, name="time_out")(nn.silu(time))[:, None].astype(self.dtype)
         z_i = EmbeddingInput(self.width, dtype=self.dtype, name="z_i")(z_noised)
         small = nn.initializers.normal(0.01)
         query = self.param("query", small, (self.width,), jnp.float32)

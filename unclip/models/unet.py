@@ -52,11 +52,45 @@ class Style(NamedTuple):
     groups: int
     norm_eps: float
     dropout: float
-    train: bool
     dtype: Any
     remat: str | None
     fold: bool
     attention_impl: str
+
+
+class Reads(NamedTuple):
+    """What every block reads beside the picture; None where a net has no such thing.
+
+    Attributes:
+      emb: float32 [B, E], the time embedding after SiLU.
+      context: [B, T, D]; mask: bool [B, T], False where a context token is to be ignored.
+      dropout_keys: typed keys [B], one a sample; None switches dropout off.
+    """
+
+    emb: jax.Array
+    context: jax.Array | None
+    mask: jax.Array | None
+    dropout_keys: jax.Array | None
+
+
+class Dropout(nn.Module):
+    """Dropout by sample: what a row loses depends on its own key and the layer, not on the batch.
+
+    A gradient is then the same for any order, number of devices and accumulation.
+    """
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x, keys):
+        """x [B, ...]; keys: typed [B], or None, which leaves x as it is."""
+        if keys is None or not self.rate:
+            return x
+        layer = jax.random.bits(self.make_rng("dropout"))
+        keep = lambda key: jax.random.bernoulli(
+            jax.random.fold_in(key, layer), 1 - self.rate, x.shape[1:]
+        )
+        return jnp.where(jax.vmap(keep)(keys), x / (1 - self.rate), jnp.zeros_like(x))
 
 
 class Norm(nn.Module):
@@ -141,8 +175,8 @@ class ResBlock(nn.Module):
     resample: str | None = None
 
     @nn.compact
-    def __call__(self, x, emb):
-        """x [B, H, W, C], emb [B, E] (after SiLU) -> [B, H', W', features]."""
+    def __call__(self, x, reads):
+        """x [B, H, W, C] and `Reads` -> [B, H', W', features]."""
         style = self.style
         h = nn.silu(Norm(style, name="norm_1")(x))
         if self.resample is not None:
@@ -150,12 +184,12 @@ class ResBlock(nn.Module):
             x, h = resample(x), resample(h)
         h = keep_rows(_conv(style, self.features, 3, "conv_1")(h))
         width = self.features * (2 if style.scale_shift else 1)
-        time = _dense(style, width, "time")(emb)
+        time = _dense(style._replace(dtype=jnp.float32), width, "time")(reads.emb)
         if style.scale_shift:
             h = Norm(style, name="norm_2")(h, film=jnp.split(time, 2, axis=-1))
         else:
             h = Norm(style, name="norm_2")(h + time[:, None, None])
-        h = nn.Dropout(style.dropout, deterministic=not style.train)(nn.silu(h))
+        h = Dropout(style.dropout, name="dropout")(nn.silu(h), reads.dropout_keys)
         h = _conv(style, self.features, 3, "conv_2", zero=True)(h)
         if x.shape[-1] != self.features:
             x = _conv(style, self.features, 1, "skip")(x)
@@ -168,8 +202,8 @@ class AttentionBlock(nn.Module):
     style: Style
 
     @nn.compact
-    def __call__(self, x, context=None, context_mask=None):
-        """x [B, H, W, C]; context [B, T, D]; context_mask bool [B, T] -> [B, H, W, C]."""
+    def __call__(self, x, reads):
+        """x [B, H, W, C] and `Reads` -> [B, H, W, C]."""
         style, (batch, height, width, channels) = self.style, x.shape
         if channels % style.head_dim:
             raise ConfigError(
@@ -185,11 +219,11 @@ class AttentionBlock(nn.Module):
         tokens = Norm(style, name="norm")(x).reshape(batch, positions, channels)
         q, k, v = (heads(name, tokens) for name in ("q", "k", "v"))
         mask = None
-        if context is not None:
-            k = jnp.concatenate([heads("context_k", context), k], axis=1)
-            v = jnp.concatenate([heads("context_v", context), v], axis=1)
-            if context_mask is not None:
-                mask = jnp.pad(context_mask, ((0, 0), (0, positions)), constant_values=True)
+        if reads.context is not None:
+            k = jnp.concatenate([heads("context_k", reads.context), k], axis=1)
+            v = jnp.concatenate([heads("context_v", reads.context), v], axis=1)
+            if reads.mask is not None:
+                mask = jnp.pad(reads.mask, ((0, 0), (0, positions)), constant_values=True)
                 mask = mask[:, None, None, :]
         y = attention(q, k, v, mask, impl=style.attention_impl).reshape(x.shape)
         y = checkpoint_name(y, "attention")
@@ -215,13 +249,13 @@ class _Step(nn.Module):
     attention: bool
 
     @nn.compact
-    def __call__(self, x, skip, emb, context, mask):
+    def __call__(self, x, skip, reads):
         res, attn = _blocks(self.style, scanned=True)
         down = skip is None
         x = x if down else jnp.concatenate([x, skip], axis=-1)
-        x = res(self.style, self.features, name="res")(x, emb)
+        x = res(self.style, self.features, name="res")(x, reads)
         if self.attention:
-            x = attn(self.style, name="attn")(x, context, mask)
+            x = attn(self.style, name="attn")(x, reads)
         return x, x if down else None
 
 
@@ -238,7 +272,7 @@ class Level(nn.Module):
     resample: str | None
 
     @nn.compact
-    def __call__(self, x, skips, emb, context, mask):
+    def __call__(self, x, skips, reads):
         res, attn = _blocks(self.style)
         inputs = [None] * self.blocks if skips is None else list(skips[::-1][: self.blocks])
         outputs, first = [], 0
@@ -250,22 +284,23 @@ class Level(nn.Module):
                     _Step,
                     variable_axes={"params": 0},
                     split_rngs={"params": True, "dropout": True},
-                    in_axes=(nn.broadcast if down else 0,) + (nn.broadcast,) * 3,
+                    in_axes=(nn.broadcast if down else 0, nn.broadcast),
                     length=last - first + 1,
                 )(self.style, self.features, self.attention, name=f"fold_{first}_{last}")
                 stacked = None if down else jnp.stack(inputs[first : last + 1])
-                x, ys = step(x, stacked, emb, context, mask)
+                x, ys = step(x, stacked, reads)
                 outputs += list(ys) if down else []
             else:
                 skip = inputs[first]
                 x = x if skip is None else jnp.concatenate([x, skip], axis=-1)
-                x = res(self.style, self.features, name=f"res_{first}")(x, emb)
+                x = res(self.style, self.features, name=f"res_{first}")(x, reads)
                 if self.attention:
-                    x = attn(self.style, name=f"attn_{first}")(x, context, mask)
+                    x = attn(self.style, name=f"attn_{first}")(x, reads)
                 outputs.append(x)
             first = last + 1
         if self.resample is not None:
-            x = res(self.style, self.features, self.resample, name=f"{self.resample}sample")(x, emb)
+            name = f"{self.resample}sample"
+            x = res(self.style, self.features, self.resample, name=name)(x, reads)
             outputs.append(x)
         return x, outputs
 
@@ -289,26 +324,25 @@ class _Mid(nn.Module):
     attention: bool
 
     @nn.compact
-    def __call__(self, x, emb, context, mask):
+    def __call__(self, x, reads):
         res, attn = _blocks(self.style)
-        x = res(self.style, self.features, name="res_0")(x, emb)
+        x = res(self.style, self.features, name="res_0")(x, reads)
         if self.attention:
-            x = attn(self.style, name="attn_0")(x, context, mask)
-        return res(self.style, self.features, name="res_1")(x, emb)
+            x = attn(self.style, name="attn_0")(x, reads)
+        return res(self.style, self.features, name="res_1")(x, reads)
 
 
 class _Time(nn.Module):
-    """Timestep -> embedding: sinusoid, two layers."""
+    """Timestep -> embedding, float32 (bfloat16 has too few digits for t): sinusoid, two layers."""
 
     channels: int
     features: int
-    dtype: Any
 
     @nn.compact
     def __call__(self, t):
         h = timestep_embedding(t, self.channels)
-        h = nn.silu(nn.Dense(self.features, dtype=self.dtype, name="fc_1")(h))
-        return nn.Dense(self.features, dtype=self.dtype, name="fc_2")(h)
+        h = nn.silu(nn.Dense(self.features, name="fc_1")(h))
+        return nn.Dense(self.features, name="fc_2")(h)
 
 
 def space_to_depth(x, patch):
@@ -338,9 +372,10 @@ class UNet(nn.Module):
       time_dim: width of the time embedding; None is 4 × channels.
       scale_shift: the time embedding scales and shifts the second norm, rather than being added.
       norm, groups, norm_eps: "group" or "rms"; see `Norm`.
-      dropout: rate before each second convolution, active under train=True (rng "dropout").
+      dropout: rate before each second convolution, active where dropout_keys are given.
       patch: pictures enter and leave as patch×patch blocks folded into channels; published: 1.
-      dtype: compute type; parameters, statistics, softmax and the result are float32.
+      dtype: compute type; parameters, statistics, softmax, the time embedding with its scales and
+        shifts, the last convolution and the result are float32.
       remat: name of a rematerialisation policy for every block, or None.
       fold: scan over runs of equal blocks; see the module docstring. Not for CPUs, where XLA's
         convolutions are many times slower inside a loop.
@@ -367,7 +402,7 @@ class UNet(nn.Module):
     attention_impl: str = "xla"
 
     @nn.compact
-    def __call__(self, x, t, emb=None, context=None, context_mask=None, *, train=False):
+    def __call__(self, x, t, emb=None, context=None, context_mask=None, *, dropout_keys=None):
         """Denoise.
 
         Args:
@@ -376,7 +411,8 @@ class UNet(nn.Module):
           emb: None or float [B, time_dim], added to the time embedding.
           context: None or float [B, T, D], tokens every attention layer also sees.
           context_mask: None or bool [B, T], False where a context token is to be ignored.
-          train: dropout on.
+          dropout_keys: typed keys [B], one a sample, that dropout's noise belongs to (with an rng
+            "dropout", which tells the layers apart); None: no dropout.
 
         Returns:
           float32 [B, H, W, out_channels].
@@ -387,14 +423,14 @@ class UNet(nn.Module):
         self._check(x, emb)
         style = Style(
             *(self.head_dim, self.scale_shift, self.norm, self.groups, self.norm_eps),
-            *(self.dropout, train, self.dtype, self.remat, self.fold, self.attention_impl),
+            *(self.dropout, self.dtype, self.remat, self.fold, self.attention_impl),
         )
         time_dim = self.time_dim or 4 * self.channels
-        time = _Time(self.channels, time_dim, self.dtype, name="time")(t)
-        emb = nn.silu(time if emb is None else time + emb.astype(self.dtype))
+        time = _Time(self.channels, time_dim, name="time")(t)
+        emb = nn.silu(time if emb is None else time + emb.astype(jnp.float32))
         if context is not None:
             context = context.astype(self.dtype)
-        reads = (emb, context, context_mask)
+        reads = Reads(emb, context, context_mask, dropout_keys)
 
         x = space_to_depth(x, self.patch) if self.patch > 1 else x
         x = _conv(style, self.channels * self.multipliers[0], 3, "conv_in")(x.astype(self.dtype))
@@ -403,18 +439,19 @@ class UNet(nn.Module):
         for i, width in enumerate(widths):
             resample = "down" if i < top else None
             level = Level(style, width, self.blocks, self.attention[i], resample, name=f"down_{i}")
-            x, outputs = level(x, None, *reads)
+            x, outputs = level(x, None, reads)
             skips += outputs
-        x = _Mid(style, widths[-1], self.mid_attention, name="mid")(x, *reads)
+        x = _Mid(style, widths[-1], self.mid_attention, name="mid")(x, reads)
         for i, width in reversed(list(enumerate(widths))):
             blocks, resample = self.blocks + 1, "up" if i > 0 else None
             level = Level(style, width, blocks, self.attention[i], resample, name=f"up_{i}")
-            x, _ = level(x, skips, *reads)
+            x, _ = level(x, skips, reads)
             skips = skips[:-blocks]
-        x = nn.silu(Norm(style, name="norm_out")(x))
-        x = _conv(style, self.out_channels * self.patch**2, 3, "conv_out", zero=True)(x)
+        full = style._replace(dtype=jnp.float32)
+        x = nn.silu(Norm(full, name="norm_out")(x))
+        x = _conv(full, self.out_channels * self.patch**2, 3, "conv_out", zero=True)(x)
         x = depth_to_space(x, self.patch) if self.patch > 1 else x
-        return x.astype(jnp.float32)
+        return x
 
     def _check(self, x, emb):
         if self.norm not in NORMS:

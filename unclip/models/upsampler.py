@@ -49,14 +49,14 @@ class Upsampler(UNet):
     add_low: bool = False
 
     @nn.compact
-    def __call__(self, x_t, t, low, *, train=False):
+    def __call__(self, x_t, t, low, *, dropout_keys=None):
         """Predict the noise of x_t, given the small picture.
 
         Args:
           x_t: float [B, H, W, 3].
           t: int32 [B], original timesteps 0..999.
           low: float [B, h, w, 3] in [-1, 1]; h × w may be anything up to H × W.
-          train: dropout on.
+          dropout_keys: None or typed keys [B], one a sample: dropout on, see `UNet`.
 
         Returns:
           float32 [B, H, W, out_channels].
@@ -71,7 +71,7 @@ class Upsampler(UNet):
             )
         low = upsample(low.astype(jnp.float32), x_t.shape[1:3])
         x = jnp.concatenate([x_t, low], axis=-1)
-        out = UNet(**unet_fields(self), name="unet")(x, t, train=train)
+        out = UNet(**unet_fields(self), name="unet")(x, t, dropout_keys=dropout_keys)
         return out.at[..., : low.shape[-1]].add(low) if self.add_low else out
 
 

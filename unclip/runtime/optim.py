@@ -5,6 +5,7 @@ Adam with decoupled weight decay (b1 = 0.9) and with exponential moving averages
 its CLIP uses sharpness-aware minimisation. Everything here is a pure function on pytrees.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,13 +18,8 @@ from unclip.runtime.sharding import compile_pattern, near_paths, tree_paths
 
 SCHEDULES = ("constant", "cosine", "rsqrt", "linear")
 
-# Names that are never decayed, beside every array of at most one dimension. They are spelled out
-# because in a folded stack of layers a bias has two dimensions.
-NO_DECAY = (
-    r"(^|/)(bias|scale|logit_scale)$",
-    r"(^|/)[^/]*(embedding|embed|pos_emb|positional|class_token|tokens?)$",
-    r"(^|/)[^/]*norm[^/]*/",
-)
+# Gains and biases, which in a folded stack of layers have two dimensions.
+_GAIN_OR_BIAS = re.compile(r"(^|/)(bias|scale|logit_scale|logit_bias)$")
 
 # Table 3 (iterations are `total_steps`); the paper gives no learning rate schedule, so the rate is
 # constant after a warm-up of our choice. CLIP: learning rate and SAM rho from appendix C, the rest
@@ -148,23 +144,22 @@ def make_learning_rate(
     return rate
 
 
-def path_mask(tree: Any, patterns: Sequence[str], *, strict: bool = False) -> Any:
+def path_mask(tree: Any, patterns: Sequence[str], what: str = "pattern") -> Any:
     """A tree of bools: which leaves any of the path patterns is found in.
 
     Args:
       tree: any pytree.
-      patterns: regular expressions found anywhere in a path.
-      strict: a pattern that matches nothing is an error.
+      patterns: regular expressions found anywhere in a path; what: their name in errors.
 
     Raises:
-      ConfigError: a pattern is not a regular expression, or (strict) matches nothing.
+      ConfigError: a pattern is not a regular expression, or matches nothing.
     """
     compiled = [compile_pattern(pattern) for pattern in patterns]
     paths = list(tree_paths(tree))
     for pattern in compiled:
-        if strict and not any(pattern.search(path) for path in paths):
+        if not any(pattern.search(path) for path in paths):
             raise ConfigError(
-                f"pattern {pattern.pattern!r} matches no parameter; near it: "
+                f"{what} {pattern.pattern!r} matches no parameter; near it: "
                 + ", ".join(near_paths(pattern.pattern, paths))
             )
     return jax.tree.unflatten(
@@ -173,10 +168,26 @@ def path_mask(tree: Any, patterns: Sequence[str], *, strict: bool = False) -> An
     )
 
 
-def decay_mask(params: Any, no_decay: Sequence[str] = NO_DECAY) -> Any:
-    """A tree of bools: which parameters weight decay acts on."""
-    excluded = path_mask(params, no_decay)
-    return jax.tree.map(lambda leaf, out: len(leaf.shape) > 1 and not out, params, excluded)
+def decay_mask(params: Any, no_decay: Sequence[str] = ()) -> Any:
+    """A tree of bools: which parameters weight decay acts on.
+
+    "All weights that are not gains or biases" (CLIP, arXiv 2103.00020, section 2.5; the unCLIP
+    paper says nothing): kernels and the tables of tokens, positions and nulls. Vectors decay
+    nowhere: a class token, a query or a null vector is added or put in like a bias.
+
+    Args:
+      no_decay: path patterns of further parameters that do not decay.
+
+    Raises:
+      ConfigError: a pattern matches nothing.
+    """
+    excluded = path_mask(params, no_decay, "no_decay")
+    weights = [
+        len(leaf.shape) > 1 and not _GAIN_OR_BIAS.search(path)
+        for path, leaf in tree_paths(params).items()
+    ]
+    weights = jax.tree.unflatten(jax.tree.structure(params), weights)
+    return jax.tree.map(lambda weight, out: weight and not out, weights, excluded)
 
 
 def make_optimizer(
@@ -191,7 +202,7 @@ def make_optimizer(
     b2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 0.0,
-    no_decay: Sequence[str] = NO_DECAY,
+    no_decay: Sequence[str] = (),
     clip_norm: float | None = 1.0,
     freeze: Sequence[str] = (),
 ) -> tuple[optax.GradientTransformation, Callable[[Any], jax.Array]]:
@@ -202,7 +213,7 @@ def make_optimizer(
       learning_rate, total_steps, schedule, warmup_steps, end_fraction: see `make_learning_rate`.
       b1, b2, eps: of Adam; both moments are bias-corrected.
       weight_decay: decoupled, scaled by the rate.
-      no_decay: path patterns of parameters without decay, beside arrays of at most one dimension.
+      no_decay: path patterns of parameters without decay, beside those of `decay_mask`.
       clip_norm: the gradient of all trained parameters is scaled to at most this norm; None: never.
       freeze: path patterns of parameters that are never updated and have no moments.
 
@@ -210,7 +221,7 @@ def make_optimizer(
       (transformation, learning rate as a function of the step).
 
     Raises:
-      ConfigError: a freeze pattern matches nothing, everything is frozen, or a value out of range.
+      ConfigError: a pattern matches nothing, everything is frozen, or a value out of range.
     """
     for name, value in (("b1", b1), ("b2", b2)):
         if not 0 <= value < 1:
@@ -231,13 +242,17 @@ def make_optimizer(
     if clip_norm is not None:
         steps.insert(0, optax.clip_by_global_norm(clip_norm))
     if weight_decay:
-        # A callable mask is applied to the tree it meets, which lacks the frozen leaves.
-        steps.append(
-            optax.add_decayed_weights(weight_decay, mask=lambda tree: decay_mask(tree, no_decay))
+        decayed = decay_mask(params, no_decay)
+        keep = lambda tree: jax.tree.map(  # the tree that it meets lacks the frozen leaves
+            lambda leaf, out: optax.MaskedNode() if isinstance(leaf, optax.MaskedNode) else out,
+            tree,
+            decayed,
+            is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
         )
+        steps.append(optax.add_decayed_weights(weight_decay, mask=keep))
     transformation = optax.chain(*steps, optax.scale_by_learning_rate(rate))
     if freeze:
-        frozen = path_mask(params, freeze, strict=True)
+        frozen = path_mask(params, freeze, "freeze")
         if all(jax.tree.leaves(frozen)):
             raise ConfigError(f"freeze={list(freeze)} leaves no parameter to train")
         transformation = optax.partition(
@@ -245,6 +260,13 @@ def make_optimizer(
             jax.tree.map(lambda out: "freeze" if out else "train", frozen),
         )
     return transformation, rate
+
+
+def applied_steps(opt: Any) -> jax.Array:
+    """How many updates an optimiser's state of `make_optimizer` has seen, int32: where its learning
+    rate is. Skipped steps are not among them."""
+    counts = optax.tree.get_all_with_path(opt, "count")
+    return counts[0][1]
 
 
 def ema_init(params: Any) -> Any:
@@ -289,6 +311,23 @@ def sam_gradient(
     there = jax.tree.map(lambda p, g: p + (scale * g).astype(p.dtype), params, grads)
     _, grads = value_and_grad_fn(there, *args, **kwargs)
     return value, grads
+
+
+def groups(batch: Any, rows: int) -> Any:
+    """Every array [B, ...] of a batch as [B / rows, rows, ...], neighbours together.
+
+    Raises:
+      ConfigError: the batch does not divide.
+    """
+
+    def split(leaf):
+        if leaf.shape[0] % rows:
+            raise ConfigError(
+                f"a batch of {leaf.shape[0]} does not divide into groups of sam_rows={rows}"
+            )
+        return leaf.reshape(leaf.shape[0] // rows, rows, *leaf.shape[1:])
+
+    return jax.tree.map(split, batch)
 
 
 def accumulate(value_and_grad_fn: Callable, microbatches: int) -> Callable:

@@ -14,6 +14,7 @@ from unclip.diffusion import samplers
 from unclip.diffusion.schedule import Schedule
 from unclip.input.decode import transforms
 from unclip.runtime import optim
+from unclip.tasks import keys, timesteps
 
 Tree = Any
 
@@ -89,6 +90,10 @@ class Task(Protocol):
     def init_frozen(self, name: str, key: jax.Array) -> Tree:
         """Random parameters of the frozen part `name`, float32, for benchmarks and shapes."""
 
+    @property
+    def unmeasured(self) -> dict[str, np.ndarray]:
+        """Statistics that only a trained network has, as they are until it was measured."""
+
     def statistics_shapes(self) -> dict[str, jax.ShapeDtypeStruct] | None:
         """What `fit` gives, or None for a stage that measures nothing before it is trained."""
 
@@ -100,6 +105,28 @@ class Task(Protocol):
 
     def value_and_grad(self, params, frozen, batch, key, accumulate: int = 1):
         """((loss, metrics), gradients) of a batch, `accumulate` slices of it one after another."""
+
+    def sharpness_aware(self, params, frozen, batch, key, accumulate: int, rho: float, rows: int):
+        """The same by SAM, `rows` of the batch at a time finding a point of their own to go to.
+
+        Args:
+          rho: radius; rows: 0 = the whole batch goes to one point.
+
+        Raises (when traced):
+          ConfigError: the batch does not divide.
+        """
+
+    def memory(self) -> Tree | None:
+        """What training learns about itself and needs again, as it is before the first step.
+
+        It is part of the state; `value_and_grad` is given it as `frozen["memory"]`.
+        """
+
+    def remember(self, memory: Tree, metrics: dict, rows: int) -> tuple[Tree, dict]:
+        """(the memory after a step on a batch of `rows`, the metrics that are left to log)."""
+
+    def for_counting(self) -> "Task":
+        """This task with attention that a trace sees into, whatever runs it."""
 
     def predict(self) -> dict[str, Callable]:
         """{name: fn(params, frozen, batch, key)}: what evaluators may call."""
@@ -204,6 +231,10 @@ class Stage:
                 shapes[name] = jax.eval_shape(init, jax.random.key(0))
         return shapes or None
 
+    @property
+    def unmeasured(self):
+        return {}
+
     def statistics_shapes(self):
         return None
 
@@ -214,11 +245,47 @@ class Stage:
 
         return optim.accumulate(one, accumulate)(params, batch)
 
+    def sharpness_aware(self, params, frozen, batch, key, accumulate, rho, rows):
+        if not rows:
+            gradient = lambda p: self.value_and_grad(p, frozen, batch, key, accumulate)
+            return optim.sam_gradient(gradient, params, rho)
+
+        def one(params, part):
+            group = lambda own: optim.sam_gradient(
+                lambda p: self.value_and_grad(p, frozen, own, key), params, rho
+            )
+            # The rows of a group are neighbours, and so on one device where it holds as many.
+            found = jax.vmap(group)(optim.groups(part, rows))
+            return jax.tree.map(lambda leaf: leaf.mean(0), found)
+
+        return optim.accumulate(one, accumulate)(params, batch)
+
+    def memory(self):
+        return None
+
+    def remember(self, memory, metrics, rows):
+        del rows
+        return memory, metrics
+
+    def for_counting(self):
+        plain = {"attention_impl": "xla"}
+        others = {
+            name: dataclasses.replace(frozen, model=frozen.model.clone(**plain))
+            for name in ("clip", "t5")
+            if (frozen := getattr(self, name, None)) is not None
+        }
+        return dataclasses.replace(self, arch={**self.arch, **plain}, **others)
+
     def predict(self):
         return {}
 
     def checked_draw(self, given, name=None):
-        given = {**(self.draw or {}), **given}
+        own = self.draw or {}
+        if given.get("steps", own.get("steps")) != own.get("steps"):
+            # Sections of another number of steps say nothing about these.
+            sections = own.get("spacing", "even") not in ("even", "trailing", "log-snr")
+            given = ({"spacing": "even"} if sections else {}) | dict(given)
+        given = {**own, **given}
         return _checked_draw(
             name or self.stage, self.draw_defaults, given, self.schedule, self.draw_choices
         )
@@ -229,6 +296,54 @@ class Stage:
             object.__setattr__(self, name, value)
         if self.draw_defaults:
             object.__setattr__(self, "draw", self.checked_draw({}))
+
+
+TIMESTEPS = ("uniform", "loss_aware")
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Diffusion(Stage):
+    """What the diffusion stages share: which timesteps they are trained on.
+
+    Args:
+      timesteps: "uniform" (paper) or "loss_aware", see `tasks.timesteps`.
+    """
+
+    timesteps: str = "uniform"
+
+    def _set(self, **values):
+        if self.timesteps not in TIMESTEPS:
+            raise errors.unknown("timesteps", self.timesteps, TIMESTEPS)
+        super()._set(**values)
+
+    def timesteps_of(self, frozen, sample_keys, below: int, tag: int, *, train: bool):
+        """(t int32 [B], weight of each row's loss [B] or None for 1)."""
+        if self.timesteps == "uniform" or not train:
+            return keys.integers(sample_keys, below, tag), None
+        p = timesteps.probabilities(frozen["memory"])
+        return timesteps.draw(p, keys.uniform(sample_keys, tag))
+
+    def told(self, t, loss, valid, *, train: bool) -> dict:
+        """What `remember` needs of a batch's losses, as one of its metrics, or {}."""
+        if self.timesteps == "uniform" or not train:
+            return {}
+        return {"memory": timesteps.seen(self.trained_steps, t, loss, valid)}
+
+    @property
+    def trained_steps(self) -> int:
+        """How many timesteps training draws from, the cleanest ones."""
+        return len(self.schedule)
+
+    def memory(self):
+        if self.timesteps == "uniform":
+            return None
+        return timesteps.remember_nothing(self.trained_steps)
+
+    def remember(self, memory, metrics, rows):
+        if memory is None:
+            return memory, metrics
+        metrics = dict(metrics)
+        return timesteps.remember(memory, metrics.pop("memory"), rows), metrics
 
 
 def _checked_draw(
@@ -242,7 +357,7 @@ def _checked_draw(
 
     Args:
       stage: for the message.
-      schedule: the noise schedule that "steps" respaces, where there is one.
+      schedule: the noise schedule that "steps" and "spacing" respace, where there is one.
       choices: valid names of settings that are names.
 
     Raises:
@@ -260,12 +375,14 @@ def _checked_draw(
         value = draw.get(name)
         if value is not None and not np.isfinite(value):
             wrong.append(errors.ConfigError(f"{stage}: {name} {value!r}: expected a finite number"))
+    if not 0 < draw.get("top_p", 1.0) <= 1:
+        wrong.append(errors.ConfigError(f"{stage}: top_p {draw['top_p']!r}: expected (0, 1]"))
     candidates = draw.get("candidates", 1)
     if not isinstance(candidates, int | np.integer) or candidates < 1:
         wrong.append(errors.ConfigError(f"{stage}: candidates {candidates!r}: expected at least 1"))
     try:
         if schedule is not None:
-            schedule.respace(draw["steps"])
+            schedule.respace(draw["steps"], draw["spacing"])
     except errors.ConfigError as error:
         wrong.append(error)
     try:

@@ -110,6 +110,62 @@ class ClipTask(base.Stage):
         grads, _ = jax.lax.scan(body, grads, (slices, tuple(map(split, wanted))))
         return value, grads
 
+    def sharpness_aware(self, params, frozen, batch, key, accumulate, rho, rows):
+        """SAM, each group of `rows` neighbours with a point of its own (paper, appendix C: 64).
+
+        As on replicas that share their embeddings alone: every group goes up the gradient of the
+        whole loss that flows through its own rows, is embedded there, and all groups' embeddings
+        are compared. `rows` = B is SAM on the whole batch.
+
+        Args:
+          accumulate: how many shares of the groups are embedded one after another; the others
+            together, with as many copies of the parameters.
+        """
+        if not rows:
+            return super().sharpness_aware(params, frozen, batch, key, accumulate, rho, rows)
+        size = len(batch["valid"])
+        if size % (rows * accumulate):
+            raise errors.ConfigError(
+                f"a batch of {size} does not divide into {accumulate} times groups of "
+                f"sam_rows={rows}"
+            )
+        shares = lambda leaf: leaf.reshape(accumulate, -1, rows, *leaf.shape[1:])
+        join = lambda leaf: leaf.reshape(size, *leaf.shape[3:])
+        parts = jax.tree.map(shares, {name: batch[name] for name in ("image", "tokens")})
+        contrast = jax.value_and_grad(self.contrast, argnums=(0, 1, 2), has_aux=True)
+
+        def pull(at, own, cotangents):
+            return jax.vjp(lambda p: self.embed(p, own), at)[1](cotangents)[0]
+
+        _, embedded = jax.lax.scan(
+            lambda _, own: (None, jax.vmap(lambda r: self.embed(params, r))(own)), None, parts
+        )
+        value, (shared, *wanted) = contrast(params, *map(join, embedded), batch["valid"])
+        wanted = tuple(map(shares, wanted))
+
+        def there(own, cotangents):
+            """The point of one group; temperature and bias go up the gradient of all."""
+            up = jax.tree.map(jnp.add, pull(params, own, cotangents), shared)
+            step = rho / jnp.maximum(optax.tree.norm(up), 1e-12)
+            return jax.tree.map(lambda p, g: p + (step * g).astype(p.dtype), params, up)
+
+        def again(total, share):
+            points = jax.vmap(there)(*share)
+            mean = jax.tree.map(lambda t, p: t + p.mean(0) / accumulate, total, points)
+            return mean, jax.vmap(self.embed)(points, share[0])
+
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        middle, embedded = jax.lax.scan(again, zeros, (parts, wanted))
+        _, (grads, *others) = contrast(middle, *map(join, embedded), batch["valid"])
+
+        def back(total, share):
+            own, up, cotangents = share
+            found = jax.vmap(pull)(jax.vmap(there)(own, up), own, cotangents)
+            return jax.tree.map(lambda t, g: t + g.sum(0), total, found), None
+
+        grads, _ = jax.lax.scan(back, grads, (parts, wanted, tuple(map(shares, others))))
+        return value, grads
+
     def embed(self, params, batch):
         """(z_i, z_t), float32 [B, D] each, not normalised."""
         images = clip_model.normalise(to_float(batch["image"]))

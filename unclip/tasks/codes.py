@@ -141,11 +141,14 @@ def draw_dot(keys: jax.Array, buckets: int) -> jax.Array:
 
 
 def keep_top_p(logits: jax.Array, top_p: jax.Array | float) -> jax.Array:
-    """Logits [..., K] with all but the likeliest values of total probability >= top_p at -inf."""
+    """Logits [..., K] with all but the likeliest values of total probability >= top_p at -inf.
+
+    1 keeps all of them, whatever the rounding of their sum.
+    """
     order = jnp.sort(logits, axis=-1)[..., ::-1]
     before = jnp.cumsum(jax.nn.softmax(order, axis=-1), axis=-1) - jax.nn.softmax(order, axis=-1)
     # The likeliest always stays (top_p may be 0); the last value kept marks the threshold.
-    kept = (before < top_p).at[..., 0].set(True)
+    kept = ((before < top_p) | (jnp.asarray(top_p) >= 1)).at[..., 0].set(True)
     threshold = jnp.min(jnp.where(kept, order, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits >= threshold, logits, -jnp.inf)
 
@@ -158,6 +161,7 @@ def sample(
     text_hidden: jax.Array,
     text_mask: jax.Array,
     *,
+    drop: jax.Array | None = None,
     dot: jax.Array | None = None,
     temperature: jax.Array | float = 1.0,
     top_p: jax.Array | float | None = None,
@@ -171,6 +175,7 @@ def sample(
     Args:
       keys: typed PRNG keys [B].
       z_t, text_hidden, text_mask: as in `ARPrior.__call__`.
+      drop: bool [B], rows whose condition is the learned null; None: none.
       dot: int32 [B] dot-product buckets; None draws them from the upper half.
       temperature: 0 takes the likeliest code; traced.
       top_p: keep the likeliest codes that make up this probability; None keeps all.
@@ -189,7 +194,7 @@ def sample(
         # Codes use the key folded with 0..N-1; N is free for the dot token.
         dot_keys = jax.vmap(partial(jax.random.fold_in, data=module.codes))(keys)
         dot = draw_dot(dot_keys, module.dot_buckets)
-    conditions, drop = (z_t, text_hidden, text_mask), None
+    conditions = (z_t, text_hidden, text_mask)
     if guidance is not None:
         if uncond is None and not module.learned_null:
             raise ConfigError(
@@ -197,8 +202,9 @@ def sample(
                 "(z_t, text_hidden, text_mask) of the empty caption"
             )
         other = conditions if uncond is None else uncond
-        if uncond is None:
-            drop = jnp.arange(2 * batch) >= batch
+        if module.learned_null:
+            first = jnp.zeros(batch, bool) if drop is None else drop
+            drop = jnp.concatenate([first, jnp.ones(batch, bool) if uncond is None else first])
         # The dot-product token is asked of both halves, so guidance sharpens the text alone.
         conditions = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), conditions, tuple(other))
         dot = jnp.concatenate([dot, dot])

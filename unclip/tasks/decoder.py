@@ -22,7 +22,7 @@ from unclip.tasks.arrays import to_float, unit
 from unclip.tasks.clip import FrozenClip
 from unclip.tasks.t5 import FrozenT5
 
-T, NOISE, DROP_IMAGE, DROP_TEXT = range(4)  # tags of a sample's random draws
+T, NOISE, DROP_IMAGE, DROP_TEXT, DROPOUT = range(5)  # tags of a sample's random draws
 EMBEDDINGS = ("image", "text")
 THRESHOLDS = {
     "static": guidance.static_threshold,
@@ -51,7 +51,7 @@ def needs(model: decoder_model.Decoder, text_encoder: str) -> tuple[str, ...]:
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class DecoderTask(base.Stage):
+class DecoderTask(base.Diffusion):
     """The decoder.
 
     Args:
@@ -72,7 +72,8 @@ class DecoderTask(base.Stage):
         that of a prior with `embedding="scale"`.
       image_drop, text_drop: fractions of training samples without z_i, without caption.
       stored: the input delivers z_i, and no picture is encoded.
-      draw: settings of `sample`: steps, guidance, sampler, eta, threshold.
+      timesteps: see `base.Diffusion`.
+      draw: settings of `sample`: steps, spacing, guidance, sampler, eta, threshold.
     """
 
     clip: FrozenClip | None = None
@@ -93,9 +94,16 @@ class DecoderTask(base.Stage):
 
     stage = "decoder"
     network, presets = decoder_model.Decoder, decoder_model.PRESETS
-    measures = ("drawn",)
+    measures = ("drawn", "likelihood")
     draw_defaults = MappingProxyType(
-        {"steps": 25, "guidance": 8.0, "sampler": "ddpm", "eta": 0.0, "threshold": "static"}
+        {
+            "steps": 25,
+            "spacing": "even",
+            "guidance": 8.0,
+            "sampler": "ddpm",
+            "eta": 0.0,
+            "threshold": "static",
+        }
     )
     draw_choices = MappingProxyType({"threshold": tuple(THRESHOLDS)})
 
@@ -202,7 +210,7 @@ class DecoderTask(base.Stage):
         """L_hybrid = L_simple + vlb_weight * L_vlb (Improved DDPM, eq. 16), or L_simple alone."""
         sample_keys = keys.sample_keys(key, batch["sample"])
         x_0 = to_float(batch["image"])
-        t = keys.integers(sample_keys, len(self.schedule), T)
+        t, weight = self.timesteps_of(frozen, sample_keys, len(self.schedule), T, train=train)
         eps = keys.normal(sample_keys, x_0.shape[1:], NOISE)
         x_t = gaussian.q_sample(self.schedule, x_0, t, eps)
         drop_image = keys.bernoulli(sample_keys, self.image_drop if train else 0.0, DROP_IMAGE)
@@ -215,10 +223,11 @@ class DecoderTask(base.Stage):
             **self.text(frozen, batch["tokens"], batch["text_mask"], drop_text),
             drop_image=drop_image,
             drop_text=drop_text if self.own_null else None,
-            train=train,
-            rngs={"dropout": keys.batch_key(key, batch["sample"])} if train else None,
+            **keys.dropout(key, sample_keys, DROPOUT, train=train),
         )
-        return diffusion_loss(self, raw.astype(jnp.float32), x_0, t, eps, batch["valid"])
+        return diffusion_loss(
+            self, raw.astype(jnp.float32), x_0, t, eps, batch["valid"], weight, train=train
+        )
 
     def sample(
         self,
@@ -237,22 +246,24 @@ class DecoderTask(base.Stage):
           frozen: {name: parameters} of at least the parts in `frozen_names`.
           conditions: "z_i" [B, D], None or absent for a decoder without it; "tokens" int32 and
             "text_mask" bool [B, L] of the captions, L = `self.context`, CLIP's or T5's; optionally
-            "drop_image" bool [B], True = without z_i, as guidance's unconditional half.
+            "drop_image" and "drop_text" bool [B], True = without z_i or without the caption, as
+            training drops them and as guidance's unconditional half is.
           sample_keys: typed keys [B], one a picture.
-          draw: steps, sampler, threshold (static); guidance, eta (may be traced).
+          draw: steps, spacing, sampler, threshold (static); guidance, eta (may be traced).
           x_T: optional starting noise [B, S, S, 3].
           noise: seam for parity tests, [steps, B, S, S, 3] standard normal.
         """
         draw = {**self.draw, **(draw or {})}
         tokens, mask = conditions["tokens"], conditions["text_mask"]
-        drop_image = conditions.get("drop_image")
-        batch = tokens.shape[0]
-        conditional = self.text(frozen, tokens, mask, jnp.zeros(batch, bool))
-        null = self.text(frozen, tokens, mask, jnp.ones(batch, bool))
+        nowhere = jnp.zeros(tokens.shape[0], bool)
+        no_image = conditions.get("drop_image", nowhere)
+        no_text = conditions.get("drop_text", nowhere)
+        conditional = self.text(frozen, tokens, mask, no_text)
+        null = self.text(frozen, tokens, mask, ~nowhere)
 
         both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), conditional, null)
         z_i = guidance.twice(self.scaled(conditions.get("z_i")))
-        without = False if drop_image is None else guidance.twice(drop_image)
+        no_image, no_text = guidance.twice((no_image, no_text))
 
         def model_fn(x_t, t, drop):
             return self.model.apply(
@@ -261,13 +272,13 @@ class DecoderTask(base.Stage):
                 t,
                 z_i=z_i,
                 **both,
-                drop_image=drop | without,
-                drop_text=drop if self.own_null else None,
+                drop_image=drop | no_image,
+                drop_text=drop | no_text if self.own_null else None,
             )
 
         learned = self.variance == "learned_range"
         guided = guidance.with_guidance(model_fn, draw["guidance"], learned_variance=learned)
-        respaced = self.schedule.respace(draw["steps"])
+        respaced = self.schedule.respace(draw["steps"], draw["spacing"])
         denoise = gaussian.make_denoise(
             guided,
             respaced,
@@ -289,7 +300,9 @@ class DecoderTask(base.Stage):
         return jnp.clip(pictures, -1.0, 1.0)
 
     def predict(self):
-        """`sample`: a picture for every caption and the z_i of its true picture."""
+        """`sample`: a picture for every caption and the z_i of its true picture; `bound`: what
+        `losses.bits_per_dimension` gives of the true pictures, with both conditions and without
+        guidance."""
 
         def sample(params, frozen, batch, key):
             sample_keys = keys.sample_keys(key, batch["sample"])
@@ -299,20 +312,53 @@ class DecoderTask(base.Stage):
             error = jnp.mean((drawn - to_float(batch["image"])) ** 2, axis=(1, 2, 3))
             return {"pictures": drawn, "mse": base.mean(error, batch["valid"])}
 
-        return {"sample": sample}
+        def bound(params, frozen, batch, key):
+            sample_keys = keys.sample_keys(key, batch["sample"])
+            nowhere = jnp.zeros(batch["tokens"].shape[0], bool)
+            conditions = self.text(frozen, batch["tokens"], batch["text_mask"], nowhere)
+            conditions["z_i"] = self.scaled(self.embed(frozen, batch))
+            denoise = gaussian.make_denoise(
+                lambda x_t, t: self.model.apply({"params": params}, x_t, t, **conditions),
+                self.schedule,
+                parametrisation=self.parametrisation,
+                variance=self.variance,
+                clip=1.0,
+            )
+            pictures = to_float(batch["image"])
+            return losses.bits_per_dimension(denoise, self.schedule, pictures, sample_keys)
+
+        return {"sample": sample, "bound": bound}
 
 
-def diffusion_loss(task, raw, x_0, t, eps, valid):
-    """The loss of a picture stage from the network's raw output, with its metrics."""
-    options = {"parametrisation": task.parametrisation, "min_snr_gamma": task.min_snr or None}
-    if task.variance == "learned_range":
+def diffusion_loss(task, raw, x_0, t, eps, valid, weight=None, *, train):
+    """The loss of a picture stage from the network's raw output, with its metrics.
+
+    Args:
+      weight: of every row's loss, from `base.Diffusion.timesteps_of`.
+
+    Returns:
+      (scalar, {"loss"; "mse", not weighted by min-SNR; with a learned variance "vlb" and, of
+      held-out pictures, "bits_per_dim": the whole bound, of which each has one term, drawn at
+      random, and L_T}).
+    """
+    options = {"parametrisation": task.parametrisation}
+    learned = task.variance == "learned_range"
+    if learned:
         total, simple, bound = losses.hybrid(
-            task.schedule, x_0, t, eps, raw, vlb_weight=task.vlb_weight, **options
-        )
-        metrics = {"mse": base.mean(simple, valid), "vlb": base.mean(bound, valid)}
+            task.schedule, x_0, t, eps, raw, vlb_weight=task.vlb_weight,
+            min_snr_gamma=task.min_snr or None, **options,
+        )  # fmt: skip
     else:
         mean = raw[..., : x_0.shape[-1]]
-        total = losses.l_simple(task.schedule, x_0, t, eps, mean, **options)
-        metrics = {"mse": base.mean(total, valid)}
-    loss = base.mean(total, valid)
-    return loss, {"loss": loss, **metrics}
+        simple = total = losses.l_simple(task.schedule, x_0, t, eps, mean, **options)
+        if task.min_snr:
+            snr = losses.min_snr_weight(task.schedule, t, gamma=task.min_snr, **options)
+            total = snr * total
+    rows = {"loss": total, "mse": simple} | ({"vlb": bound} if learned else {})
+    if learned and not train:
+        prior = losses.l_prior(task.schedule, x_0)
+        rows["bits_per_dim"] = len(task.schedule) * bound + prior
+    if weight is not None:
+        rows = {name: weight * value for name, value in rows.items()}
+    metrics = {name: base.mean(value, valid) for name, value in rows.items()}
+    return metrics["loss"], metrics | task.told(t, total, valid, train=train)

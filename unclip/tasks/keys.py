@@ -21,11 +21,6 @@ def sample_keys(key: jax.Array, sample: jax.Array) -> jax.Array:
     return jax.vmap(lambda s: jax.random.fold_in(jax.random.fold_in(key, s[0]), s[1]))(sample)
 
 
-def batch_key(key: jax.Array, sample: jax.Array) -> jax.Array:
-    """One key for network dropout of a batch, from its first sample's number; scalar key."""
-    return sample_keys(key, sample[:1])[0]
-
-
 def normal(keys: jax.Array, shape: tuple[int, ...], tag: int) -> jax.Array:
     """Standard normal float32 [B, *shape], row k from `keys[k]` and `tag` alone."""
     draw = lambda k: jax.random.normal(jax.random.fold_in(k, tag), shape, jnp.float32)
@@ -37,9 +32,23 @@ def integers(keys: jax.Array, below: int, tag: int) -> jax.Array:
     return jax.vmap(lambda k: jax.random.randint(jax.random.fold_in(k, tag), (), 0, below))(keys)
 
 
+def uniform(keys: jax.Array, tag: int) -> jax.Array:
+    """Uniform float32 [B] in [0, 1)."""
+    return jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, tag)))(keys)
+
+
 def bernoulli(keys: jax.Array, probability: float, tag: int) -> jax.Array:
     """Bool [B], True with the given probability."""
     return jax.vmap(lambda k: jax.random.bernoulli(jax.random.fold_in(k, tag), probability))(keys)
+
+
+def dropout(key: jax.Array, keys: jax.Array, tag: int, *, train: bool) -> dict:
+    """What a network's `apply` takes for dropout by sample; {} where it is off.
+
+    Args:
+      key: scalar, tells the layers apart; keys: typed keys [B], one a sample.
+    """
+    return {"dropout_keys": fold(keys, tag), "rngs": {"dropout": key}} if train else {}
 
 
 def fold(keys: jax.Array, tag: int) -> jax.Array:

@@ -25,6 +25,7 @@ from unclip.tasks.arrays import unit
 from unclip.tasks.clip import FrozenClip
 
 EMBEDDINGS = ("whiten", "scale")
+VARIANCES = ("fixed_small", "fixed_large", "analytic")
 T, NOISE, DROP = range(3)  # tags of a sample's random draws
 CONDITIONS = ("z_t", "text_hidden", "text_mask")
 
@@ -126,15 +127,21 @@ def _moments(width: int, batches: Iterable[np.ndarray]) -> Moments:
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class DiffusionPriorTask(_Conditioned):
+class DiffusionPriorTask(_Conditioned, base.Diffusion):
     """The diffusion prior; its statistics are {"mean": [D], "std": [D]} of z_i.
+
+    With an analytic variance they also hold "x0_error" [T], what the trained network is off at
+    every timestep, which is 0 until it was measured.
 
     Args:
       noise_schedule: name of alpha_bar's schedule.
       embedding: "whiten" diffuses (z_i - mean) / std, "scale" diffuses `scale` * z_i / |z_i|.
       clamp: sampling clamps the predicted x_0 to +-clamp (Karlo 10, its diffusers port 5); 0 or
         None is off.
-      draw: settings of `sample`: steps, guidance, sampler, eta, candidates.
+      variance: of sampling: "fixed_small" (Karlo), "fixed_large" or "analytic" (paper), see
+        `gaussian.analytic`.
+      timesteps: see `base.Diffusion`.
+      draw: settings of `sample`: steps, spacing, guidance, sampler, eta, candidates.
       Other arguments: see `_Conditioned`.
     """
 
@@ -142,15 +149,25 @@ class DiffusionPriorTask(_Conditioned):
     embedding: str = "whiten"
     scale: float = 17.2
     clamp: float | None = 10.0
+    variance: str = "fixed_small"
 
     network, presets = prior_model.DiffusionPrior, prior_model.PRESETS
     draw_defaults = MappingProxyType(
-        {"steps": 25, "guidance": 4.0, "sampler": "ddpm", "eta": 0.0, "candidates": 2}
+        {
+            "steps": 25,
+            "spacing": "even",
+            "guidance": 4.0,
+            "sampler": "ddpm",
+            "eta": 0.0,
+            "candidates": 2,
+        }
     )
 
     def __post_init__(self):
         if self.embedding not in EMBEDDINGS:
             raise errors.unknown("embedding", self.embedding, EMBEDDINGS)
+        if self.variance not in VARIANCES:
+            raise errors.unknown("variance", self.variance, VARIANCES)
         self._set(
             model=self.network(**self.arch),
             schedule=schedule.make(self.noise_schedule),
@@ -174,12 +191,19 @@ class DiffusionPriorTask(_Conditioned):
         """Mean and standard deviation of z_i, float32 [D], from (z_i, z_t) batches [b, D]."""
         moments = _moments(self.clip.model.embed_dim, (z_i for z_i, _ in embeddings))
         std = np.sqrt(np.maximum(np.diag(moments.covariance()), 1e-12))
-        return {"mean": np.float32(moments.mean()), "std": np.float32(std)}
+        return {"mean": np.float32(moments.mean()), "std": np.float32(std)} | self.unmeasured
+
+    @property
+    def unmeasured(self):
+        if self.variance != "analytic":
+            return {}
+        return {"x0_error": np.zeros(len(self.schedule), np.float32)}
 
     def statistics_shapes(self):
         """The shapes `fit` would give, for planning without data."""
         leaf = jax.ShapeDtypeStruct((self.model.embed_dim,), jnp.float32)
-        return {"mean": leaf, "std": leaf}
+        shapes = {"mean": leaf, "std": leaf}
+        return shapes | jax.eval_shape(lambda: jax.tree.map(jnp.asarray, self.unmeasured))
 
     def encode(self, frozen, z_i):
         """z_i to the space the diffusion runs in, [B, D]."""
@@ -199,18 +223,36 @@ class DiffusionPriorTask(_Conditioned):
         """L_prior = E |f(z_i^(t), t, y) - z_i|^2 in the space of `encode` (paper, section 2.2)."""
         sample_keys = keys.sample_keys(key, batch["sample"])
         x_0 = self.encode(frozen, self.image(frozen, batch))
-        t = keys.integers(sample_keys, len(self.schedule), T)
+        t, weight = self.timesteps_of(frozen, sample_keys, len(self.schedule), T, train=train)
         eps = keys.normal(sample_keys, x_0.shape[1:], NOISE)
         x_t = gaussian.q_sample(self.schedule, x_0, t, eps)
         drop = keys.bernoulli(sample_keys, self.text_drop if train else 0.0, DROP)
         conditions = self.conditions(frozen, batch["tokens"], batch["text_mask"], drop)
-        rngs = {"dropout": keys.batch_key(key, batch["sample"])} if train else None
-        predicted = self.model.apply({"params": params}, x_t, t, **conditions, rngs=rngs)
+        predicted = self.model.apply({"params": params}, x_t, t, **conditions)
         predicted = predicted.astype(jnp.float32)
         squared = losses.l_simple(self.schedule, x_0, t, eps, predicted, parametrisation="x0")
-        loss = base.mean(squared, batch["valid"])
+        loss = base.mean(squared if weight is None else weight * squared, batch["valid"])
         cosine = jnp.sum(unit(self.decode(frozen, predicted)) * unit(self.decode(frozen, x_0)), -1)
-        return loss, {"loss": loss, "cosine": base.mean(cosine, batch["valid"])}
+        metrics = {"loss": loss, "cosine": base.mean(cosine, batch["valid"])}
+        return loss, metrics | self.told(t, squared, batch["valid"], train=train)
+
+    def predict(self):
+        """Beside `sample`, `x0_error`: mean squared error of x_0 [B] at timesteps batch["t"]."""
+
+        def x0_error(params, frozen, batch, key):
+            sample_keys = keys.sample_keys(key, batch["sample"])
+            x_0, t = self.encode(frozen, self.image(frozen, batch)), batch["t"]
+            eps = keys.normal(sample_keys, x_0.shape[1:], NOISE)
+            x_t = gaussian.q_sample(self.schedule, x_0, t, eps)
+            captions = batch["tokens"], batch["text_mask"], jnp.zeros(len(t), bool)
+            conditions = self.conditions(frozen, *captions)
+            predicted = self.model.apply({"params": params}, x_t, t, **conditions)
+            options = {"parametrisation": "x0"}
+            return losses.l_simple(
+                self.schedule, x_0, t, eps, predicted.astype(jnp.float32), **options
+            )
+
+        return super().predict() | {"x0_error": x0_error}
 
     def sample(
         self,
@@ -226,9 +268,10 @@ class DiffusionPriorTask(_Conditioned):
         """Draws z_i for captions: `candidates` each, the better dot product with z_t is kept.
 
         Args:
-          conditions: "tokens" int32 and "text_mask" bool [B, L]; sample_keys: typed keys [B], one
-            a picture.
-          draw: steps, sampler, candidates (static); guidance, eta (may be traced).
+          conditions: "tokens" int32 and "text_mask" bool [B, L]; optionally "drop_text" bool [B],
+            True = without the caption, as training drops it and as guidance's unconditional half
+            is. sample_keys: typed keys [B], one a picture.
+          draw: steps, spacing, sampler, candidates (static); guidance, eta (may be traced).
           x_T: optional starting noise [candidates * B, D].
           noise: seam for parity tests, [steps, candidates * B, D] standard normal.
 
@@ -238,7 +281,8 @@ class DiffusionPriorTask(_Conditioned):
         draw = {**self.draw, **(draw or {})}
         tokens, mask = conditions["tokens"], conditions["text_mask"]
         batch, candidates = tokens.shape[0], draw["candidates"]
-        conditional = self.conditions(frozen, tokens, mask, jnp.zeros(batch, bool))
+        no_text = conditions.get("drop_text", jnp.zeros(batch, bool))
+        conditional = self.conditions(frozen, tokens, mask, no_text)
         null = self.conditions(frozen, tokens, mask, jnp.ones(batch, bool))
         every = jnp.concatenate([keys.fold(sample_keys, c) for c in range(candidates)])
 
@@ -252,14 +296,17 @@ class DiffusionPriorTask(_Conditioned):
             del drop  # the rows of `both` are conditioned and unconditioned already
             return self.model.apply({"params": params}, x_t, t, **both)
 
-        respaced = self.schedule.respace(draw["steps"])
+        respaced = self.schedule.respace(draw["steps"], draw["spacing"])
         denoise = gaussian.make_denoise(
             guidance.with_guidance(model_fn, draw["guidance"]),
             respaced,
             parametrisation="x0",
-            variance="fixed_small",
+            variance="fixed_small" if self.variance == "analytic" else self.variance,
             clip=self.clamp,
         )
+        if self.variance == "analytic":
+            error = frozen["statistics"]["x0_error"]
+            denoise = gaussian.with_analytic_variance(denoise, respaced, error)
         if x_T is None:
             x_T = samplers.draw_noise(every, (self.model.embed_dim,))
         z = samplers.sample(
@@ -283,14 +330,16 @@ class ARPriorTask(_Conditioned):
 
     Args:
       range_sigmas: the buckets of a component span +- this many standard deviations.
-      draw: settings of `sample`: guidance, temperature, candidates.
+      draw: settings of `sample`: guidance, temperature, top_p, candidates.
       Other arguments: see `_Conditioned`.
     """
 
     range_sigmas: float = codes.RANGE_SIGMAS
 
     network, presets = prior_ar.ARPrior, prior_ar.PRESETS
-    draw_defaults = MappingProxyType({"guidance": 1.0, "temperature": 1.0, "candidates": 2})
+    draw_defaults = MappingProxyType(
+        {"guidance": 1.0, "temperature": 1.0, "top_p": 1.0, "candidates": 1}
+    )
     reads_tokens = False
 
     def __post_init__(self):
@@ -374,7 +423,8 @@ class ARPriorTask(_Conditioned):
         draw = {**self.draw, **(draw or {})}
         tokens, mask = conditions["tokens"], conditions["text_mask"]
         batch, pca = tokens.shape[0], self._pca(frozen)
-        conditional = self.conditions(frozen, tokens, mask, jnp.zeros(batch, bool))
+        no_text = conditions.get("drop_text", jnp.zeros(batch, bool))
+        conditional = self.conditions(frozen, tokens, mask, no_text)
         null = self.conditions(frozen, tokens, mask, jnp.ones(batch, bool))
         drawn = []
         for candidate in range(draw["candidates"]):
@@ -383,8 +433,10 @@ class ARPriorTask(_Conditioned):
                 params,
                 keys.fold(sample_keys, candidate),
                 *(conditional[name] for name in CONDITIONS),
+                drop=conditional.get("drop_text"),
                 uncond=None if self.model.learned_null else tuple(null[c] for c in CONDITIONS),
                 temperature=draw["temperature"],
+                top_p=draw["top_p"],
                 guidance=draw["guidance"],
             )
             coefficients = codes.dequantise(one, pca.scale, self.model.buckets, self.range_sigmas)

@@ -19,11 +19,11 @@ from unclip.input.decode import transforms
 from unclip.models import upsampler as upsampler_model
 from unclip.tasks import base, keys
 from unclip.tasks.arrays import to_float
-from unclip.tasks.decoder import NOISE, T, diffusion_loss
+from unclip.tasks.decoder import DROPOUT, NOISE, T, diffusion_loss
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class UpsamplerTask(base.Stage):
+class UpsamplerTask(base.Diffusion):
     """One upsampler.
 
     Args:
@@ -33,7 +33,7 @@ class UpsamplerTask(base.Stage):
       crop: side of the training crops, pixels; 0 = whole pictures.
       t_below: training draws timesteps below this one; 0 = all. 1 is for a network that makes the
         last step alone (Karlo's second).
-      draw: settings of `sample`: steps, sampler, eta.
+      draw: settings of `sample`: steps, spacing, sampler, eta.
       Other arguments as in `DecoderTask`.
     """
 
@@ -51,7 +51,9 @@ class UpsamplerTask(base.Stage):
     stage = "upsampler"
     network, presets = upsampler_model.Upsampler, upsampler_model.PRESETS
     measures = ("drawn",)
-    draw_defaults = MappingProxyType({"steps": 27, "sampler": "ddim", "eta": 0.0})
+    draw_defaults = MappingProxyType(
+        {"steps": 27, "spacing": "even", "sampler": "ddim", "eta": 0.0}
+    )
 
     def __post_init__(self):
         diffusion = schedule.make(self.noise_schedule)
@@ -88,6 +90,10 @@ class UpsamplerTask(base.Stage):
             margin=settings["margin"],
         )
 
+    @property
+    def trained_steps(self) -> int:
+        return self.t_below
+
     def batch_spec(self, batch_size: int):
         return base.spec(batch_size, image=self.crop, low=self.crop // self.factor)
 
@@ -98,15 +104,16 @@ class UpsamplerTask(base.Stage):
 
     def loss(self, params, frozen, batch, key, *, train):
         """L_simple (or the hybrid, when the variance is learned) on degraded crops."""
-        del frozen
         sample_keys = keys.sample_keys(key, batch["sample"])
         x_0, low = to_float(batch["image"]), to_float(batch["low"])
-        t = keys.integers(sample_keys, self.t_below, T)
+        t, weight = self.timesteps_of(frozen, sample_keys, self.t_below, T, train=train)
         eps = keys.normal(sample_keys, x_0.shape[1:], NOISE)
         x_t = gaussian.q_sample(self.schedule, x_0, t, eps)
-        rngs = {"dropout": keys.batch_key(key, batch["sample"])} if train else None
-        raw = self.model.apply({"params": params}, x_t, t, low, train=train, rngs=rngs)
-        return diffusion_loss(self, raw.astype(jnp.float32), x_0, t, eps, batch["valid"])
+        dropout = keys.dropout(key, sample_keys, DROPOUT, train=train)
+        raw = self.model.apply({"params": params}, x_t, t, low, **dropout)
+        return diffusion_loss(
+            self, raw.astype(jnp.float32), x_0, t, eps, batch["valid"], weight, train=train
+        )
 
     def sample(
         self,
@@ -126,12 +133,12 @@ class UpsamplerTask(base.Stage):
             makes the last step in place of the first (Karlo).
           conditions: {"low": float32 [B, h, w, 3] in [-1, 1]}.
           sample_keys: typed keys [B], one a picture; x_T, noise: as in `DecoderTask.sample`.
-          draw: steps, sampler (static); eta (may be traced).
+          draw: steps, spacing, sampler (static); eta (may be traced).
         """
         draw, low = {**self.draw, **(draw or {})}, conditions["low"]
         last_params = (frozen or {}).get("last")
         height, width = (side * self.factor for side in low.shape[1:3])
-        respaced = self.schedule.respace(draw["steps"])
+        respaced = self.schedule.respace(draw["steps"], draw["spacing"])
 
         def model_fn(x, t):
             network = lambda chosen: self.model.apply({"params": chosen}, x, t, low)

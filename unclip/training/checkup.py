@@ -2,6 +2,7 @@
 
 import math
 import pathlib
+import re
 import shutil
 
 import jax
@@ -9,7 +10,7 @@ import jax
 from unclip import errors
 from unclip.cascade import runs
 from unclip.embeddings.store import Store
-from unclip.runtime import distributed, flops, sharding
+from unclip.runtime import distributed, flops, optim, sharding
 from unclip.runtime.flops import readable_bytes as _bytes
 from unclip.training import data as inputs
 from unclip.training.plan import Plan, as_json, check_workdir, make_plan
@@ -22,8 +23,9 @@ def examine(config, workdir: str) -> dict:
       {"stage", "preset", "known": as in configs/known.py, "devices", "mesh",
       "parameters": {part: count}, "trained_parameters",
       "sharding": {part: bytes a device}, "leaves", "memory_per_device": {kind: bytes},
-      "flops_per_step", "learning_rate", "data", "disk", "problems": [text]}. What a problem keeps
-      from being known is None or empty.
+      "flops_per_step", "learning_rate", "weight_decay": {"rate", "decayed", "not_decayed":
+      {path, its numbers as *: parameters}}, "data", "disk", "problems": [text]}. What a problem
+      keeps from being known is None or empty.
     """
     plan = make_plan(config)
     config = plan.config
@@ -51,6 +53,7 @@ def examine(config, workdir: str) -> dict:
         "memory_per_device": memory,
         "flops_per_step": None if plan.params is None else plan.flops(),
         "learning_rate": _peak_rate(plan),
+        "weight_decay": _decay(plan),
     }
     if limit and memory["total"] > limit:
         problems.append(
@@ -69,6 +72,20 @@ def _peak_rate(plan: Plan) -> float | None:
     """The learning rate at the end of the warm-up."""
     rate = plan.learning_rate
     return None if rate is None else float(rate(plan.config.optim.warmup_steps))
+
+
+def _decay(plan: Plan) -> dict | None:
+    """Which parameters weight decay acts on, the blocks of a stack under one name."""
+    if plan.tx is None:
+        return None
+    settings = plan.config.optim
+    decays = sharding.tree_paths(optim.decay_mask(plan.params, settings.get("no_decay", ())))
+    found = {"decayed": {}, "not_decayed": {}}
+    for path, leaf in sharding.tree_paths(plan.params).items():
+        kind = found["decayed" if decays[path] else "not_decayed"]
+        name = re.sub(r"\d+", "*", path)
+        kind[name] = kind.get(name, 0) + leaf.size
+    return {"rate": settings.weight_decay} | found
 
 
 def _parameters(plan: Plan) -> dict[str, int]:
@@ -204,6 +221,15 @@ def text(found: dict, *, leaves: bool = False) -> str:
     lines += [f"  {kind:<28}{_bytes(size):>16}" for kind, size in memory.items()]
     if found["flops_per_step"]:
         lines.append(f"a step      {found['flops_per_step']:.3g} floating-point operations")
+    decay = found["weight_decay"]
+    if decay and decay["rate"]:
+        held = {kind: sum(decay[kind].values()) for kind in ("decayed", "not_decayed")}
+        lines.append(
+            f"decay       {decay['rate']:g} on {held['decayed']:,} parameters, not on "
+            f"{held['not_decayed']:,}"
+        )
+        lines += [f"  decays    {name}" for name in decay["decayed"]]
+        lines += [f"  does not  {name}" for name in decay["not_decayed"] if leaves]
     for name in ("train", "held_out"):
         if name in found["data"]:
             data = found["data"][name]

@@ -26,7 +26,9 @@ from unclip.training import step as steps
 # Fields of an architecture that a run may choose anew: they leave the parameters as they are.
 RUNTIME_FIELDS = {"attention_impl", "dtype", "dropout", "remat"}
 # Settings of a task that fine-tuning chooses anew: they are about training alone.
-TRAINING_SETTINGS = {"crop", "image_drop", "min_snr", "t_below", "text_drop", "vlb_weight"}
+TRAINING_SETTINGS = {
+    *("crop", "image_drop", "min_snr", "t_below", "text_drop", "timesteps", "vlb_weight"),
+}
 # Frozen part -> its architectures by name, for where the config names no trained one.
 FROZEN_PRESETS = {"clip": clip_model.PRESETS, "t5": t5_model.PRESETS}
 RANDOM = "random"  # config.clip or config.t5: random parameters, for benchmarks
@@ -112,7 +114,9 @@ class Plan:
     def flops(self) -> float:
         """Floating-point operations one step needs, recomputation not counted: `flops.count`."""
         key = jax.random.key(0)
-        loss = lambda p, f, b: self.task.loss(p, f, b, key, train=True)[0]
+        task = self.task.for_counting()
+        # Dropout and the choice of timesteps are not counted, so the loss is traced without.
+        loss = lambda p, f, b: task.loss(p, f, b, key, train=False)[0]
         batch = self.task.batch_spec(self.config.batch_size)
         counted = flops.count(loss, self.params, self.frozen_shapes, batch)
         return counted * (2 if self.config.optim.sam_rho else 1)
@@ -187,6 +191,12 @@ def make_plan(
 
 
 def _check_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
+    rows = config.optim.get("sam_rows", 0) if config.optim.sam_rho else 0
+    if rows and (rows < 0 or config.batch_size % (rows * config.accumulate)):
+        raise errors.ConfigError(
+            f"batch_size {config.batch_size} is not a multiple of {rows * config.accumulate} "
+            f"(optim.sam_rows {rows} x accumulate {config.accumulate})"
+        )
     ways = mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulate
     if config.batch_size % ways:
         raise errors.ConfigError(

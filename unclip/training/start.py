@@ -21,9 +21,12 @@ from unclip.runtime import checkpoint, distributed, flops, sharding
 from unclip.runtime.collectives import on_host
 from unclip.runtime.writer import MetricWriter
 from unclip.training import data as inputs
+from unclip.training import variance
 from unclip.training.evaluators import choose
 from unclip.training.loop import Loop
 from unclip.training.plan import Plan, as_json, check_workdir, init_part, make_plan
+
+VARIANCE_EXAMPLES = 8192  # of the training samples, that a prior's analytic variance is measured on
 
 
 def train(config: ConfigDict, workdir: str) -> None:
@@ -78,8 +81,31 @@ def train(config: ConfigDict, workdir: str) -> None:
                 fingerprint=fingerprint,
                 needed_flops=needed,
             )
-            loop.run(plan.make_step(task), state, first)
+            state = loop.run(plan.make_step(task), state, first)
         saver.wait()
+        if task.unmeasured and data is not None:
+            measure_variance(plan, prepared, state, rows)
+
+
+def measure_variance(plan: Plan, prepared: "Prepared", state: dict, rows: dict) -> None:
+    """Adds what only a trained prior has to the statistics of its run; once, at its end.
+
+    Raises:
+      Stopped: asked to stop; the same command measures again.
+    """
+    path, task, data = prepared.folder / runs.STATISTICS, prepared.task, prepared.data
+    kept = runs.read_prior_statistics(path)
+    if any(np.any(kept[name]) for name in task.unmeasured):
+        return
+    count = min(len(data), VARIANCE_EXAMPLES)
+    batches = lambda: choose.passes_over(plan, task, rows, data, count, "held_out")
+    seed = plan.config.seed
+    found = variance.x0_error(task, task.frozen(), state["ema"], batches, plan.mesh, count, seed)
+    if found is None:
+        raise errors.Stopped("asked to stop while the prior's variance was measured")
+    if distributed.is_main():
+        runs.write_prior_statistics(path, kept | {"x0_error": found}, prepared.clip_hash)
+    distributed.barrier("variance", 600)
 
 
 def write_config(config: ConfigDict, folder: pathlib.Path) -> None:
@@ -185,9 +211,14 @@ class Prepared:
         """
         config, path = self.config, self.folder / runs.STATISTICS
         if path.exists():
-            return runs.read_prior_statistics(path, self.clip_hash)
+            kept = runs.read_prior_statistics(path, self.clip_hash)
+            return {**self.plan.task.unmeasured, **kept}
         statistics = runs.statistics_of(config.init_from) if config.init_from else {}
         if statistics:
+            wanted = self.plan.task.statistics_shapes()
+            # What only a trained network has is measured anew, at the end.
+            statistics = {n: v for n, v in statistics.items() if n in wanted}
+            statistics |= self.plan.task.unmeasured
             shapes = lambda tree: {name: tuple(leaf.shape) for name, leaf in tree.items()}
             expected = shapes(self.plan.task.statistics_shapes())
             if shapes(statistics) != expected:

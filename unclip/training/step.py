@@ -21,7 +21,8 @@ def make_optimizer(config: ConfigDict, params) -> tuple[optax.GradientTransforma
       ConfigError: settings out of range, or patterns that match no parameter.
     """
     settings = config.optim.to_dict()
-    settings.pop("sam_rho")
+    for name in ("sam_rho", "sam_rows"):
+        settings.pop(name, None)
     settings["clip_norm"] = settings["clip_norm"] or None
     return optim.make_optimizer(params, total_steps=config.total_steps, **settings)
 
@@ -29,6 +30,7 @@ def make_optimizer(config: ConfigDict, params) -> tuple[optax.GradientTransforma
 def make_init(task: tasks.Task, tx: optax.GradientTransformation) -> Callable:
     """init(key, start=None) -> {"params", "ema", "opt", "step"}, to be jitted with out_shardings.
 
+    A task that learns about its own training has a "memory" too.
     `start` holds parameters to begin with instead of random ones, same structure; an argument,
     since arrays that a function closes over become constants of its program.
     """
@@ -36,6 +38,8 @@ def make_init(task: tasks.Task, tx: optax.GradientTransformation) -> Callable:
     def init(key, start=None):
         params = task.init(key) if start is None else start
         state = {"params": params, "ema": optim.ema_init(params), "opt": tx.init(params)}
+        memory = task.memory()
+        state |= {} if memory is None else {"memory": memory}
         return state | {"step": jnp.int32(0)}
 
     return init
@@ -52,18 +56,19 @@ def make_step(
     rho, accumulate, seed, decay = (
         config.optim.sam_rho, config.accumulate, config.seed, config.ema,
     )  # fmt: skip
+    sam = (rho, config.optim.get("sam_rows", 0))
 
     def step(state, frozen, batch):
-        key = jax.random.key(seed)
-
-        def gradient(params):
-            return task.value_and_grad(params, frozen, batch, key, accumulate)
-
+        memory = state.get("memory")
+        if memory is not None:
+            frozen = {**(frozen or {}), "memory": memory}
+        given = (state["params"], frozen, batch, jax.random.key(seed), accumulate)
         with jax.named_scope("gradient"):
             if rho:
-                (loss, measured), grads = optim.sam_gradient(gradient, state["params"], rho)
+                (loss, measured), grads = task.sharpness_aware(*given, *sam)
             else:
-                (loss, measured), grads = gradient(state["params"])
+                (loss, measured), grads = task.value_and_grad(*given)
+        memory, measured = task.remember(memory, measured, len(batch["valid"]))
         ok, norm = optim.all_finite(loss, grads)
         with jax.named_scope("optimiser"):
             updates, opt = tx.update(grads, state["opt"], state["params"])
@@ -71,8 +76,9 @@ def make_step(
         with jax.named_scope("moving_average"):
             ema = optim.ema_update(state["ema"], params, state["step"], decay)
         new = {"params": params, "ema": ema, "opt": opt}
+        new |= {} if memory is None else {"memory": memory}
         new, skipped = optim.skip_nonfinite({name: state[name] for name in new}, new, ok)
-        rate = learning_rate(state["step"])
+        rate = learning_rate(optim.applied_steps(state["opt"]))
         measured = measured | {"grad_norm": norm, "learning_rate": rate, "skipped": skipped}
         return new | {"step": state["step"] + 1}, measured
 

@@ -15,6 +15,7 @@ from unclip.models import clip as clip_model
 from unclip.tasks import FrozenClip, Task
 from unclip.training.evaluators import drawn
 from unclip.training.evaluators.held_out import HeldOutLoss
+from unclip.training.evaluators.likelihood import Likelihood
 from unclip.training.evaluators.passes import Evaluator
 from unclip.training.evaluators.prior_quality import PriorQuality
 from unclip.training.evaluators.retrieval import Retrieval
@@ -39,23 +40,14 @@ def make(
       ConfigError, DataError: `metric_clip` or `metric_inception` is not what it should be.
     """
     config, mesh, found = plan.config, plan.mesh, []
-    rows = {name: rows[name] for name in ("process_index", "process_count", "threads")}
-
-    def one_pass(collection, limit, use, also=lambda transform: transform):
-        limited = collection.subset(count=min(limit, len(collection)))
-        return source.make_eval_source(
-            limited,
-            also(task.transform(use, config.input)),
-            **rows,
-            batch_size=min(config.batch_size, -(-len(limited) // plan.ways) * plan.ways),
-        )
-
+    one_pass = lambda *how: passes_over(plan, task, rows, *how)
     if held_out is not None and config.eval_examples:
         batches = lambda: one_pass(held_out, config.eval_examples, "held_out")
         found.append(HeldOutLoss(task, frozen, batches, mesh, seed=config.seed))
     if held_out is not None and config.metric_examples:
-        held = lambda *how: one_pass(held_out, config.metric_examples, *how)
-        found += [MEASURES[name](plan, task, frozen, held) for name in task.measures]
+        held = lambda *how, count=config.metric_examples: one_pass(held_out, count, *how)
+        measures = (MEASURES[name](plan, task, frozen, held) for name in task.measures)
+        found += filter(None, measures)
     if config.sample_examples and "sample" in task.predict():
         for name, collection in (("train", data), ("held_out", held_out)):
             if collection is not None:
@@ -64,6 +56,31 @@ def make(
                         Samples(task, frozen, next(batches), mesh, seed=config.seed, name=name)
                     )
     return found
+
+
+def passes_over(
+    plan: Plan,
+    task: Task,
+    rows: dict,
+    collection: Any,
+    limit: int,
+    use: str,
+    also: Callable = lambda transform: transform,
+) -> Any:
+    """One pass over the first `limit` samples of a collection, as batches for an evaluator.
+
+    Args:
+      rows: process_index, process_count and threads of the input; others are not read.
+      use: of `Task.transform`; also: wraps the transform.
+    """
+    rows = {name: rows[name] for name in ("process_index", "process_count", "threads")}
+    limited = collection.subset(count=min(limit, len(collection)))
+    return source.make_eval_source(
+        limited,
+        also(task.transform(use, plan.config.input)),
+        **rows,
+        batch_size=min(plan.config.batch_size, -(-len(limited) // plan.ways) * plan.ways),
+    )
 
 
 def _retrieval(plan: Plan, task: Task, frozen: Any, held: Callable) -> Evaluator:
@@ -92,8 +109,21 @@ def _drawn(plan: Plan, task: Task, frozen: Any, held: Callable) -> Evaluator:
     )
 
 
-# What a task's `measures` name.
-MEASURES = {"retrieval": _retrieval, "prior_quality": _prior_quality, "drawn": _drawn}
+def _likelihood(plan: Plan, task: Task, frozen: Any, held: Callable) -> Evaluator | None:
+    count = plan.config.get("metric_bits_examples")
+    if not count:
+        return None
+    pictures = lambda: held("held_out", count=count)
+    return Likelihood(task, frozen, pictures, plan.mesh, seed=plan.config.seed)
+
+
+# What a task's `measures` name; None where the config does not ask for it.
+MEASURES = {
+    "retrieval": _retrieval,
+    "prior_quality": _prior_quality,
+    "drawn": _drawn,
+    "likelihood": _likelihood,
+}
 
 
 def judge(plan: Plan, task: Task, frozen: Any) -> tuple[FrozenClip, dict] | None:
