@@ -74,9 +74,6 @@ KNOWN = {
         },
         "paper,kind=ar": {
             "published": _AR_PRIOR,
-            "seconds_per_step": _estimates(
-                4096, {"v4:4x4x4": 1.93, "v5e:8x8": 2.21, "v5p:4x4x4": 1.17, "v6e:8x8": 1.12}
-            ),
         },
     },
     "decoder": {

@@ -81,7 +81,8 @@ def test_every_preset_builds(name, arg, tiny_config):
         clip = clip_model.PRESETS[config.clip_preset]
         if name == "prior":
             assert config.arch.embed_dim == clip["embed_dim"]
-            assert config.arch.get("text_width") in (None, clip["text_width"])
+            own = config.arch.get("text_layers")  # a text encoder of its own
+            assert own or config.arch.get("text_width") in (None, clip["text_width"])
     if name == "upsampler":
         assert config.task.image_size % config.task.factor == 0
         assert config.task.crop % config.task.factor == 0
@@ -195,7 +196,7 @@ def test_known_seconds_are_those_of_the_documentation():
         if cells[0] in rows and re.fullmatch(r"[\d.]+", cells[8]):
             chip, batch = cells[1].partition(":")[0], int(cells[2].split()[0].replace(",", ""))
             shown[rows[cells[0]]].append((f"64 x TPU {chip}", batch, float(cells[8])))
-    assert sum(map(len, shown.values())) >= 13
+    assert sum(map(len, shown.values())) >= 9
     for (name, arg), expected in shown.items():
         found = known()[name].get(arg, {}).get("seconds_per_step", ())
         found = [(row["hardware"].split(" (")[0], row["batch"], row["seconds"]) for row in found]

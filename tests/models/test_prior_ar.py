@@ -187,7 +187,9 @@ def test_paper_parameter_count_by_arithmetic():
         319,
         1024,
     ]  # Table 3 and section 2.2
-    w, dim, length = 1664, 1024, 77 + 2 + 318
+    text = [k[n] for n in ("context", "text_width", "text_layers", "text_heads")]
+    assert text == [256, 2048, 24, 32]
+    w, v, dim, length = 1664, 2048, 1024, 256 + 2 + 318
     model = ar.ARPrior(**k, fold=True)
     assert model.length == length
     shape = jax.ShapeDtypeStruct
@@ -196,13 +198,15 @@ def test_paper_parameter_count_by_arithmetic():
         jax.random.key(0),
         shape((1, 319), jnp.int32),
         shape((1, dim), jnp.float32),
-        shape((1, 77, dim), jnp.float32),
-        shape((1, 77), bool),
+        shape((1, 256), jnp.int32),
+        shape((1, 256), bool),
         shape((1,), jnp.int32),
     )
     blocks = 24 * (12 * w * w + 13 * w)
-    ends = 2 * (dim * w + w) + 16 * w + 1024 * w + length * w + 2 * w + w * 1024 + 1024
-    assert sum(int(np.prod(a.shape)) for a in jax.tree.leaves(tree)) == blocks + ends
+    ends = v * w + w + dim * w + w + 16 * w + 1024 * w + length * w + 2 * w + w * 1024 + 1024
+    encoder = 24 * (12 * v * v + 13 * v) + 49408 * v + 2 * 256 * v + 2 * v
+    found = sum(int(np.prod(a.shape)) for a in jax.tree.leaves(tree))
+    assert found == blocks + ends + encoder == 2_118_312_448
 
 
 def test_errors_say_what_is_expected(params, inputs):
@@ -212,3 +216,27 @@ def test_errors_say_what_is_expected(params, inputs):
         model.apply({"params": params}, codes[:, :4], z_t, *rest)
     with pytest.raises(ConfigError, match=r"expected \[B, 6\]"):
         model.apply({"params": params}, codes, z_t[:, :5], *rest)
+
+
+@pytest.mark.slow
+def test_a_text_encoder_of_its_own(inputs):
+    """Tokens in place of hidden states; padding is learned, and what is behind it is not read."""
+    codes, z_t, _, mask, dot = inputs
+    fields = TINY | dict(text_width=8, vocab_size=40, text_layers=1, text_heads=2)
+    model = ar.ARPrior(**fields)
+    tokens = jnp.asarray(np.random.default_rng(3).integers(1, 40, (B, L)), jnp.int32)
+    tree = jax.jit(model.init)(jax.random.key(0), codes, z_t, tokens, mask, dot)
+    assert {"token", "positions", "padding"} < tree["params"]["encoder"].keys()
+    apply = jax.jit(model.apply)
+    base = apply(tree, codes, z_t, tokens, mask, dot)
+    hidden = jnp.where(mask, tokens, (tokens + 1) % 40)
+    np.testing.assert_array_equal(base, apply(tree, codes, z_t, hidden, mask, dot))
+    # Not causal: the last word reaches the first code through every place of the caption.
+    first = apply(tree, codes, z_t, tokens.at[:, 0].set((tokens[:, 0] + 1) % 40), mask, dot)
+    assert (np.abs(first - base).max((1, 2)) > 1e-6).all()
+    logits, cache = jax.jit(partial(model.apply, method="prefill"))(tree, z_t, tokens, mask, dot)
+    np.testing.assert_allclose(logits, base[:, 0], rtol=1e-5, atol=1e-5)
+    logits, _ = jax.jit(partial(model.apply, method="step"))(tree, codes[:, 0], 0, cache)
+    np.testing.assert_allclose(logits, base[:, 1], rtol=1e-5, atol=1e-5)
+    with pytest.raises(ConfigError, match=r"expected both .* or neither"):
+        ar.ARPrior(**TINY, vocab_size=40).init(jax.random.key(0), codes, z_t, tokens, mask, dot)

@@ -239,3 +239,11 @@ def test_the_config_is_left_alone(tiny_config):
         plan.task = None
     with pytest.raises(dataclasses.FrozenInstanceError):
         plan.task.draw = {}
+
+
+def test_operations_are_those_whatever_runs_attention(tiny_config):
+    """cuDNN's kernel is none that a trace sees into, and needs a GPU to be traced at all."""
+    fields = {"clip": "random", "clip_preset": "emoji", "arch.dtype": "bfloat16"}
+    plain = make_plan(tiny_config("decoder", fields), shapes_only=True)
+    cudnn = fields | {"arch.attention_impl": "cudnn"}
+    assert make_plan(tiny_config("decoder", cudnn), shapes_only=True).flops() == plain.flops() > 0

@@ -8,10 +8,12 @@ of the mean-squared error), ordered by falling eigenvalue, and each dimension is
 
 At sampling time that token is drawn from the upper half of its training distribution. The paper
 gives the code model's size (Table 3, "latent decoder": context 384, width 1664, 24 layers, 26
-heads) but not its layout. Chosen here: the text enters as CLIP's hidden states (77 tokens;
-with z_t, the dot token and 318 codes read that is 397 positions), one bucket embedding is shared by
-all dimensions, which a learned position distinguishes, and so is one output matrix, and buckets are
-of equal width over +-`range_sigmas` standard deviations.
+heads) and that of its text encoder (context 256, width 2048, 24 layers, 32 heads), but not how the
+two meet, and "1B" for what together has 2.0 billion parameters. Chosen here: the text encoder's 256
+outputs, projected, begin the sequence (with z_t, the dot token and 318 codes read that is 576
+positions); one bucket embedding is shared by all dimensions, which a learned position
+distinguishes, and so is one output matrix; buckets are of equal width over +-`range_sigmas`
+standard deviations. With `text_layers=0` the text enters as CLIP's hidden states instead.
 """
 
 from functools import partial
@@ -22,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from unclip.errors import ConfigError
+from unclip.models.captions import TextEncoder
 from unclip.models.prior import EmbeddingInput, TextInput
 from unclip.models.transformer import LayerNorm, Transformer, causal_mask
 
@@ -30,8 +33,11 @@ PRESETS: dict[str, dict] = {
         embed_dim=1024,
         codes=319,
         buckets=1024,
-        context=77,
-        text_width=1024,
+        context=256,
+        vocab_size=49408,
+        text_layers=24,
+        text_width=2048,
+        text_heads=32,
         width=1664,
         layers=24,
         heads=26,
@@ -53,7 +59,9 @@ class ARPrior(nn.Module):
     """The causal transformer over [text, z_t, dot token, codes].
 
     Fields: `codes` is the number N of quantised dimensions, `dot_buckets` the number of dot-product
-    buckets (even); `learned_null` as in `prior.DiffusionPrior`. Parameters: `text/…`, `z_t/…`,
+    buckets (even); `learned_null` as in `prior.DiffusionPrior`. Text of `text_width` is that of a
+    frozen CLIP, or of a transformer of its own over the caption's tokens where `text_layers` is not
+    0 (then `vocab_size` and `text_heads` are its). Parameters: [`encoder/…`], `text/…`, `z_t/…`,
     `dot`, `code` (embeddings), `position` [context + 1 + N, width], `transformer/…`, `norm_out`,
     `out`.
     """
@@ -67,6 +75,9 @@ class ARPrior(nn.Module):
     layers: int
     heads: int
     dot_buckets: int = 16
+    vocab_size: int | None = None
+    text_layers: int = 0
+    text_heads: int = 32
     activation: str = "gelu"
     learned_null: bool = False
     dtype: Any = jnp.float32
@@ -77,6 +88,23 @@ class ARPrior(nn.Module):
     def setup(self):
         small = nn.initializers.normal(0.02)
         embed = partial(nn.Embed, features=self.width, dtype=self.dtype, embedding_init=small)
+        if bool(self.vocab_size) != bool(self.text_layers):
+            raise ConfigError(
+                f"the prior was given vocab_size={self.vocab_size} and text_layers="
+                f"{self.text_layers}; expected both (a text encoder of its own) or neither"
+            )
+        if self.text_layers:
+            self.encoder = TextEncoder(
+                self.vocab_size,
+                self.context,
+                self.text_width,
+                self.text_layers,
+                self.text_heads,
+                self.dtype,
+                self.remat,
+                self.fold,
+                self.attention_impl,
+            )
         self.text = TextInput(
             self.context,
             self.width,
@@ -118,6 +146,10 @@ class ARPrior(nn.Module):
             raise ConfigError(
                 f"the prior was given z_t of shape {z_t.shape}; expected [B, {self.embed_dim}]"
             )
+        if self.text_layers:  # whose padding is learned, and attended to
+            every = jnp.ones(text_hidden.shape, bool)
+            text_hidden = self.encoder(text_hidden, every if text_mask is None else text_mask)
+            text_mask = every
         text, mask = self.text(text_hidden, text_mask, drop_text)
         x = jnp.concatenate([text, self.z_t(z_t, drop_text), self.dot(dot)[:, None]], axis=1)
         rest = self.length - self.context
@@ -132,7 +164,8 @@ class ARPrior(nn.Module):
         Args:
           codes: int32 [B, N] in 0..buckets-1.
           z_t: float [B, embed_dim], unnormalised.
-          text_hidden: float [B, context, text_width].
+          text_hidden: float [B, context, text_width], or int32 tokens [B, context] for a text
+            encoder of its own.
           text_mask: bool [B, context], True = a real token; None = all.
           dot: int32 [B] in 0..dot_buckets-1.
           drop_text: bool [B], rows whose text and z_t become the learned null.

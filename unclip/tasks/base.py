@@ -125,8 +125,8 @@ class Task(Protocol):
     def remember(self, memory: Tree, metrics: dict, rows: int) -> tuple[Tree, dict]:
         """(the memory after a step on a batch of `rows`, the metrics that are left to log)."""
 
-    def for_counting(self) -> "Task":
-        """This task with attention that a trace sees into, whatever runs it."""
+    def traceable(self) -> "Task":
+        """This task with attention that any machine can trace, and see into, whatever runs it."""
 
     def predict(self) -> dict[str, Callable]:
         """{name: fn(params, frozen, batch, key)}: what evaluators may call."""
@@ -267,7 +267,7 @@ class Stage:
         del rows
         return memory, metrics
 
-    def for_counting(self):
+    def traceable(self):
         plain = {"attention_impl": "xla"}
         others = {
             name: dataclasses.replace(frozen, model=frozen.model.clone(**plain))

@@ -60,6 +60,11 @@ class _Conditioned(base.Stage):
         """Of captions, tokens."""
         return self.model.context
 
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether the network reads the caption's tokens itself."""
+        return bool(self.model.vocab_size)
+
     def init_frozen(self, name, key):
         if name == "statistics":
             return {
@@ -173,11 +178,6 @@ class DiffusionPriorTask(_Conditioned, base.Diffusion):
             schedule=schedule.make(self.noise_schedule),
             clamp=self.clamp or None,
         )
-
-    @property
-    def reads_tokens(self) -> bool:
-        """Whether the network embeds the caption's tokens itself."""
-        return bool(self.model.vocab_size)
 
     def init(self, key):
         model, clip = self.model, self.clip.model
@@ -340,7 +340,6 @@ class ARPriorTask(_Conditioned):
     draw_defaults = MappingProxyType(
         {"guidance": 1.0, "temperature": 1.0, "top_p": 1.0, "candidates": 1}
     )
-    reads_tokens = False
 
     def __post_init__(self):
         self._set(model=self.network(**self.arch))
@@ -352,7 +351,7 @@ class ARPriorTask(_Conditioned):
             key,
             jnp.zeros((1, model.codes), jnp.int32),
             jnp.zeros((1, clip.embed_dim)),
-            jnp.zeros((*tokens.shape, clip.text_width)),
+            tokens if self.reads_tokens else jnp.zeros((*tokens.shape, clip.text_width)),
             tokens == 0,
             jnp.zeros((1,), jnp.int32),
         )["params"]

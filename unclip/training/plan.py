@@ -114,7 +114,7 @@ class Plan:
     def flops(self) -> float:
         """Floating-point operations one step needs, recomputation not counted: `flops.count`."""
         key = jax.random.key(0)
-        task = self.task.for_counting()
+        task = self.task.traceable()
         # Dropout and the choice of timesteps are not counted, so the loss is traced without.
         loss = lambda p, f, b: task.loss(p, f, b, key, train=False)[0]
         batch = self.task.batch_spec(self.config.batch_size)
@@ -172,11 +172,12 @@ def make_plan(
     task = attempt(lambda: make_task(config, parts))
     tx = rate = params = state = where = None
     if task is not None:
-        params = attempt(lambda: jax.eval_shape(task.init, jax.random.key(0)))
+        params = attempt(lambda: jax.eval_shape(task.traceable().init, jax.random.key(0)))
     if params is not None:
         tx, rate = attempt(lambda: steps.make_optimizer(config, params), (None, None))
     if tx is not None:
-        state = jax.eval_shape(steps.make_init(task, tx), jax.random.key(0))
+        fresh = steps.make_init(task.traceable(), tx)
+        state = jax.eval_shape(fresh, jax.random.key(0))
     if state is not None and mesh is not None and rules is not None:
         where = attempt(lambda: sharding.shardings(state, mesh, rules))
     if mesh is not None:

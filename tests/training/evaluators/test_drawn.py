@@ -1,5 +1,6 @@
 """Drawn pictures against true ones: NumPy and SciPy oracles, pairing, any mesh, whole runs."""
 
+import dataclasses
 import re
 
 import jax
@@ -291,3 +292,27 @@ def test_the_caption_comes_along_as_clip_reads_it():
 
 def test_names_hold_no_letter_that_tensorboard_replaces(world):
     assert all(re.fullmatch(r"[-/\w.]+", name) for name in figures(world, 0.4))
+
+
+@pytest.mark.slow
+def test_bits_per_dimension_of_a_run(tiny_config, run_of, shards):
+    """The whole bound of a fresh decoder, which predicts no noise at all; and only where asked."""
+    from unclip.training.evaluators.likelihood import Likelihood
+
+    fields = {"clip": run_of("clip"), "input.held_out": (shards["held_out"],)}
+    config = tiny_config("decoder", fields | {"metric_bits_examples": 4, "metric_examples": 4})
+    plan = make_plan(config)
+    state = plan.init(jax.random.key(0), None)
+    weights = {name: plan.put(part.params) for name, part in plan.parts.items()}
+    task = dataclasses.replace(plan.task, weights=weights)
+    rows = {"process_index": 0, "process_count": 1, "threads": 1}
+    made = lambda plan: choose.make(plan, task, task.frozen(), plan.data, plan.held_out, rows)
+    (likelihood,) = (e for e in made(plan) if isinstance(e, Likelihood))
+    got = dict(likelihood.run(state, 2))
+    assert got.keys() == {f"likelihood/{n}_bits" for n in ("decoder", "prior")} | {
+        "likelihood/bits_per_dim"
+    }
+    assert 0 < got["likelihood/decoder_bits"] < got["likelihood/bits_per_dim"] < 100
+    assert got["likelihood/prior_bits"] < 1e-5
+    without = make_plan(tiny_config("decoder", fields | {"metric_examples": 4}))
+    assert not any(isinstance(e, Likelihood) for e in made(without))
