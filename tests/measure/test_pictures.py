@@ -54,6 +54,23 @@ def test_a_folder_is_read_to_any_depth_and_sorted(tmp_path):
     assert pictures.listing_hash(found) != pictures.listing_hash(pictures.First(found, 3))
 
 
+def test_hidden_files_and_folders_are_no_pictures(tmp_path):
+    seen = [".hidden/a/1.png", ".hidden/a/b..c.png"]  # below a hidden folder that was named
+    for name in (
+        *seen,
+        ".hidden/a/.2.png",
+        ".hidden/a/.ipynb_checkpoints/1-checkpoint.png",
+        ".hidden/a/__MACOSX/._1.png",
+        ".hidden/a/__MACOSX/1.png",
+    ):
+        save(tmp_path / name, PICTURES[0])
+    found = pictures.open_pictures(tmp_path / ".hidden")
+    assert [found.name(i) for i in range(len(found))] == ["a/1.png", "a/b..c.png"]
+    save(tmp_path / "only" / ".a.png", PICTURES[0])
+    with pytest.raises(DataError, match=r"no pictures there.*but 1 hidden"):
+        pictures.open_pictures(tmp_path / "only")
+
+
 def test_what_a_file_was_is_noted(tmp_path):
     turned = Image.Exif()
     turned[0x0112] = 6

@@ -14,6 +14,18 @@ MAX_PICTURE_BYTES = 64 << 20
 MAX_TEXT_BYTES = 1 << 20
 
 
+def hidden(path: str) -> bool:
+    """Whether a relative path, with "/", is hidden: a file or folder on it begins with a dot.
+
+    Editors and systems keep copies and notes there (.ipynb_checkpoints, ._NAME, __MACOSX), which
+    have the names of pictures.
+    """
+    parts = path.split("/")
+    return any(
+        part == "__MACOSX" or (part.startswith(".") and part not in (".", "..")) for part in parts
+    )
+
+
 class BadSample(DataError):
     """One sample cannot be used; `reason` is a short code under which such samples are counted."""
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from unclip.errors import ConfigError, DataError
-from unclip.input.samples import BadSample
+from unclip.input.samples import BadSample, hidden
 from unclip.input.shards.collection import open_shards
 from unclip.input.shards.folder import is_index
 from unclip.input.tfds import records
@@ -98,7 +98,8 @@ def open_pictures(spec: str | os.PathLike) -> PictureSet:
 class FolderPictures(PictureSet):
     """The pictures of a folder and of the folders below it, by their relative names.
 
-    Captions are KEY.txt beside KEY.png. Grids as `unclip generate` saves them are left out.
+    Captions are KEY.txt beside KEY.png. Hidden files and folders are none of it; grids as
+    `unclip generate` saves them are left out.
     """
 
     def __init__(self, folder: str | os.PathLike):
@@ -107,6 +108,9 @@ class FolderPictures(PictureSet):
         for where, _, files in os.walk(self._folder):
             for name in files:
                 relative = (pathlib.Path(where) / name).relative_to(self._folder).as_posix()
+                if hidden(relative):
+                    others["hidden"] += 1
+                    continue
                 known = os.path.splitext(name)[1].lower() in EXTENSIONS
                 found += [relative] if known else []
                 others[os.path.splitext(name)[1].lower()] += not known
