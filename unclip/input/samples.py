@@ -26,6 +26,11 @@ def hidden(path: str) -> bool:
     )
 
 
+def printable(name: str) -> str:
+    """A name from outside, made safe to print in reports and terminals."""
+    return "".join(c if c.isprintable() else "?" for c in name[:200])
+
+
 class BadSample(DataError):
     """One sample cannot be used; `reason` is a short code under which such samples are counted."""
 
