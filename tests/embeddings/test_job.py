@@ -36,14 +36,16 @@ def picture(number):
     return rng.integers(0, 256, (16, 16, 3), np.uint8)
 
 
-def write_tar(path, numbers, *, bad=(), bare=()):
-    """A shard of noise pictures named by their number; those of `bare` have no caption."""
+def write_tar(path, numbers, *, bad=(), bare=(), more=None):
+    """A shard of noise pictures named by their number; those of `bare` have no KEY.txt, those of
+    `more` further fields."""
     with tarfile.open(path, "w") as tar:
         for number in numbers:
             file = io.BytesIO()
             Image.fromarray(picture(number)).save(file, "PNG")
             data = b"no picture" if number in bad else file.getvalue()
-            members = {"png": data, "json": json.dumps({"odd": number % 2}).encode()}
+            meta = {"odd": number % 2, **(more or {}).get(number, {})}
+            members = {"png": data, "json": json.dumps(meta).encode()}
             if number not in bare:
                 members["txt"] = caption(number).encode()
             for extension, content in members.items():
@@ -319,6 +321,22 @@ def test_shards_that_are_not_embedded_are_named(whole, tars, tmp_path):
     write_tar(tmp_path / "s-2.tar", range(3))  # the name alone is not enough
     with pytest.raises(errors.DataError, match=r"\(s-2\.tar\): it has other shards, these were"):
         Store(whole).attach(shards.open_shards(str(tmp_path / "s-2.tar")))
+
+
+def test_captions_of_any_field_are_embedded_and_found_again(clip, tmp_path):
+    """By the sources of training, which say where in its shard a row is."""
+    more = {1: {"TEXT": ["", "one"]}, 3: {"TEXT": "three"}}
+    write_tar(tmp_path / "a.tar", range(4), bare=range(4), more=more)
+    path, sources = str(tmp_path / "a.tar"), ("json:TEXT", "txt")
+    whole = shards.open_shards(path, text=False, captions=sources)
+    store = embed_shards(Job(*clip, whole, tmp_path / "out", captions=sources))
+    assert (store.embedded, store.captioned) == (4, 2)
+    training = store.attach(shards.open_shards(path, captions=("json:TEXT",)))
+    assert [training.key(i) for i in range(2)] == ["00001", "00003"]
+    z_i, _ = next(training.pairs())
+    assert np.array_equal(z_i, [training.read(i).meta["z_i"] for i in range(2)])
+    with pytest.raises(errors.DataError, match=r"its --captions, json:TEXT,txt, tell other"):
+        store.attach(shards.open_shards(path, captions=("json:odd", "txt"), text=False))
 
 
 def test_embeddings_of_another_clip_are_refused(whole, job, clip):

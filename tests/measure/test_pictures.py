@@ -11,6 +11,7 @@ from PIL import Image
 from unclip.errors import ConfigError, DataError
 from unclip.input.samples import BadSample
 from unclip.input.shards.collection import open_shards
+from unclip.input.shards.folder import index_folder
 from unclip.input.tfds import records
 from unclip.measure import captions, pictures
 from unclip.measure.picture_set import (
@@ -135,6 +136,22 @@ def test_shards(shards, shard_writer, tmp_path):
     assert found.caption(4) == "a green bar, number 4"
     bare = pictures.open_pictures(shard_writer(tmp_path / "bare.tar", 3, captions=False))
     assert len(bare) == 3 and bare.caption(0) is None
+
+
+def test_shards_by_an_index_of_other_captions(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, data in (
+            ("k.png", encoded(PICTURES[0])),
+            ("k.json", b'{"TEXT": [" ", "a fox"], "name": "fox"}'),
+            ("l.png", encoded(PICTURES[1])),
+        ):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    index_folder(str(tmp_path / "a.tar"), tmp_path / "of", captions=("json:TEXT",), jobs=1)
+    for name, caption in (("a.tar", None), ("of", "a fox")):
+        found = pictures.open_pictures(tmp_path / name)
+        assert [found.caption(i) for i in range(len(found))] == [caption, None]
 
 
 def test_shards_that_share_keys_and_lose_samples(tmp_path):

@@ -81,7 +81,7 @@ def main(argv):
     values = found.to_json() | {"size": _SIZE.value, "margin": _MARGIN.value}
     lines = [found.table()]
     if filters:
-        values["filters"] = passed = kept(collection, filters)
+        values["filters"] = passed = kept(collection, filters, captions=_CAPTIONS.value)
         reasons = "".join(f", {reason} {n}" for reason, n in passed["rejected"].items())
         lines.append(f"\n--filters keep {passed['kept']:.1%} of {passed['of']} samples{reasons}")
     if _OUT.value:

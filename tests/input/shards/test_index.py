@@ -293,6 +293,7 @@ def test_the_index_of_an_older_unclip_is_read_as_it_was_meant(folder):
     with pytest.raises(ConfigError, match=r"from txt and.*from json:x"):
         open_shards(str(out), captions=("json:x",))
     (out / "index.json").write_text(json.dumps(table | {"caption": "alt"}))
+    assert len(open_shards(str(out), captions=("json:alt", "txt"))) == len(now)
     with pytest.raises(ConfigError, match="from txt,json:alt and"):
         open_shards(str(out))
 

@@ -249,7 +249,8 @@ def read_index(folder: str) -> Table:
         entries = [_read_entry(folder, shard) for shard in _typed(table, "shards", list)]
         if older and field != caption_sources.STAND_IN:
             sources = ("txt", f"json:{field}")
-            entries = [found._replace(captions={}) for found in entries]
+            unknown = dict.fromkeys(sources, 0)
+            entries = [found._replace(captions=unknown) for found in entries]
         unread = _typed(table, "unread", dict) if "unread" in table else {}
         return Table(sources, entries, {why: _typed(unread, why, list) for why in unread})
     except (KeyError, TypeError, ValueError) as error:
@@ -352,6 +353,7 @@ def index_folder(
             f"{len(failed)} of {len(paths)} shards cannot be indexed; the others are, "
             f"and are kept if this is run again: {'; '.join(sorted(failed)[:3])}"
         )
+    _refuse_others(out, paths, storage)  # another command may have written one meanwhile
     results, unread = [(path, *found[path]) for path in paths], storage.unread(patterns)
     return _write_table(out, results, unread, captions, checksums, storage)
 
