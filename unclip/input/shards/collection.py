@@ -97,6 +97,8 @@ def open_shards(
             f"{reason} {n}{_for_example(collection.examples.get(reason))}"
             for reason, n in problems.items()
         )
+        ignored = [f"{note} {n}" for note, n in _notes(collection) if note.startswith("ignored")]
+        known = ", ".join(filter(None, [known, *ignored[:5]]))
         first = f", first {shown(shards[0].path)!r}" if shards else ""
         raise DataError(
             f"no complete sample in {len(shards)} shards{first}: {known or 'no known member'}; a "
@@ -197,6 +199,12 @@ class _Opener:
                 f"{caption_sources.wanted(self._captions)} beside each picture"
                 f"{'; its JSON has text in ' * bool(there)}{there}"
             )
+
+
+def _notes(collection: "Collection") -> list[tuple[str, int]]:
+    """What was noticed in the first shards, the most frequent first."""
+    shards = range(min(len(collection.shards), 100))
+    return sum((collection.index(n).notes for n in shards), Counter()).most_common()
 
 
 def _for_example(found: Sequence[str] | None) -> str:

@@ -6,6 +6,7 @@ one shard's picture can never meet another shard's caption, and a sample that is
 ambiguous or cut off is left out and counted. Nothing is ever extracted, unpickled or followed.
 """
 
+import mimetypes
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -30,8 +31,8 @@ MAX_LISTED = 10_000  # faults of a shard that are listed; all are counted
 MAX_MEMBERS = 1 << 22  # of one shard: a tar of empty members must not fill the memory
 NOT_TARS = ("not-a-tar", "compressed")  # faults by which a whole file is not a shard
 _PICKLES = ("pkl", "pickle", "pyd", "pth", "pt")  # what other readers would unpickle
-# Of members that nobody reads, those that say a picture was meant.
-_MEANT = {*PICTURES, "avif", "bmp", "gif", "heic", "heif", "jfif", "jpe", "jxl", "tif", "tiff"}
+# Of members that nobody reads, those that say a sample was meant: README.md does not.
+_MEANT = {*PICTURES, "avif", "heic", "heif", "jfif", "jpe", "jxl", "npy", "npz"}
 _PIECE, _FULL_BLOCK = 1 << 20, 2 << 20  # bytes
 _EXAMPLES = 5
 _MAX_SHARD = tar.BLOCK << 32
@@ -305,5 +306,7 @@ class _Walk:
 
 
 def _meant(name: str) -> bool:
-    """Whether a member's name has the extension of a picture somewhere: 1.gif, 1.jpg.part."""
-    return not _MEANT.isdisjoint(name.rpartition("/")[2].lower().split(".")[1:])
+    """Whether a member's name has an extension of pictures, films or sounds: 1.gif, 1.jpg.part."""
+    extensions = name.rpartition("/")[2].lower().split(".")[1:]
+    kind = mimetypes.guess_type(f"x.{extensions[-1]}")[0] or ""
+    return kind.startswith(("image/", "video/", "audio/")) or not _MEANT.isdisjoint(extensions)
