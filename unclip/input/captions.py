@@ -40,8 +40,11 @@ def field(source: str) -> str:
 
 def texts(value: Any) -> list[str]:
     """The captions in a JSON value: it, or what its list holds, if that is text and not blank."""
-    values = value if isinstance(value, list) else [value]
-    return [text for text in values if isinstance(text, str) and text.strip()]
+    if isinstance(value, str):
+        return [value] if value.strip() else []
+    if not isinstance(value, list):
+        return []
+    return [text for text in value if isinstance(text, str) and text.strip()]
 
 
 def value(sample: Sample, source: str) -> Any:

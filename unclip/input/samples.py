@@ -20,9 +20,11 @@ def hidden(path: str) -> bool:
     Editors and systems keep copies and notes there (.ipynb_checkpoints, ._NAME, __MACOSX), which
     have the names of pictures.
     """
-    parts = path.split("/")
+    if not (path.startswith((".", "_")) or "/." in path or "/_" in path):
+        return False  # at once: this is asked of every member of every shard
     return any(
-        part == "__MACOSX" or (part.startswith(".") and part not in (".", "..")) for part in parts
+        part == "__MACOSX" or (part.startswith(".") and part not in (".", ".."))
+        for part in path.split("/")
     )
 
 

@@ -122,8 +122,11 @@ class _Walk:
         self._unusable: dict[str, str] = {}
         # source -> keys that have a caption there; those of KEY.txt are found at the end.
         self._captioned: dict[str, set[str]] = {source: set() for source in captions}
-        self._claims: dict[str, str] = {}  # key, without its folder -> the key that its JSON names
-        self._ignored: dict[str, dict[str, str]] = {}  # key -> name without last extension -> name
+        # Keys, without their folders, that their JSON names too; key -> another that it names.
+        self._own: set[str] = set()
+        self._others: dict[str, str] = {}
+        # Members that are not read: name without its last extension -> (key, name).
+        self._ignored: dict[str, tuple[str, str]] = {}
         self._split: set[str] = set()
         self._last = ""
         self._problems, self._notes = Counter(), Counter()
@@ -172,9 +175,10 @@ class _Walk:
                 self.tell("refused-pickle", name)
             else:
                 self._ignore(extension)
-                named, stem = self._ignored.setdefault(key, {}), name.rpartition(".")[0]
-                if stem not in named or (_meant(name) and not _meant(named[stem])):
-                    named[stem] = name
+                stem = name.rpartition(".")[0]
+                known = self._ignored.get(stem)
+                if known is None or (_meant(name) and not _meant(known[1])):
+                    self._ignored[stem] = key, name
             return
         self._member(
             key, extension, kind, offset, size, MAX_PICTURE_BYTES if is_picture else MAX_TEXT_BYTES
@@ -219,7 +223,11 @@ class _Walk:
                 keys.add(key)
         claim = value.get("key")
         if isinstance(claim, str):
-            self._claims[key] = claim.rpartition("/")[2]
+            claim, own = claim.rpartition("/")[2], key.rpartition("/")[2]
+            if claim == own:
+                self._own.add(own)
+            else:
+                self._others[key] = claim
 
     def other_keys(self) -> set[str]:
         """The keys whose JSON is another sample's: it names a key whose own JSON does so too.
@@ -228,49 +236,52 @@ class _Walk:
         keys they had in their JSON, and nothing is wrong with them. So it takes a shard whose JSON
         names the sample's own key but for a few, a tenth at most.
         """
-        own = {claim for key, claim in self._claims.items() if claim == key.rpartition("/")[2]}
-        others = {k: claim for k, claim in self._claims.items() if claim != k.rpartition("/")[2]}
-        few = len(others) <= max(1, len(self._claims) // 10)
-        strays = {key for key, claim in others.items() if few and claim in own}
-        self._notes["renumbered"] += len(others) - len(strays)
+        few = len(self._others) <= max(1, (len(self._own) + len(self._others)) // 10)
+        strays = {key for key, claim in self._others.items() if few and claim in self._own}
+        self._notes["renumbered"] += len(self._others) - len(strays)
         return strays
 
-    def _without_picture(self, key: str) -> Iterator[tuple[str, str]]:
-        """(reason, what) of the samples of a key that has no picture."""
-        named = list(self._ignored.get(key, {}).values())
-        for name in [name for name in named if _meant(name)] or named[:1]:
-            dotted = name.rpartition(".")[2].lower() in (*PICTURES, "txt", "json")
-            yield "dotted-key" if dotted else "unknown-extension", name
-        if not named:
-            yield "no-picture", key
+    def _without_picture(self, keys: Sequence[str]) -> Iterator[tuple[str, str]]:
+        """(reason, what) of samples without a picture: of these keys, and of those of which no
+        member is read."""
+        names: dict[str, list[str]] = {key: [] for key in keys}
+        for key, name in self._ignored.values():
+            if key in names:
+                names[key].append(name)
+            elif key not in self._samples and _meant(name):
+                names[key] = [name]
+        for key, named in names.items():
+            for name in [name for name in named if _meant(name)] or named[:1]:
+                dotted = name.rpartition(".")[2].lower() in (*PICTURES, "txt", "json")
+                yield "dotted-key" if dotted else "unknown-extension", name
+            if not named:
+                yield "no-picture", key
 
     def index(self, size: int, identity: str) -> ShardIndex:
         """The index of what was walked."""
         for key in self.other_keys():
             self._unusable.setdefault(key, "other-key")
-        with_text, without = [], []
+        with_text, without, bare = [], [], []
         for key, members in self._samples.items():
             spans = {extension: span for extension, span in members.items() if span[1]}
             picture = next((spans[e] for e in PICTURES if e in spans), None)
-            if key in self._unusable:
-                self.tell(self._unusable[key], key)
+            if reason := self._unusable.get(key):
+                self.tell(reason, key)
                 continue
             if picture is None:
-                for reason, what in self._without_picture(key):
-                    self.tell(reason, what)
+                bare.append(key)
                 continue
             row = (key, picture, spans.get("txt"), spans.get("json"))
-            if "txt" in self._captioned and row[2]:
+            if row[2] and "txt" in self._captioned:
                 self._captioned["txt"].add(key)
-            if any(key in keys for keys in self._captioned.values()):
+                with_text.append(row)
+            elif any(key in keys for keys in self._captioned.values()):
                 with_text.append(row)
             else:
                 without.append(row)
                 self._example("no-text", key)
-        for key, named in self._ignored.items():
-            if key not in self._samples and any(map(_meant, named.values())):
-                for reason, what in self._without_picture(key):
-                    self.tell(reason, what)
+        for reason, what in self._without_picture(bare):
+            self.tell(reason, what)
         self._notes["not-adjacent"] += len(self._split)
         rows = with_text + without
         encoded = [row[0].encode("utf-8", "surrogateescape") for row in rows]
