@@ -38,6 +38,7 @@ PAPER = 650_000_000  # pairs that CLIP was trained on in appendix C of arXiv 220
 
 def make_entries(folder: pathlib.Path, shards: int, rows: int) -> None:
     """Sparse tars and index files of rows such as img2dataset's shards give: 9-digit keys."""
+    from unclip.input.captions import STANDARD
     from unclip.input.shards.index import ShardIndex
 
     rng = np.random.default_rng(0)
@@ -62,7 +63,13 @@ def make_entries(folder: pathlib.Path, shards: int, rows: int) -> None:
         with open(path, "wb") as file:
             file.truncate(size)
         ShardIndex(
-            path.name, size, table, np.frombuffer(keys, np.uint8), rows, checksums=True
+            path.name,
+            size,
+            table,
+            np.frombuffer(keys, np.uint8),
+            rows,
+            captions=dict.fromkeys(STANDARD, rows),
+            checksums=True,
         ).write(folder / "index" / f"{shard:05d}.idx")
 
 

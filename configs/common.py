@@ -11,6 +11,7 @@ import pathlib
 from ml_collections import ConfigDict
 
 from unclip import errors
+from unclip.input import captions
 from unclip.runtime import optim
 
 DATA = pathlib.Path(__file__).parents[1] / "data"
@@ -104,7 +105,7 @@ def base(stage: str, args: ConfigDict) -> ConfigDict:
             "where": {},  # JSON field -> values: only these samples of the training shards
             "held_out_where": {},
             "filters": "",  # such as "similarity=0.28:,aspect=:2,min_side?=256:"
-            "captions": ("txt", "json:name"),  # one of these, by the sample's number
+            "captions": captions.STANDARD,  # one of these, by the sample's number
             "crop": "center",
             "margin": 2.0,  # JPEGs are decoded at no less than this many times the size needed
             "order": "global",  # global | streamed: a host reads shards of its own

@@ -36,14 +36,16 @@ def picture(number):
     return rng.integers(0, 256, (16, 16, 3), np.uint8)
 
 
-def write_tar(path, numbers, *, bad=(), bare=()):
-    """A shard of noise pictures named by their number; those of `bare` have no caption."""
+def write_tar(path, numbers, *, bad=(), bare=(), more=None):
+    """A shard of noise pictures named by their number; those of `bare` have no KEY.txt, those of
+    `more` further fields."""
     with tarfile.open(path, "w") as tar:
         for number in numbers:
             file = io.BytesIO()
             Image.fromarray(picture(number)).save(file, "PNG")
             data = b"no picture" if number in bad else file.getvalue()
-            members = {"png": data, "json": json.dumps({"odd": number % 2}).encode()}
+            meta = {"odd": number % 2, **(more or {}).get(number, {})}
+            members = {"png": data, "json": json.dumps(meta).encode()}
             if number not in bare:
                 members["txt"] = caption(number).encode()
             for extension, content in members.items():
@@ -238,14 +240,14 @@ def test_half_precision(whole, job, tmp_path):
 
 
 def test_the_first_caption_there_is():
-    """In the order asked for; of a list its first string; other fields are not captions."""
-    choose = Pair(16, 16, ("json:alt", "txt", "json:more")).caption
-    meta = {"alt": [" ", "second"], "more": "third"}
-    assert choose(Sample("k", b"", "first", meta)) == "second"
-    assert choose(Sample("k", b"", "first", {"alt": [3, None]})) == "first"
-    assert choose(Sample("k", b"", " ", {"alt": {"en": "x"}, "more": "third"})) == "third"
-    assert choose(Sample("k", b"", "", {"alt": [], "more": 7})) == ""
-    assert Pair(16, 16).caption(Sample("k", b"", "first", meta)) == "first"
+    """In the order asked for; of a list its first text."""
+    pair, file = Pair(16, 16, ("json:alt", "txt")), io.BytesIO()
+    Image.fromarray(picture(0)).save(file, "PNG")
+    image = file.getvalue()
+    tokens = lambda text, alt: pair(Sample("k", image, text, {"alt": alt}), None)["tokens"]
+    assert np.array_equal(tokens("one", [" ", "two"]), tokens("two", None))
+    assert np.array_equal(tokens("one", [3, None]), tokens("one", {"en": "two"}))
+    assert not tokens(" ", []).any()
     with pytest.raises(errors.ConfigError, match="json:FIELD"):
         Pair(16, 16, ("alt",))
 
@@ -317,8 +319,24 @@ def test_shards_that_are_not_embedded_are_named(whole, tars, tmp_path):
     with pytest.raises(errors.DataError, match=r"of 1 of 5 shards \(new\.tar\)"):
         Store(whole).attach(other)
     write_tar(tmp_path / "s-2.tar", range(3))  # the name alone is not enough
-    with pytest.raises(errors.DataError, match=r"\(s-2\.tar\): it has other shards, or these were"):
+    with pytest.raises(errors.DataError, match=r"\(s-2\.tar\): it has other shards, these were"):
         Store(whole).attach(shards.open_shards(str(tmp_path / "s-2.tar")))
+
+
+def test_captions_of_any_field_are_embedded_and_found_again(clip, tmp_path):
+    """By the sources of training, which say where in its shard a row is."""
+    more = {1: {"TEXT": ["", "one"]}, 3: {"TEXT": "three"}}
+    write_tar(tmp_path / "a.tar", range(4), bare=range(4), more=more)
+    path, sources = str(tmp_path / "a.tar"), ("json:TEXT", "txt")
+    whole = shards.open_shards(path, text=False, captions=sources)
+    store = embed_shards(Job(*clip, whole, tmp_path / "out", captions=sources))
+    assert (store.embedded, store.captioned) == (4, 2)
+    training = store.attach(shards.open_shards(path, captions=("json:TEXT",)))
+    assert [training.key(i) for i in range(2)] == ["00001", "00003"]
+    z_i, _ = next(training.pairs())
+    assert np.array_equal(z_i, [training.read(i).meta["z_i"] for i in range(2)])
+    with pytest.raises(errors.DataError, match=r"its --captions, json:TEXT,txt, tell other"):
+        store.attach(shards.open_shards(path, captions=("json:odd", "txt"), text=False))
 
 
 def test_embeddings_of_another_clip_are_refused(whole, job, clip):

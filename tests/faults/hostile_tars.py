@@ -233,7 +233,7 @@ def _tars(scale: float, folder: str) -> list[Row]:
             pattern = path
             try:
                 if checked:
-                    pattern = os.path.join(folder, "index-of")
+                    pattern = os.path.join(folder, "indexed")
                     index_folder.index_folder(path, pattern, jobs=1, force=True)
                 collection = shards.open_shards(pattern)
                 found = [collection.read(i) for i in range(len(collection))]
@@ -370,7 +370,7 @@ def _child(scale: float) -> None:
         before = _peak()
         rows = _tars(scale, folder) + _not_tars(scale, folder)
         grown = _peak() - before
-        left = set(os.listdir(folder)) - {"secret.txt", "a.tar", "zipped.tar", "index-of", "out"}
+        left = set(os.listdir(folder)) - {"secret.txt", "a.tar", "zipped.tar", "indexed", "out"}
     print(json.dumps([rows, grown, sorted(left)]))
 
 

@@ -93,7 +93,7 @@ def through_walk(paths: list[str], folder: str):
 
 def through_index(paths: list[str], folder: str):
     """The shards by an index, with checksums."""
-    out = os.path.join(folder, "index-of")
+    out = os.path.join(folder, "indexed")
     index_folder.index_folder(paths, out, jobs=1, force=True)
     return opened(out)
 

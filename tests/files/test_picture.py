@@ -4,6 +4,8 @@ import io
 import pathlib
 import pickle
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -146,8 +148,33 @@ def test_a_tiff_is_turned_once():
     exif, file = Image.Exif(), io.BytesIO()
     exif[ORIENTATION] = 6
     Image.fromarray(PIXELS).save(file, "TIFF", exif=exif)
-    found, _ = picture_set.decode(file.getvalue(), "TIFF")
+    found, notes = picture_set.decode(file.getvalue(), "TIFF")
     np.testing.assert_array_equal(found, np.rot90(PIXELS, -1))
+    assert notes == picture_set.TURNED
+
+
+def test_sixteen_bit_grey_is_rounded_alike_by_every_reader(tmp_path):
+    grey, file = np.arange(0, 65536, 97, np.uint16)[None], io.BytesIO()
+    Image.fromarray(grey).save(file, "PNG")
+    expected = np.rint(grey / 65535 * 255).astype(np.uint8)
+    for found in readers(file.getvalue(), tmp_path / "picture"):
+        np.testing.assert_array_equal(found, np.repeat(expected[..., None], 3, 2))
+
+
+def test_broken_exif_prints_nothing(tmp_path):
+    """In a process of its own: pytest has filters of its own for warnings."""
+    broken = b"II*\0\x08\0\0\0\x05\0\x12\x01"  # entries cut
+    for name, write in {"a.png": png, "b.png": raw_profile, "c.webp": webp, "d.jpg": jpeg}.items():
+        (tmp_path / name).write_bytes(write(broken))
+    program = (
+        "import sys; from unclip.files import images; from unclip.measure import pictures\n"
+        "found = pictures.open_pictures(sys.argv[1])\n"
+        "print(sum(len(found.read(i)) == len(images.read_image(found.path(i))) for i in range(4)))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=60
+    )
+    assert (run.stdout, run.stderr) == ("4\n", "")
 
 
 def test_reasons(tmp_path):

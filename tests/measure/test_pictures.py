@@ -11,6 +11,7 @@ from PIL import Image
 from unclip.errors import ConfigError, DataError
 from unclip.input.samples import BadSample
 from unclip.input.shards.collection import open_shards
+from unclip.input.shards.folder import index_folder
 from unclip.input.tfds import records
 from unclip.measure import captions, pictures
 from unclip.measure.picture_set import (
@@ -52,6 +53,23 @@ def test_a_folder_is_read_to_any_depth_and_sorted(tmp_path):
         assert found.caption(i) == ("a caption" if name == "b.png" else None)
     assert not found.notes.any()
     assert pictures.listing_hash(found) != pictures.listing_hash(pictures.First(found, 3))
+
+
+def test_hidden_files_and_folders_are_no_pictures(tmp_path):
+    seen = [".hidden/a/1.png", ".hidden/a/b..c.png"]  # below a hidden folder that was named
+    for name in (
+        *seen,
+        ".hidden/a/.2.png",
+        ".hidden/a/.ipynb_checkpoints/1-checkpoint.png",
+        ".hidden/a/__MACOSX/._1.png",
+        ".hidden/a/__MACOSX/1.png",
+    ):
+        save(tmp_path / name, PICTURES[0])
+    found = pictures.open_pictures(tmp_path / ".hidden")
+    assert [found.name(i) for i in range(len(found))] == ["a/1.png", "a/b..c.png"]
+    save(tmp_path / "only" / ".a.png", PICTURES[0])
+    with pytest.raises(DataError, match=r"no pictures there.*but 1 hidden"):
+        pictures.open_pictures(tmp_path / "only")
 
 
 def test_what_a_file_was_is_noted(tmp_path):
@@ -118,6 +136,22 @@ def test_shards(shards, shard_writer, tmp_path):
     assert found.caption(4) == "a green bar, number 4"
     bare = pictures.open_pictures(shard_writer(tmp_path / "bare.tar", 3, captions=False))
     assert len(bare) == 3 and bare.caption(0) is None
+
+
+def test_shards_by_an_index_of_other_captions(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, data in (
+            ("k.png", encoded(PICTURES[0])),
+            ("k.json", b'{"TEXT": [" ", "a fox"], "name": "fox"}'),
+            ("l.png", encoded(PICTURES[1])),
+        ):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    index_folder(str(tmp_path / "a.tar"), tmp_path / "of", captions=("json:TEXT",), jobs=1)
+    for name, caption in (("a.tar", None), ("of", "a fox")):
+        found = pictures.open_pictures(tmp_path / name)
+        assert [found.caption(i) for i in range(len(found))] == [caption, None]
 
 
 def test_shards_that_share_keys_and_lose_samples(tmp_path):

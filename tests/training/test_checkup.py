@@ -1,10 +1,13 @@
 """The doctor: published parameter counts, and every problem in plain words, with nothing run."""
 
+import io
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
+import tarfile
 
 import pytest
 
@@ -35,6 +38,17 @@ def environment():
     return os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
 
 
+def _shard(path, names):
+    """A tar whose members have no pictures in them, only names; JSON has a text in FIELD."""
+    with tarfile.open(path, "w") as archive:
+        for name in re.findall(r"\S+(?: \(v2\)\S+)?", names):
+            data = b'{"FIELD": "text"}'
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
 @pytest.fixture(scope="module")
 def found(shards, run_of, tmp_path_factory):
     """What the doctor finds in several configs, from one process: {name: report}."""
@@ -62,6 +76,26 @@ def found(shards, run_of, tmp_path_factory):
         ),
         ("other", "clip", "emoji", data, run_of("clip")),
         ("mesh", "clip", "emoji", data | {"mesh.data": 3, "sharding": "fsdb"}, folder),
+        (
+            "left out",
+            "clip",
+            "emoji,runlocal",
+            {
+                "input.shards": [_shard(folder + "/a.tar", "0.jpg 0.txt 1.jpg 2.gif 2.txt")],
+                "input.held_out": [_shard(folder + "/b.tar", "0.jpg 0.txt 0.5.jpg 1.0.jpg")],
+            },
+            folder,
+        ),
+        (
+            "text",
+            "clip",
+            "emoji,runlocal",
+            {
+                "input.shards": [_shard(folder + "/c.tar", "0.jpg 0.json 1.jpg 1.json")],
+                "input.held_out": [_shard(folder + "/d.tar", "0.0 (v2).jpg 1.0 (v2).jpg")],
+            },
+            folder,
+        ),
         (
             "layout",
             "clip",
@@ -122,6 +156,18 @@ def test_problems_in_plain_words(found):
     assert "holds a run of another model" in said["other"]
     assert "mesh data=3" in said["mesh"] and "did you mean 'fsdp'" in said["mesh"]
     assert found["layout"]["problems"] == []
+
+
+def test_samples_that_are_left_out_are_named(found):
+    assert found["left out"]["problems"] == [
+        "train shards: 1 left out as unknown-extension: a.tar: 2.gif",
+        "train shards: 1 left out as no-text: a.tar: 1",
+        "held_out shards: 1 left out as dotted-key: b.tar: 1.0.jpg",
+    ]
+    # Of several problems of the data the first is told.
+    said = "\n".join(found["text"]["problems"])
+    assert "c.tar' has 2 pictures and no captions: expected KEY.txt or the field" in said
+    assert "its JSON has text in 'json:FIELD'" in said
 
 
 def test_data_found(found):

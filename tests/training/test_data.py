@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from unclip import errors
+from unclip.input.shards import folder as index_folder
 from unclip.runtime import checkpoint, distributed
 from unclip.training import data as inputs
 from unclip.training.start import train
@@ -177,6 +178,27 @@ def test_streaming_trains_and_says_what_it_cannot(tiny_config, shards, two_sets,
             )
 
 
+def test_the_captions_of_a_config_say_which_samples_there_are(tiny_config, shard_writer, tmp_path):
+    """Without any KEY.txt: walked, by an index and streamed; lists of captions count."""
+    path = shard_writer(tmp_path / "a.tar", 8, captions=False)
+    for patterns in ((path,), (str(tmp_path / "index"),)):
+        changes = {"input.shards": patterns, "input.captions": ("json:name",)}
+        config = tiny_config("clip", changes | {"input.held_out": patterns})
+        assert [len(found) for found in inputs.collections(config)] == [8, 8]
+        index_folder.index_folder(path, tmp_path / "index", captions=("txt", "json:name"), jobs=1)
+    config = tiny_config("clip", changes | {"input.shards": (path,), "input.streaming": True})
+    transform = lambda sample, rng: {"name": np.array(len(sample.meta["name"]))}
+    with inputs.batches(config, None, transform) as batches:
+        assert set(next(batches)["name"]) == {3, 4, 5}
+        assert not batches.problems
+    config.input.captions = ("txt",)
+    with (
+        inputs.batches(config, None, transform) as batches,
+        pytest.raises(errors.DataError, match=r"gave no sample.*'no-text'"),
+    ):
+        next(batches)
+
+
 def test_a_prior_needs_indexed_shards_for_its_statistics(tiny_config, run_of, two_sets, tmp_path):
     config = tiny_config(
         "prior", {"clip": run_of("clip"), "input.shards": two_sets, "input.streaming": True}
@@ -204,8 +226,6 @@ def test_settings_that_do_not_fit_are_refused_before_the_run(
 
 
 def test_an_index_beside_the_shards_changes_nothing(tiny_config, two_sets, tmp_path):
-    from unclip.input.shards import folder as index_folder
-
     for pattern in two_sets:
         for path in pathlib.Path(pattern).parent.glob("*.tar"):
             shutil.copy(path, tmp_path)

@@ -184,9 +184,12 @@ def test_a_file_that_is_no_tar(tiny_config, tmp_path):
 
 def test_a_tar_without_captions(tiny_config, shard_writer, tmp_path):
     path = shard_writer(tmp_path / "bare.tar", 3, captions=False)
-    with pytest.raises(errors.DataError) as caught:
-        collections(tiny_config("clip", {"input.shards": (path,)}))
-    assert "caption" in str(caught.value) or "text" in str(caught.value)
+    for sources, there in ((("txt",), "txt.*'json:name'"), (("json:alt",), "'alt'.*'json:name'")):
+        config = tiny_config("clip", {"input.shards": (path,), "input.captions": sources})
+        with pytest.raises(errors.DataError, match=f"3 pictures and no captions: .*{there}"):
+            collections(config)
+    config = tiny_config("clip", {"input.shards": (path,), "input.captions": ("txt", "json:name")})
+    assert len(collections(config)[0]) == 3
 
 
 def test_flops_do_not_depend_on_folding_or_remat(tiny_config):

@@ -6,6 +6,8 @@ import tarfile
 
 import pytest
 
+from unclip.input.shards.collection import open_shards
+
 
 @pytest.fixture(scope="module")
 def index(serve_verb):
@@ -63,6 +65,52 @@ def test_indexes_tells_and_goes_on(index, folder):
     assert "a-0.tar: the bytes of 1 samples have changed" in err and "a-3.tar: has changed" in err
 
 
+def test_the_caption_may_be_any_field(index, tmp_path):
+    members = [("0.jpg", "p"), ("0.json", '{"TEXT": ["a fox", "a red fox"]}'), ("1.jpg", "p")]
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, text in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(text)
+            tar.addfile(info, io.BytesIO(text.encode()))
+    code, out, _ = index(tmp_path / "a.tar")
+    assert code == 0 and "no-text 2  a.tar: 0, a.tar: 1" in out
+    assert "no sample has a caption from txt,json:name; the first has text in json:TEXT" in out
+    for flag in ("--caption=TEXT", "--captions=txt,json:TEXT"):
+        code, out, _ = index(tmp_path / "a.tar", flag)
+        assert code == 0 and "2 samples in 1 shards, 1 with a caption" in out
+        assert "no-text 1  a.tar: 1" in out and "no sample has a caption" not in out
+    assert "0 shards read, 1 known already" in out
+    for name in ("a.tar", "index"):
+        assert len(open_shards(str(tmp_path / name), captions=("json:TEXT",))) == 1
+
+
+def test_to_array_record_with_the_caption_of_any_field(index, tmp_path):
+    pytest.importorskip("array_record")
+    write(tmp_path / "a.tar", ["0"], ("jpg",))
+    with tarfile.open(tmp_path / "a.tar", "a") as tar:
+        info = tarfile.TarInfo("0.json")
+        info.size = len(data := b'{"TEXT": ["a fox", "a red fox"]}')
+        tar.addfile(info, io.BytesIO(data))
+    folder = tmp_path / "foxes" / "1.0.0"
+    code, _, err = index(tmp_path / "a.tar", "--caption=TEXT", "--to_array_record", folder)
+    assert code == 0, err
+    assert open_shards(f"tfds:{folder}:train").read(0).text == "a fox"
+
+
+def test_indices_of_two_sets_in_one_folder(index, folder):
+    for name in ("a-0.tar", "a-1.tar"):
+        (folder / name).rename(folder / f"held-out-{name[2:]}")
+    code, out, _ = index(folder / "a-2.tar")
+    assert code == 0 and f"index: {folder}/index," in out
+    code, out, _ = index(folder / "held-out-*.tar", "--jobs", "1")
+    assert code == 0 and f"index: {folder}/index-held-out," in out
+    assert [len(open_shards(str(folder / name))) for name in ("index", "index-held-out")] == [2, 6]
+    assert index(folder / "held-out-*.tar", "--check", "--jobs", "1")[0] == 0
+    code, _, err = index(folder / "held-out-*.tar", "--out", folder / "index")
+    assert code == 78 and "is the index of 1 other shards" in err and err.count("\n") == 1
+    assert len(open_shards(str(folder / "index"))) == 2
+
+
 def test_processes(index, folder):
     code, out, _ = index(folder / "a-*.tar", "--out", folder / "there", "--jobs", "2")
     assert code == 0 and "8 samples in 4 shards" in out
@@ -90,6 +138,8 @@ def test_to_array_record(index, folder):
         (["pipe:cat a.tar"], 78, "never run"),
         (["s3://bucket/a.tar"], 78, "folder of the index with --out"),
         (["FOLDER/a-0.tar", "--job=0"], 78, "jobs"),
+        (["FOLDER/a-0.tar", "--captions=text"], 78, "unknown caption source 'text'"),
+        (["FOLDER/a-0.tar", "--caption=x", "--captions=txt"], 78, "give one of them"),
         (["FOLDER/a-0.tar", "--out=FOLDER/a-1.tar"], 74, "a-1.tar"),
     ],
 )
@@ -104,3 +154,5 @@ def test_an_index_is_not_indexed(index, folder):
     assert index(folder / "a-0.tar", "--jobs", "1")[0] == 0
     code, _, err = index(folder / "index")
     assert code == 78 and "give the shards to index" in err
+    code, _, err = index(folder / "index", "--check", "--caption=TEXT")
+    assert code == 78 and "--caption: the index has its own" in err

@@ -64,7 +64,7 @@ def embed(
     Args:
       clip_arch: fields of the frozen CLIP; params: its parameters.
       batch_size: global, a multiple of the mesh's data and fsdp axes.
-      captions: where captions come from, see `input.decode.transforms.ImageText`.
+      captions: where captions come from: the first of these that a sample has.
       limit: stop after this many samples.
 
     Yields:
@@ -75,7 +75,9 @@ def embed(
     run = jax.jit(_program(model), out_shardings=sharding.replicated(mesh))
     batches = source.make_eval_source(
         collection,
-        transforms.ImageText(model.image_size, model.context, captions=captions),
+        transforms.ImageText(
+            model.image_size, model.context, captions=captions, draw_caption=False
+        ),
         batch_size=batch_size,
         process_index=distributed.process_index(),
         process_count=distributed.process_count(),

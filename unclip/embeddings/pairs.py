@@ -6,11 +6,10 @@ last batch is padded.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from unclip.errors import unknown
+from unclip.input import captions as caption_sources
 from unclip.input.decode import image
 from unclip.input.samples import BadSample, Sample
 
@@ -80,7 +79,7 @@ class Pair:
 
     Args:
       size: the picture's side S; context_length: L.
-      captions: "txt" or "json:FIELD"; the first that a sample has, of a list its first string.
+      captions: where captions come from, see `unclip.input.captions`: the first that a sample has.
 
     Returns (when called with a Sample or BadSample and a generator, which is not used):
       {"image" uint8 [S, S, 3], "tokens" int32 [L], "captioned" bool, "reason" uint8
@@ -92,12 +91,10 @@ class Pair:
     """
 
     def __init__(self, size: int, context_length: int, captions: Sequence[str] = ("txt",)):
-        for caption in captions:
-            if caption != "txt" and not caption.startswith("json:"):
-                raise unknown("caption source", caption, ["txt", "json:FIELD"])
         from unclip.input.decode.text import Tokenizer
 
-        self.size, self.context_length, self.captions = size, context_length, tuple(captions)
+        self.size, self.context_length = size, context_length
+        self.captions = caption_sources.checked(captions)
         self.tokenise = Tokenizer().encode
 
     def __call__(
@@ -118,24 +115,13 @@ class Pair:
             reason = error.reason.encode("ascii", "replace")[:REASON_BYTES]
             arrays["reason"][: len(reason)] = np.frombuffer(reason, np.uint8)
             return arrays
-        text = self.caption(sample)
+        text = caption_sources.first(sample, self.captions)
         if text:
             arrays["tokens"] = np.asarray(
                 self.tokenise([text], self.context_length)[0][0], np.int32
             )
             arrays["captioned"] = np.bool_(True)
         return arrays
-
-    def caption(self, sample: Sample) -> str:
-        """The first caption that is not blank; "" for none."""
-        for source in self.captions:
-            value: Any = sample.text
-            if source != "txt":
-                value = sample.meta.get(source.removeprefix("json:"))
-            for text in value if isinstance(value, list) else [value]:
-                if isinstance(text, str) and text.strip():
-                    return text
-        return ""
 
 
 def reason(code: np.ndarray) -> str:

@@ -211,7 +211,10 @@ class Store:
         missing = self.missing(collection)
         if missing:
             listed = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
-            hint = "it has other shards, or these were changed since"
+            hint = (
+                "it has other shards, these were changed since, or its --captions, "
+                f"{','.join(self.captions)}, tell other samples apart than input.captions"
+            )
             if not self.complete:
                 hint = "unclip embed was stopped there: the same command continues it"
             raise errors.DataError(

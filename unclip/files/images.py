@@ -14,7 +14,6 @@ import pathlib
 import re
 import tempfile
 import unicodedata
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -295,10 +294,7 @@ def read_image(path: str | os.PathLike, size: int | None = None) -> np.ndarray:
       DataError: not there, too large, damaged or of another format.
     """
     with _reported(path, pictures.FORMATS), pictures.upright(path) as picture:
-        if picture.mode.startswith("I"):
-            # Pillow clips 16-bit grey at 255 instead of scaling it.
-            picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-        picture = pictures.on_white(picture)
+        picture = pictures.rgb(picture)
     if size is not None:
         side = min(picture.size)
         left, top = (picture.width - side) // 2, (picture.height - side) // 2
@@ -312,10 +308,7 @@ def read_image(path: str | os.PathLike, size: int | None = None) -> np.ndarray:
 def _reported(path: str | os.PathLike, formats: Sequence[str]) -> Iterator[None]:
     """Names the file in what `unclip.files.picture` refuses: a one-line `DataError`."""
     try:
-        with warnings.catch_warnings():
-            # Pillow warns of broken EXIF, which costs nothing, and of sizes, which are checked.
-            warnings.simplefilter("ignore")
-            yield
+        yield
     except pictures.PictureError as error:
         what = {
             "unreadable": f"cannot read {path}: {error.detail}",

@@ -6,8 +6,10 @@ Everything that comes from outside is opened here: training pictures, measured o
 import contextlib
 import io
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 from PIL import ExifTags, Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
 from unclip import errors
@@ -27,6 +29,9 @@ REASONS = (
 # Imported for their side effect, once and here: Pillow would otherwise load its plugins, all of
 # them, lazily and from several decoding threads at a time.
 _PLUGINS = (JpegImagePlugin, PngImagePlugin, WebPImagePlugin)
+# Pillow warns of broken EXIF, which costs nothing, and of sizes, which are checked here. Once for
+# the process: `warnings.catch_warnings` a picture would not be safe between decoding threads.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -121,8 +126,16 @@ def orientation(picture: Image.Image) -> int:
         return 1
 
 
-def on_white(picture: Image.Image) -> Image.Image:
-    """A picture of 8 bits per channel as RGB, its transparency laid on white."""
+def rgb(picture: Image.Image) -> Image.Image:
+    """A decoded picture of any mode as 8-bit RGB, its transparency laid on white.
+
+    16-bit grey v becomes v * 255 / 65535, rounded: Pillow's own conversion would clip it at 255.
+    """
+    if picture.mode.startswith("I") or picture.mode == "F":
+        grey = np.clip(np.asarray(picture), 0, 65535).astype(np.uint32)
+        if isinstance(picture.info.get("transparency"), int):
+            grey[grey == picture.info["transparency"]] = 65535
+        return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")

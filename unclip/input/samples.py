@@ -14,6 +14,25 @@ MAX_PICTURE_BYTES = 64 << 20
 MAX_TEXT_BYTES = 1 << 20
 
 
+def hidden(path: str) -> bool:
+    """Whether a relative path, with "/", is hidden: a file or folder on it begins with a dot.
+
+    Editors and systems keep copies and notes there (.ipynb_checkpoints, ._NAME, __MACOSX), which
+    have the names of pictures.
+    """
+    if not (path.startswith((".", "_")) or "/." in path or "/_" in path):
+        return False  # at once: this is asked of every member of every shard
+    return any(
+        part == "__MACOSX" or (part.startswith(".") and part not in (".", ".."))
+        for part in path.split("/")
+    )
+
+
+def printable(name: str) -> str:
+    """A name from outside, made safe to print in reports and terminals."""
+    return "".join(c if c.isprintable() else "?" for c in name[:200])
+
+
 class BadSample(DataError):
     """One sample cannot be used; `reason` is a short code under which such samples are counted."""
 

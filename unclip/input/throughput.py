@@ -11,12 +11,13 @@ import os
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from unclip.errors import ConfigError, DataError
+from unclip.input import captions as caption_sources
 from unclip.input.decode import image as pictures
 from unclip.input.decode.transforms import ImageText
 from unclip.input.filters import Filters
@@ -266,10 +267,17 @@ def _parallel(threads: int, workers: int) -> str:
     return f"{workers} workers" if workers else f"{threads} threads"
 
 
-def kept(collection: Any, filters: Filters, *, seed: int = 0, count: int = 1000) -> dict[str, Any]:
+def kept(
+    collection: Any,
+    filters: Filters,
+    *,
+    captions: Sequence[str] = caption_sources.STANDARD,
+    seed: int = 0,
+    count: int = 1000,
+) -> dict[str, Any]:
     """What filters do to `count` samples drawn at random: {"of", "kept" (part), "rejected"}.
 
-    Rules on captions see KEY.txt or the JSON's caption; samples that cannot be read are left out.
+    Rules on captions see the first that a sample has; samples that cannot be read are left out.
     """
     reasons = Counter()
     for i in map(int, np.random.default_rng(seed).integers(len(collection), size=count)):
@@ -277,6 +285,6 @@ def kept(collection: Any, filters: Filters, *, seed: int = 0, count: int = 1000)
             sample = collection.read(i)
         except BadSample:
             continue
-        reasons[filters(sample.meta, sample.text)] += 1
+        reasons[filters(sample.meta, caption_sources.first(sample, captions))] += 1
     of, passed = sum(reasons.values()), reasons.pop("", 0)
     return {"of": of, "kept": passed / max(of, 1), "rejected": dict(reasons.most_common())}

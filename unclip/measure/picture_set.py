@@ -99,26 +99,26 @@ def decode(data: bytes, format: str | None = None) -> tuple[np.ndarray, int]:
     Raises:
       BadPicture: with the reason.
     """
-    if format is not None:
-        data = _as_png(data, format)
-    limits = {"max_bytes": 2 * MAX_BYTES if format else MAX_BYTES, "max_pixels": MAX_PIXELS}
-    picture = image.decode(data, **limits)
-    with image.refusing(), pictures.opened(data, **limits) as header:
+    limits = {"max_bytes": MAX_BYTES, "max_pixels": MAX_PIXELS}
+    formats = (format,) if format else pictures.FORMATS
+    with image.refusing(), pictures.opened(data, formats=formats, **limits) as header:
+        # Before pixels are decoded: Pillow turns a TIFF then, and forgets that it was turned.
         mode = header.mode
         deep = mode == "F" or mode.startswith("I")
         notes = GREY * (deep or mode in ("1", "L", "LA", "La"))
         notes |= ALPHA * header.has_transparency_data | DEEP * deep
         # WebP says so in the name of the chunk that holds the pixels.
-        lossless = header.format == "PNG" or b"VP8L" in data[:4096]
+        lossless = header.format not in ("JPEG", "WEBP") or b"VP8L" in data[:4096]
         notes |= LOSSY * (not lossless)
         notes |= TURNED * (pictures.orientation(header) > 1)
-    return picture, notes
+    if format is not None:
+        data, limits["max_bytes"] = _as_png(data, format, limits), 2 * MAX_BYTES
+    return image.decode(data, **limits), notes
 
 
-def _as_png(data: bytes, format: str) -> bytes:
+def _as_png(data: bytes, format: str, limits: dict[str, int]) -> bytes:
     """BMP and TIFF become PNG, bit for bit, so that one decoder makes RGB of everything."""
-    limits = {"formats": (format,), "max_bytes": MAX_BYTES, "max_pixels": MAX_PIXELS}
-    with image.refusing(), pictures.upright(data, **limits) as picture:
+    with image.refusing(), pictures.upright(data, formats=(format,), **limits) as picture:
         plain = picture.convert("RGB") if picture.mode in ("CMYK", "YCbCr", "LAB") else picture
         file = io.BytesIO()
         plain.save(file, "PNG", compress_level=0)

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from unclip.errors import ConfigError, DataError
-from unclip.input.samples import BadSample
+from unclip.input import captions
+from unclip.input.samples import BadSample, hidden
 from unclip.input.shards.collection import open_shards
-from unclip.input.shards.folder import is_index
+from unclip.input.shards.folder import is_index, read_index
 from unclip.input.tfds import records
 from unclip.measure.picture_set import (
     MAX_BYTES,
@@ -98,7 +99,8 @@ def open_pictures(spec: str | os.PathLike) -> PictureSet:
 class FolderPictures(PictureSet):
     """The pictures of a folder and of the folders below it, by their relative names.
 
-    Captions are KEY.txt beside KEY.png. Grids as `unclip generate` saves them are left out.
+    Captions are KEY.txt beside KEY.png. Hidden files and folders are none of it; grids as
+    `unclip generate` saves them are left out.
     """
 
     def __init__(self, folder: str | os.PathLike):
@@ -107,6 +109,9 @@ class FolderPictures(PictureSet):
         for where, _, files in os.walk(self._folder):
             for name in files:
                 relative = (pathlib.Path(where) / name).relative_to(self._folder).as_posix()
+                if hidden(relative):
+                    others["hidden"] += 1
+                    continue
                 known = os.path.splitext(name)[1].lower() in EXTENSIONS
                 found += [relative] if known else []
                 others[os.path.splitext(name)[1].lower()] += not known
@@ -152,11 +157,18 @@ class FolderPictures(PictureSet):
 
 
 class ShardPictures(PictureSet):
-    """The pictures of webdataset shards, by their keys; captions are KEY.txt or KEY.json's."""
+    """The pictures of webdataset shards, by their keys.
+
+    Captions are those of the source "txt" of `unclip.input.captions`; of shards named by their
+    index, the first of the sources that it was written for.
+    """
 
     def __init__(self, patterns: str | Sequence[str]):
-        self.collection = open_shards(patterns, text=False)
-        collection = self.collection
+        self._sources = ("txt",)
+        if isinstance(patterns, str) and is_index(patterns):
+            self._sources = read_index(patterns).captions
+        collection = open_shards(patterns, text=False, captions=self._sources)
+        self.collection = collection
         source = patterns if isinstance(patterns, str) else ",".join(patterns)
         super().__init__(source, len(collection))
         names = [collection.key(i) for i in range(len(collection))]
@@ -175,8 +187,8 @@ class ShardPictures(PictureSet):
         return self._names[i]
 
     def caption(self, i: int) -> str | None:
-        """The sample's text, or None."""
-        return self.collection.read(i).text.strip() or None
+        """The sample's first caption, or None."""
+        return captions.first(self.collection.read(i), self._sources).strip() or None
 
     def _load(self, i):
         return decode(self.collection.read(i).image)

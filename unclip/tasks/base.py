@@ -204,7 +204,8 @@ class Stage:
             self.tokenizer and self.tokenizer.encode,
             clip_size=side("clip_image"),
             crop=settings["crop"] if train else "center",
-            captions=settings["captions"] if train else settings["captions"][:1],
+            captions=settings["captions"],
+            draw_caption=train,
             margin=settings["margin"],
         )
 

@@ -153,7 +153,11 @@ def _data(plan: Plan, problems: list[str]) -> dict:
             "problems": dict(collection.problems),
         }
         for reason, count in collection.problems.items():
-            problems.append(f"{name} shards: {count} samples left out ({reason})")
+            named = ", ".join(collection.examples.get(reason, ())[:3])
+            problems.append(
+                f"{name} shards: {count} left out as {reason}{': ' * bool(named)}{named}"
+                f"{', …' * (count > 3)}"
+            )
     if plan.data is not None:
         out["epochs"] = config.total_steps / max(len(plan.data) / config.batch_size, 1e-9)
         if config.get("embeddings"):

@@ -45,7 +45,9 @@ def collections(config: ConfigDict):
         (() if given.streaming else given.shards, given.where),
         (given.held_out, given.held_out_where),
     ):
-        collection = open_shards(patterns, storage=storage(config)) if patterns else None
+        collection = None
+        if patterns:
+            collection = open_shards(patterns, captions=given.captions, storage=storage(config))
         narrowed = collection is not None and where
         found.append(collection.subset(where=where.to_dict()) if narrowed else collection)
     if found[0] is not None:
@@ -93,6 +95,7 @@ def batches(config: ConfigDict, data, transform, *, start: int = 0, **rows):
         return make_stream(
             given.shards,
             transform,
+            captions=given.captions,
             shuffle_samples=given.window_examples,
             storage=storage(config),
             **rows,

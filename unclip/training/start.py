@@ -251,7 +251,7 @@ class Prepared:
             self.data,
             self.plan.mesh,
             batch_size=config.batch_size,
-            captions=config.input.captions[:1],
+            captions=config.input.captions,
             limit=limit,
             threads=config.input.threads,
         )
@@ -294,8 +294,8 @@ class Prepared:
 
     def job(self, collection: Any) -> Job:
         """Embeds a collection into the workdir."""
-        config, captions = self.config, self.config.input.captions[:1]
-        words = (collection.fingerprint[:12], self.clip_hash[:12], captions[0])
+        config, captions = self.config, self.config.input.captions
+        words = (collection.fingerprint[:12], self.clip_hash[:12], *captions)
         return Job(
             self.clip.arch,
             on_host(self.weights["clip"]),

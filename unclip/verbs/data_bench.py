@@ -13,6 +13,7 @@ import os
 from absl import flags
 
 from unclip import errors, files
+from unclip.input import captions
 from unclip.input.decode.text import CONTEXT_LENGTH
 from unclip.input.decode.transforms import ImageText
 from unclip.input.filters import Filters
@@ -32,7 +33,9 @@ _MARGIN = flags.DEFINE_float(
     lower_bound=1.0,
     upper_bound=8.0,
 )
-_CAPTIONS = flags.DEFINE_list("captions", ["txt", "json:caption"], "of txt and json:FIELD")
+_CAPTIONS = flags.DEFINE_list(
+    "captions", list(captions.STANDARD), "where captions come from, txt or json:FIELD"
+)
 _FILTERS = flags.DEFINE_string(
     "filters", "", "also say what part of the samples they keep, e.g. similarity=0.28:,aspect=:2"
 )
@@ -63,7 +66,7 @@ def main(argv):
         captions=_CAPTIONS.value,
         margin=_MARGIN.value,
     )
-    collection = open_shards(argv[1:])
+    collection = open_shards(argv[1:], captions=_CAPTIONS.value)
     threads = _THREADS.value or len(os.sched_getaffinity(0))
     with progress.progress(len(PHASES) + 3, "data-bench", "measurement") as bar:
         found = measure(
@@ -78,7 +81,7 @@ def main(argv):
     values = found.to_json() | {"size": _SIZE.value, "margin": _MARGIN.value}
     lines = [found.table()]
     if filters:
-        values["filters"] = passed = kept(collection, filters)
+        values["filters"] = passed = kept(collection, filters, captions=_CAPTIONS.value)
         reasons = "".join(f", {reason} {n}" for reason, n in passed["rejected"].items())
         lines.append(f"\n--filters keep {passed['kept']:.1%} of {passed['of']} samples{reasons}")
     if _OUT.value:

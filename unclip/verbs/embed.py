@@ -19,6 +19,7 @@ from unclip.cascade import runs
 from unclip.embeddings.job import Job, embed_shards
 from unclip.embeddings.store import DTYPES, FILE
 from unclip.files.lock import DirectoryLock
+from unclip.input import captions
 from unclip.input.shards.collection import open_shards
 from unclip.input.storage.storage import Storage
 from unclip.runtime import distributed
@@ -33,7 +34,10 @@ _SHARDS = flags.DEFINE_multi_string(
 _OUT = flags.DEFINE_string("out", None, "folder of the embeddings", required=True)
 _DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "of the files")
 _CAPTIONS = flags.DEFINE_list(
-    "captions", ["txt"], "where captions come from, txt or json:FIELD: the first that a sample has"
+    "captions",
+    list(captions.STANDARD),
+    "where captions come from, txt or json:FIELD, as input.captions of the config that will train: "
+    "z_t is of the first that a sample has",
 )
 _BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", 256, "pictures on the devices of a process at once", lower_bound=1
@@ -64,7 +68,8 @@ def main(argv):
             f"{_MODEL.value}: its CLIP has no {min(missing)} tower; both are needed"
         )
     # A shard is read from beginning to end, so a remote one is read in whole blocks.
-    collection = open_shards(patterns, text=False, storage=Storage(_CACHE.value, whole_blocks=True))
+    storage = Storage(_CACHE.value, whole_blocks=True)
+    collection = open_shards(patterns, text=False, captions=_CAPTIONS.value, storage=storage)
     job = Job(
         clip.arch,
         clip.params,

@@ -1,14 +1,16 @@
 """`unclip index`: walks shards once, so that training starts quickly and at any sample.
 
-    unclip index 'data/train-*.tar'                       writes data/index
+    unclip index 'data/train-*.tar'              writes data/index
+    unclip index 'data/held-out-*.tar'           writes data/index-held-out, beside it
     unclip index 's3://bucket/{0000..0999}.tar' --out index
     unclip index index --check
 
 Training reads samples by number. The index says where each is, holds its checksum and lists what
-was left out: truncated shards, duplicate and incomplete keys, parts of different samples. The same
+was left out: truncated shards, duplicate and incomplete keys, samples without a caption. The same
 command continues after an interruption.
 """
 
+import contextlib
 import functools
 import os
 import re
@@ -16,6 +18,8 @@ import re
 from absl import flags
 
 from unclip import errors
+from unclip.input import captions as caption_sources
+from unclip.input.samples import BadSample
 from unclip.input.shards import folder as index_folder
 from unclip.input.shards.collection import open_shards
 from unclip.input.storage.storage import Storage
@@ -25,7 +29,8 @@ from unclip.runtime.progress import progress
 _OUT = flags.DEFINE_string(
     "out",
     None,
-    "the index folder; default: `index` beside the first shard, where training finds it by itself",
+    "the index folder; default: `index` beside the first shard, or `index-NAME` where that is the "
+    "index of other shards; training finds both by itself",
 )
 _CHECKSUMS = flags.DEFINE_bool(
     "checksums",
@@ -33,9 +38,13 @@ _CHECKSUMS = flags.DEFINE_bool(
     "read every byte and keep a checksum of each sample, so that bytes that change "
     "later are detected; --nochecksums reads only headers and JSON",
 )
-_CAPTION = flags.DEFINE_string(
-    "caption", "caption", "the JSON field that stands in for a missing KEY.txt"
+_CAPTIONS = flags.DEFINE_list(
+    "captions",
+    None,
+    "where captions come from, txt or json:FIELD, as input.captions of the config that will train; "
+    f"default: {','.join(caption_sources.STANDARD)}",
 )
+_CAPTION = flags.DEFINE_string("caption", None, "FIELD: the same as --captions=txt,json:FIELD")
 _JOBS = flags.DEFINE_integer("jobs", None, "processes; default: one per core", lower_bound=1)
 _FORCE = flags.DEFINE_bool("force", False, "index also the shards whose index is there")
 _CHECK = flags.DEFINE_bool(
@@ -63,6 +72,7 @@ def main(argv):
             "'data/train-{0000..0099}.tar'; with --check also an index folder"
         )
     folder = patterns[0] if len(patterns) == 1 and index_folder.is_index(patterns[0]) else None
+    captions = _captions(walking=not (_CHECK.value or folder))
     storage = Storage()
     if _CHECK.value and _TO_ARRAY_RECORD.value:
         raise errors.ConfigError("--check writes nothing: leave out --to_array_record, or --check")
@@ -74,42 +84,61 @@ def main(argv):
             patterns,
             folder,
             checksums=_CHECKSUMS.value,
-            caption=_CAPTION.value,
+            captions=captions,
             jobs=_JOBS.value,
             force=_FORCE.value,
             storage=storage,
             progress=_bar("index"),
         )
-        _tell(summary, folder)
+        _tell(summary, folder, captions)
     elif not _TO_ARRAY_RECORD.value:
         raise errors.ConfigError(f"{folder!r} is an index: give the shards to index, or --check")
     if _TO_ARRAY_RECORD.value:
         _write_records(folder)
 
 
+def _captions(walking):
+    """The caption sources that the flags name."""
+    given = [flag for flag in (_CAPTION, _CAPTIONS) if flag.value is not None]
+    if len(given) == 2:
+        raise errors.ConfigError("--caption FIELD is short for --captions: give one of them")
+    if given and not walking:
+        raise errors.ConfigError(f"--{given[0].name}: the index has its own, leave the flag out")
+    if _CAPTION.value is not None:
+        return caption_sources.checked(["txt", f"json:{_CAPTION.value}"])
+    return caption_sources.checked(_CAPTIONS.value or caption_sources.STANDARD)
+
+
 def _folder(patterns, storage):
     """The folder of the index."""
-    if _OUT.value:
-        return _OUT.value
-    first = storage.expand(patterns)[0]
-    if not storage.local(first):
-        raise errors.ConfigError("the shards are remote: give the folder of the index with --out")
-    return os.path.join(os.path.dirname(first), "index")
+    return _OUT.value or index_folder.place_for(patterns, storage)
 
 
 def _bar(what):
     return functools.partial(progress, description=what, unit="shard")
 
 
-def _tell(summary, folder):
+def _tell(summary, folder, captions):
     print(
         f"{summary.samples:,} samples in {summary.shards:,} shards, {summary.captioned:,} with a "
         f"caption; {summary.walked:,} shards read, {summary.kept:,} known already"
     )
     if summary.problems:
+        print(f"left out, each in {os.path.join(folder, index_folder.PROBLEMS)}:")
+        rows = {reason: f"{reason} {n:,}" for reason, n in summary.problems.most_common()}
+        width = max(map(len, rows.values()))
+        for reason, row in rows.items():
+            named = summary.examples.get(reason, [])
+            more = ", …" * (summary.problems[reason] > len(named))
+            print(f"  {row:<{width}}  {', '.join(named)}{more}")
+    if summary.samples and not summary.captioned:
+        collection = open_shards(folder, text=False, captions=captions)
+        there = []
+        with contextlib.suppress(BadSample):
+            there = caption_sources.known(collection.meta(0))
         print(
-            f"left out: {_counts(summary.problems)}; each in "
-            f"{os.path.join(folder, index_folder.PROBLEMS)}"
+            f"no sample has a caption from {','.join(captions)}; the first has text in "
+            f"{', '.join(there) or 'no field of KEY.json'}: see --captions"
         )
     if summary.notes:
         print(f"noticed: {_counts(summary.notes)}")
@@ -145,14 +174,15 @@ def _write_records(folder):
     above, last = os.path.split(out)
     versioned = re.fullmatch(r"\d+\.\d+\.\d+", last)
     name = _NAME.value or (os.path.basename(above) if versioned else last)
-    caption, _ = index_folder.read_index(folder)
-    collection = open_shards(folder, caption=caption)
+    captions = index_folder.read_index(folder).captions
+    collection = open_shards(folder, captions=captions)
     with progress(len(collection), "write", "sample") as bar:
         info = write_array_record(
             collection,
             out,
             name=name,
             split=_SPLIT.value,
+            captions=captions,
             progress=bar.update,
             version=last if versioned else "1.0.0",
         )

@@ -185,6 +185,12 @@ def test_not_a_shard(tmp_path):
         open_shards(write(tmp_path / "p.tar", [("a.jpg", b"a"), ("b.jpg", b"b")]))
     with pytest.raises(DataError, match=r"no complete sample.*no-picture 1"):
         open_shards(write(tmp_path / "t.tar", [("a.txt", b"a")]))
+    with pytest.raises(
+        DataError, match=r"dotted-key 1 \(d\.tar: a\.0 \(v2\)\.jpg\), ignored \.xyz 2"
+    ):
+        open_shards(
+            write(tmp_path / "d.tar", [("a.0 (v2).jpg", b"a"), ("b.xyz", b"b"), ("c.xyz", b"c")])
+        )
 
 
 def test_damaged_headers_never_crash(tmp_path):

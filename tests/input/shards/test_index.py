@@ -11,12 +11,13 @@ import subprocess
 import sys
 import tarfile
 import zlib
+from collections import Counter
 
 import numpy as np
 import pytest
 
 from unclip.errors import ConfigError, DataError
-from unclip.input import samples
+from unclip.input import captions, samples
 from unclip.input.samples import BadSample
 from unclip.input.shards import collection as shards
 from unclip.input.shards import folder as index_folder
@@ -79,7 +80,12 @@ def test_walked_and_mapped_are_the_same_collection(folder, text, checksums):
         str(folder / "*.tar"), folder / "index", checksums=checksums, jobs=1
     )
     assert summary[:5] == (3, 8, 7, 3, 0)
-    assert summary.problems == {"duplicate": 1, "refused-pickle": 1, "no-picture": 1}
+    assert summary.problems == {
+        "duplicate": 1,
+        "refused-pickle": 1,
+        "no-picture": 1,
+        "no-text": 1,
+    }
     beside, whole = (
         open_shards(str(folder / "*.tar"), text=text),
         open_shards(str(folder / "index"), text=text),
@@ -89,7 +95,8 @@ def test_walked_and_mapped_are_the_same_collection(folder, text, checksums):
         assert [collection.key(i) for i in range(len(collection))] == keys
         assert collection.fingerprint == plain.fingerprint
         assert contents(collection) == contents(plain)
-        assert collection.problems == {**summary.problems, **({"no-text": 1} if text else {})}
+        left_out = {k: n for k, n in summary.problems.items() if text or k != "no-text"}
+        assert collection.problems == left_out
         assert collection.examples == plain.examples
         assert collection.counts.tolist() == [4 + (not text), 0, 3]
         assert collection.shard_names == ("a.tar", "b.tar", "c.tar")
@@ -104,8 +111,10 @@ def test_walked_and_mapped_are_the_same_collection(folder, text, checksums):
     assert [(e["reason"], e["what"]) for e in listed] == [
         ("refused-pickle", "x.pkl"),
         ("duplicate", "twice"),
+        ("no-text", "d/1"),
         ("no-picture", "no"),
     ]
+    assert summary.examples["no-text"] == ["a.tar: d/1"]
 
 
 def test_the_digest_names_the_samples_not_the_place(folder):
@@ -127,7 +136,7 @@ def test_parts_of_different_samples_and_surprises(tmp_path):
         [
             *sample("f/1", meta={"key": "1"}),
             *sample("2", meta={"key": "3"}),
-            *sample("3", meta={"key": "elsewhere"}),
+            *sample("3", meta={"key": "3"}),
             ("5.jpg", b"p"),
             ("4.jpg", b"p"),
             ("4.txt", b"t"),
@@ -143,6 +152,196 @@ def test_parts_of_different_samples_and_surprises(tmp_path):
     assert [index.key(r) for r in range(len(index))] == ["f/1", "3", "5", "4"]
     assert index.problems == {"other-key": 1, "refused-pickle": 2}
     assert index.notes == {"not-adjacent": 2, "ignored .cls": 1, "bytes-after-end": 1}
+
+
+def test_collections_that_were_numbered_anew_are_whole(tmp_path):
+    """Filtered, filtered near the end, shuffled, cropped, repeated, other numbers: JSON keeps its
+    key."""
+    kept = [k for k in range(40) if k % 3]
+    renumbered = {
+        "filtered": kept,
+        "late": [*range(18), *range(20, 30)],
+        "shuffled": [(7 * k + 3) % 25 for k in range(25)],
+        "cropped": [k // 4 for k in range(24)],
+        "repeated": [*range(12), *range(12)],
+        "merged": [*range(15), *range(9)],
+        "elsewhere": [k + 1000 for k in range(9)],
+    }
+    for name, keys in renumbered.items():
+        members = [
+            m for k, key in enumerate(keys) for m in sample(f"{k:05d}", meta={"key": f"{key:05d}"})
+        ]
+        index = walked(write(tmp_path / f"{name}.tar", members))
+        assert (index.captioned, index.problems) == (len(keys), {}), name
+        assert index.notes == {"renumbered": sum(k != key for k, key in enumerate(keys))}, name
+
+
+def test_every_sample_that_is_left_out_is_counted_and_listed_alike(tmp_path):
+    members = [
+        *sample("good"),
+        *sample("silent", text=False),
+        ("blank.jpg", b"p"),
+        ("blank.txt", b""),
+        ("page0.0 (v2).json", b"{}"),
+        ("page0.0 (v2).png", b"p"),
+        ("img.0001.jpg", b"p"),
+        ("img.0001.txt", b"t"),
+        ("img.0002.jpg", b"p"),
+        ("s/2.jpg.part", b"p"),
+        ("s/2.txt", b"t"),
+        ("s/3.AVIF", b"p"),
+        ("s/4.gif", b"p"),
+        ("s/4.txt", b"t"),
+        ("s/5.mp4", b"v"),
+        ("s/5.txt", b"t"),
+        ("s/7.part.mp4", b"v"),
+        ("s/8.xyz", b"v"),  # noticed, but it may be anything
+        ("s/6.txt", b"t"),
+        ("good.seg.png", b"p"),  # these are nobody's samples
+        ("good.cls", b"1"),
+        ("README.md", b"m"),
+        ("LICENSE", b"l"),
+        ("._good.jpg", b"h"),
+        ("__MACOSX/._good.jpg", b"h"),
+        (".ipynb_checkpoints/good-checkpoint.jpg", b"h"),
+    ]
+    write(tmp_path / "a.tar", members)
+    for name in ("b.tar.part", "c.tar.gz", "a.tar.gz", "a.tar.md5", "notes.part"):
+        (tmp_path / name).write_bytes(b"x")
+    expected = {
+        ("no-text", "silent"),
+        ("no-text", "blank"),
+        ("dotted-key", "page0.0 (v2).png"),
+        ("dotted-key", "img.0001.jpg"),
+        ("dotted-key", "img.0002.jpg"),
+        ("unknown-extension", "s/2.jpg.part"),
+        ("unknown-extension", "s/3.AVIF"),
+        ("unknown-extension", "s/4.gif"),
+        ("unknown-extension", "s/5.mp4"),
+        ("unknown-extension", "s/7.part.mp4"),
+        ("no-picture", "s/6"),
+        ("unfinished-shard", "b.tar.part"),
+        ("compressed", "c.tar.gz"),
+    }
+    counts = Counter(reason for reason, _ in expected)
+    plain = open_shards(str(tmp_path / "*.tar"))
+    summary = index_folder.index_folder(str(tmp_path / "*.tar"), tmp_path / "index", jobs=1)
+    assert summary.problems == counts and summary.notes["hidden"] == 3
+    listed = [json.loads(line) for line in (tmp_path / "index" / "problems.jsonl").open()]
+    assert {(row["reason"], row["what"]) for row in listed} == expected and len(listed) == 13
+    beside, whole = (open_shards(str(tmp_path / name)) for name in ("*.tar", "index"))
+    for collection in (plain, beside, whole, pickle.loads(pickle.dumps(whole)).subset(count=1)):
+        assert [collection.key(i) for i in range(len(collection))] == ["good"]
+        assert collection.problems == counts
+        named = {(r, e) for r, examples in collection.examples.items() for e in examples}
+        assert {(reason, what.removeprefix("a.tar: ")) for reason, what in named} == expected
+
+
+def test_captions_are_where_the_sources_say(tmp_path):
+    """Without any KEY.txt; a walk and an index find the same samples, and read the same texts."""
+    texts = {"a": "one", "b": ["two", "zwei"], "c": ["", " "], "d": 5, "e": None, "f": [3, "three"]}
+    members = [m for k, t in texts.items() for m in sample(k, text=False, meta={"TEXT": t, "n": k})]
+    pattern = write(tmp_path / "a.tar", [*members, *sample("g", text=False)])
+    with pytest.raises(DataError, match=r"7 pictures and no captions: .*'json:TEXT', 'json:n'"):
+        open_shards(pattern)
+    walked_here = open_shards(pattern, captions=("json:TEXT",))
+    index_folder.index_folder(pattern, tmp_path / "index", captions=("txt", "json:TEXT"), jobs=1)
+    for name in ("a.tar", "index"):
+        for sources in (("json:TEXT",), ("json:TEXT", "txt")):
+            found = open_shards(str(tmp_path / name), captions=sources)
+            assert [found.key(i) for i in range(len(found))] == ["a", "b", "f"]
+            assert found.problems == {"no-text": 4}
+            assert found.fingerprint == walked_here.fingerprint
+            assert [captions.first(found.read(i), sources) for i in range(3)] == [
+                "one",
+                "two",
+                "three",
+            ]
+    with pytest.raises(
+        ConfigError, match=r"from txt,json:TEXT and.*from json:n.*--captions json:n"
+    ):
+        open_shards(str(tmp_path / "index"), captions=("json:n",))
+    # The index beside the shards says nothing of this source, so they are walked.
+    assert len(open_shards(pattern, captions=("json:n",))) == 6
+
+
+def test_an_index_serves_other_sources_only_where_they_give_the_same_samples(tmp_path):
+    write(tmp_path / "a.tar", [*sample("0", meta={"x": "x"}), *sample("1", meta={"x": "y"})])
+    write(tmp_path / "b.tar", [*sample("2"), *sample("3", text=False, meta={"x": "z"})])
+    for name in ("a", "b"):
+        pattern, out = str(tmp_path / f"{name}.tar"), tmp_path / f"of-{name}"
+        index_folder.index_folder(pattern, out, captions=("txt", "json:x"), jobs=1)
+    for sources in (("json:x",), ("txt",), ("txt", "json:x", "json:new"), ("json:x", "json:new")):
+        assert len(open_shards(str(tmp_path / "of-a"), captions=sources)) == 2
+    assert len(open_shards(str(tmp_path / "of-b"), captions=("json:new", "txt", "json:x"))) == 2
+    for sources in (("json:x",), ("txt",), ("json:new",)):
+        with pytest.raises(ConfigError, match="does not tell which samples of 1 of its 1 shards"):
+            open_shards(str(tmp_path / "of-b"), captions=sources)
+
+
+def test_the_index_of_an_older_unclip_is_read_as_it_was_meant(folder):
+    """It looked for KEY.txt and one field in its place, and for no other source."""
+    out = folder / "index"
+    index_folder.index_folder(str(folder / "*.tar"), out, captions=("txt",), jobs=1)
+    now = open_shards(str(out), captions=("txt",))
+    table = json.loads((out / "index.json").read_text()) | {"caption": "caption"}
+    for shard in table["shards"]:
+        del shard["captions"]
+    del table["captions"], table["unread"]
+    (out / "index.json").write_text(json.dumps(table))
+    for sources in (("txt",), captions.STANDARD):
+        then = open_shards(str(out), captions=sources)
+        assert (then.fingerprint, then.problems) == (now.fingerprint, now.problems)
+        assert contents(then) == contents(now)
+    with pytest.raises(ConfigError, match=r"from txt and.*from json:x"):
+        open_shards(str(out), captions=("json:x",))
+    (out / "index.json").write_text(json.dumps(table | {"caption": "alt"}))
+    assert len(open_shards(str(out), captions=("json:alt", "txt"))) == len(now)
+    with pytest.raises(ConfigError, match="from txt,json:alt and"):
+        open_shards(str(out))
+
+
+def test_indices_of_different_sets_lie_side_by_side(tmp_path):
+    def index(pattern):
+        out = index_folder.place_for(str(tmp_path / pattern), Storage())
+        index_folder.index_folder(str(tmp_path / pattern), out, jobs=1)
+        return os.path.basename(out)
+
+    def shards_of(name):
+        return [entry.name for entry in index_folder.read_index(str(tmp_path / name)).shards]
+
+    for name in ("train-00", "train-01", "held-out-00", "00000", "00001"):
+        write(tmp_path / f"{name}.tar", sample(name))
+    assert index("train-*.tar") == "index" and index("held-out-*.tar") == "index-held-out"
+    assert index("0000*.tar") == "index-shards" and index("train-*.tar") == "index"
+    assert index("held-out-*.tar") == "index-held-out"
+    write(tmp_path / "train-02.tar", sample("train-02"))  # a set that has grown
+    assert index("train-*.tar") == "index"
+    assert shards_of("index") == ["train-00.tar", "train-01.tar", "train-02.tar"]
+    assert index("train-01.tar") == "index-train" and len(shards_of("index")) == 3
+    assert index("*.tar") == "index-shards-2"  # not one set that has grown, but all of them
+    assert shards_of("index-shards") == ["00000.tar", "00001.tar"]
+    assert shards_of("index-held-out") == ["held-out-00.tar"]
+    with pytest.raises(ConfigError, match=r"index of 3 other shards.*train-00\.tar.*another --out"):
+        index_folder.index_folder(str(tmp_path / "held-out-00.tar"), tmp_path / "index", jobs=1)
+    assert len(shards_of("index")) == 3
+    (tmp_path / "index" / "index.json").write_text("{")  # damaged: it is written anew
+    assert index("train-*.tar") == "index" and len(shards_of("index")) == 3
+    for name in ("train-00.tar", "train-01.tar", "train-02.tar"):
+        (tmp_path / name).unlink()
+    assert index("held-out-*.tar") == "index-held-out"
+
+
+def test_shards_are_opened_by_any_index_beside_them(folder, monkeypatch):
+    expected = open_shards(str(folder / "*.tar"))
+    for name in ("a", "b", "c"):
+        pattern = str(folder / f"{name}.tar")
+        out = index_folder.place_for(pattern, Storage())
+        index_folder.index_folder(pattern, out, jobs=1)
+    assert {path.name for path in folder.glob("index*")} == {"index", "index-b", "index-c"}
+    monkeypatch.setattr(index_folder, "walk_path", None)
+    found = open_shards(str(folder / "*.tar"))
+    assert found.fingerprint == expected.fingerprint and contents(found) == contents(expected)
 
 
 def test_changed_bytes_are_noticed(folder):
@@ -204,10 +403,11 @@ def test_a_second_run_reads_only_what_is_new(folder, monkeypatch):
     (out / "b.idx").write_bytes(b"unclip")
     os.utime(folder / "d.tar", (2**31, 2**31))  # written after its index
     assert run() == ["b.tar", "d.tar"]
-    assert run(caption="alt") == ["a.tar", "b.tar", "c.tar", "d.tar"]
-    with pytest.raises(ConfigError, match="'alt', not 'caption'"):
+    assert run(captions=["json:alt"]) == ["a.tar", "b.tar", "c.tar", "d.tar"]
+    with pytest.raises(ConfigError, match=r"from json:alt and.* of 3 of its 4 .*--captions txt,"):
         open_shards(str(out))
-    assert run(caption="alt", force=True) == ["a.tar", "b.tar", "c.tar", "d.tar"]
+    assert run(captions=["json:alt"]) == ["d.tar"]
+    assert run(captions=["json:alt"], force=True) == ["a.tar", "b.tar", "c.tar", "d.tar"]
 
 
 def test_processes_make_the_same_files(folder):

@@ -86,17 +86,7 @@ def decode(
         limits = {"max_bytes": max_bytes, "max_pixels": max_pixels, "min_side": min_side}
         with pictures.upright(data, least=least, **limits) as picture:
             # Not np.array: it would copy the copy that Pillow hands out.
-            return np.asarray(_rgb(picture))
-
-
-def _rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I") or picture.mode == "F":
-        # 16-bit grey: Pillow's own conversion would clip values at 255 instead of scaling them.
-        grey = np.clip(np.asarray(picture), 0, 65535).astype(np.uint32)
-        if isinstance(picture.info.get("transparency"), int):
-            grey[grey == picture.info["transparency"]] = 65535
-        return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
-    return pictures.on_white(picture)
+            return np.asarray(pictures.rgb(picture))
 
 
 def crop_box(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from unclip.errors import ConfigError, unknown
+from unclip.input import captions as caption_sources
 from unclip.input.decode import image as pictures
 from unclip.input.samples import BadSample, Sample
 
@@ -28,8 +29,9 @@ class ImageText:
       crop: "center" or "random" square of the picture.
       fraction: the crop's side as a part of the shorter side.
       clip_size: also deliver the same crop at this side, for a CLIP that sees more than `size`.
-      captions: where captions come from, "txt" or "json:FIELD", the field being a string or a list
-        of strings; of several captions one is drawn by the sample's number.
+      captions: where captions come from, see `unclip.input.captions`; of several captions one is
+        drawn by the sample's number.
+      draw_caption: False: the first caption that the sample has, as evaluation takes it.
       with_crop: adds "crop".
       max_bytes, max_pixels, min_side, margin: see `image.decode`.
 
@@ -52,15 +54,13 @@ class ImageText:
         crop: str = "center",
         fraction: float = 1.0,
         captions: Sequence[str] = ("txt",),
+        draw_caption: bool = True,
         with_crop: bool = False,
         max_bytes: int = 64 << 20,
         max_pixels: int = 1 << 26,
         min_side: int = 1,
         margin: float = 2.0,
     ):
-        for caption in captions:
-            if caption != "txt" and not caption.startswith("json:"):
-                raise unknown("caption source", caption, ["txt", "json:FIELD"])
         pictures.crop_box(1, 1, crop="center", fraction=fraction)
         if crop not in ("center", "random"):
             raise unknown("crop", crop, ["center", "random"])
@@ -70,7 +70,8 @@ class ImageText:
             tokenise = Tokenizer().encode
         self.size, self.context_length, self.tokenise = size, context_length, tokenise
         self.clip_size = clip_size
-        self.crop, self.fraction, self.captions = crop, fraction, tuple(captions)
+        self.crop, self.fraction = crop, fraction
+        self.captions, self.draw_caption = caption_sources.checked(captions), draw_caption
         # A JPEG is decoded no smaller than the crop needs, rather than the whole picture.
         self.target = size and math.ceil(max(size, clip_size or 0) / fraction)
         self.with_crop = with_crop
@@ -96,18 +97,15 @@ class ImageText:
         return arrays
 
     def caption(self, sample: Sample, rng: np.random.Generator) -> str:
-        """One of the sample's non-empty captions."""
-        found = [
-            sample.text if c == "txt" else sample.meta.get(c.removeprefix("json:"))
-            for c in self.captions
-        ]
-        choice = len(found) > 1 or any(isinstance(one, list) for one in found)
-        found = [text for one in found for text in (one if isinstance(one, list) else [one])]
-        texts = [text for text in found if isinstance(text, str) and text.strip()]
+        """One of the sample's captions that are not blank."""
+        found = [caption_sources.value(sample, source) for source in self.captions]
+        texts = [text for one in found for text in caption_sources.texts(one)]
         if not texts:
-            odd = any(text is not None and not isinstance(text, str) for text in found)
+            inside = [text for one in found for text in (one if isinstance(one, list) else [one])]
+            odd = any(text is not None and not isinstance(text, str) for text in inside)
             raise BadSample("caption" if odd else "empty-text", f"no caption in {self.captions}")
-        return texts[int(rng.integers(len(texts)))] if choice else texts[0]
+        several = len(found) > 1 or isinstance(found[0], list)
+        return texts[int(rng.integers(len(texts)))] if several and self.draw_caption else texts[0]
 
 
 def _limits(max_bytes: int, max_pixels: int, min_side: int, margin: float) -> dict[str, float]:

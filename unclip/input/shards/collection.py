@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from unclip.errors import ConfigError, DataError
+from unclip.input import captions as caption_sources
 from unclip.input.samples import PICTURES, BadSample, Sample
 from unclip.input.shards import folder as index_folder
 from unclip.input.shards.folder import Entry
@@ -39,18 +40,18 @@ def open_shards(
     patterns: str | Sequence[str],
     *,
     text: bool = True,
-    caption: str = "caption",
+    captions: Sequence[str] = caption_sources.STANDARD,
     storage: Storage | None = None,
 ) -> "Collection":
     """Opens shards: by their index where there is one, or by walking their headers.
 
     Args:
       patterns: paths, globs, brace ranges and addresses, see `Storage.expand`; a folder that
-        `unclip index` wrote stands for all its shards. Shards beside which lies such a folder,
-        named `index`, are opened by it. Or "tfds:NAME:SPLIT", prepared data sets; what is returned
-        is a `records.RecordCollection` then.
-      text: a sample needs a caption: KEY.txt, or `caption` in KEY.json. False: a picture is enough.
-      caption: the JSON field that stands in for a missing KEY.txt.
+        `unclip index` wrote stands for all its shards. Shards beside which lie such folders, named
+        `index` or `index-NAME`, are opened by them. Or "tfds:NAME:SPLIT", prepared data sets; what
+        is returned is a `records.RecordCollection` then.
+      text: a sample needs a caption from one of `captions`. False: a picture is enough.
+      captions: where captions come from, see `unclip.input.captions`.
       storage: how shards are read; None: the defaults.
 
     Returns:
@@ -58,12 +59,13 @@ def open_shards(
       members; with `text` False those without a caption come last in their shard.
 
     Raises:
-      ConfigError: an unsupported address, or an index made for another caption field.
+      ConfigError: an unsupported address, an unknown caption source, or an index made for others.
       DataError: nothing matches; a shard is missing, unreadable, or has changed since it was
         indexed; an index is damaged; a remote shard has none; one that had to be walked is not a
         tar or has no captions at all; or there is no complete sample.
     """
     patterns = [patterns] if isinstance(patterns, str | os.PathLike) else list(patterns)
+    captions = caption_sources.checked(captions)
     prepared = [os.fspath(pattern).startswith("tfds:") for pattern in patterns]
     if any(prepared):
         if not all(prepared):
@@ -71,10 +73,12 @@ def open_shards(
                 f"{patterns}: tars and prepared data sets (tfds:) cannot be mixed; "
                 "`unclip index --to_array_record` makes one of the other"
             )
-        return records.RecordCollection(patterns, text=text, caption=caption)
+        return records.RecordCollection(
+            patterns, text=text, caption=caption_sources.field(captions[0])
+        )
     if not patterns:
         raise ConfigError("no shards given: expected paths, globs or ranges such as a-{00..07}.tar")
-    opener = _Opener(storage or Storage(), text, caption)
+    opener = _Opener(storage or Storage(), text, captions)
     groups = [opener.find(os.fspath(pattern)) for pattern in patterns]
     found = list(itertools.chain.from_iterable(groups))
     with ThreadPoolExecutor(8, thread_name_prefix="index-shards") as pool:
@@ -83,17 +87,23 @@ def open_shards(
     collection = Collection(
         shards,
         text=text,
-        caption=caption,
         storage=opener.storage,
         patterns=[len(group) for group in groups],
+        unread=opener.unread,
     )
     if not len(collection):
         problems = collection.problems
-        known = ", ".join(f"{reason} {n}" for reason, n in problems.items()) or "no known member"
+        known = ", ".join(
+            f"{reason} {n}{_for_example(collection.examples.get(reason))}"
+            for reason, n in problems.items()
+        )
+        ignored = [f"{note} {n}" for note, n in _notes(collection) if note.startswith("ignored")]
+        known = ", ".join(filter(None, [known, *ignored[:5]]))
         first = f", first {shown(shards[0].path)!r}" if shards else ""
         raise DataError(
-            f"no complete sample in {len(shards)} shards{first}: {known}; a sample is "
-            f"KEY.{'|'.join(PICTURES)}{' and KEY.txt' if text else ''}"
+            f"no complete sample in {len(shards)} shards{first}: {known or 'no known member'}; a "
+            f"sample is KEY.{'|'.join(PICTURES)}{' and ' * text}"
+            f"{caption_sources.wanted(captions) * text}, KEY being without dots"
         )
     return collection
 
@@ -101,22 +111,29 @@ def open_shards(
 class _Opener:
     """Finds the shards of patterns, each once, and what is known of them."""
 
-    def __init__(self, storage: Storage, text: bool, caption: str):
-        self.storage, self._text, self._caption = storage, text, caption
+    def __init__(self, storage: Storage, text: bool, captions: tuple[str, ...]):
+        self.storage, self._text, self._captions = storage, text, captions
+        self.unread: dict[str, list[str]] = {}
         self._seen: set[str] = set()
         self._beside: dict[str, dict[str, Entry]] = {}
 
     def find(self, pattern: str) -> list[str | Entry]:
         """The shards of one pattern that no earlier one had."""
         if index_folder.is_index(pattern):
-            caption, shards = index_folder.read_index(pattern)
-            if caption != self._caption:
+            sources, shards, unread = index_folder.read_index(pattern)
+            unfit = sum(not shard.fits(self._captions) for shard in shards)
+            if unfit:
+                asked = ",".join(self._captions)
                 raise ConfigError(
-                    f"index {pattern!r} takes captions from the JSON field "
-                    f"{caption!r}, not {self._caption!r}: index the shards again"
+                    f"index {pattern!r} was written for captions from {','.join(sources)} and does "
+                    f"not tell which samples of {unfit} of its {len(shards)} shards have one from "
+                    f"{asked}: `unclip index SHARDS --captions {asked} --out DIR`"
                 )
         else:
-            shards = self.storage.expand(pattern)
+            shards, unread = self.storage.expand(pattern), self.storage.unread(pattern)
+        for reason, names in unread.items():
+            known = self.unread.setdefault(reason, [])
+            known += [name for name in names if name not in known]
         new = []
         for shard in shards:
             place = self._place(shard.path if isinstance(shard, Entry) else shard)
@@ -136,11 +153,12 @@ class _Opener:
         return os.path.abspath(path) if self.storage.local(path) else path
 
     def _read_beside(self, folder: str) -> dict[str, Entry]:
-        folder = os.path.join(folder, "index")
-        if not index_folder.is_index(folder):
-            return {}
-        caption, entries = index_folder.read_index(folder)
-        return {self._place(e.path): e for e in entries} if caption == self._caption else {}
+        found = {}
+        for index in index_folder.beside(folder):
+            for entry in index_folder.read_index(index).shards:
+                if entry.fits(self._captions):
+                    found[self._place(entry.path)] = entry
+        return found
 
     def open(self, shard: str | Entry) -> Entry:
         """One shard's entry, of an index that is about this very file, or else by walking it."""
@@ -158,7 +176,7 @@ class _Opener:
         known = self._beside[os.path.dirname(shard)].get(self._place(shard))
         if known is not None and known.size == self.storage.stat(shard)[0]:
             return known._replace(path=shard)
-        index = index_folder.walk_path(shard, self.storage, caption=self._caption)
+        index = index_folder.walk_path(shard, self.storage, captions=self._captions)
         self._refuse(shard, index)
         return index_folder.entry(shard, index)
 
@@ -171,10 +189,26 @@ class _Opener:
                 raise DataError(f"shard {path!r} is {hint}")
         damaged = any(reason.startswith("shard-") for reason in index.problems)
         if self._text and index.count and not index.captioned and not damaged:
+            read = functools.partial(self.storage.read, path)
+            try:
+                there = ", ".join(map(repr, caption_sources.known(index.meta(0, read))))
+            except BadSample:
+                there = ""
             raise DataError(
-                f"shard {path!r} has {index.count} pictures and no captions: expected KEY.txt or a "
-                f"field {self._caption!r} in KEY.json beside each picture"
+                f"shard {path!r} has {index.count} pictures and no captions: expected "
+                f"{caption_sources.wanted(self._captions)} beside each picture"
+                f"{'; its JSON has text in ' * bool(there)}{there}"
             )
+
+
+def _notes(collection: "Collection") -> list[tuple[str, int]]:
+    """What was noticed in the first shards, the most frequent first."""
+    shards = range(min(len(collection.shards), 100))
+    return sum((collection.index(n).notes for n in shards), Counter()).most_common()
+
+
+def _for_example(found: Sequence[str] | None) -> str:
+    return f" ({found[0]})" if found else ""
 
 
 class Collection:
@@ -184,7 +218,6 @@ class Collection:
       shards: paths; shard_names: their file names; sizes: their bytes when they were indexed.
       counts: int64 [S], samples of each shard; numbers run through the shards in their order.
       groups: int64 [K + 1], where the samples of each of the K patterns begin, and the end.
-      caption: the JSON field that stands in for a missing KEY.txt.
       problems: Counter of what was left out, by reason: "no-text" and what `walk.walk_shard` names.
       storage: reads the shards.
     """
@@ -194,12 +227,12 @@ class Collection:
         entries: Sequence[Entry],
         *,
         text: bool = True,
-        caption: str = "caption",
         storage: Storage | None = None,
         patterns: Sequence[int] | None = None,
         limit: int | None = None,
         chosen: np.ndarray | None = None,
         problems: Mapping[str, int] | None = None,
+        unread: Mapping[str, Sequence[str]] | None = None,
     ):
         """
         Args:
@@ -208,15 +241,18 @@ class Collection:
           limit: only this many samples, the first ones.
           chosen: int64, ascending: only these samples.
           problems: counts to add to those of the shards.
+          unread: reason -> names of files beside the shards that are none, see `Storage.unread`.
         """
-        self._entries, self.caption, self._text = tuple(entries), caption, text
+        self._entries, self._text = tuple(entries), text
         self._patterns = tuple(patterns if patterns is not None else [len(self._entries)])
         self.storage = storage or Storage()
         self.shards = tuple(entry.path for entry in self._entries)
         self.shard_names = tuple(entry.name for entry in self._entries)
         self.sizes = tuple(entry.size for entry in self._entries)
         self._limit, self._chosen, self._further = limit, chosen, dict(problems or {})
+        self._unread = dict(unread or {})
         self.problems = Counter(self._further)
+        self.problems.update({reason: len(names) for reason, names in self._unread.items()})
         for entry in self._entries:
             self.problems.update(entry.problems)
             self.problems["no-text"] += text * (entry.count - entry.captioned)
@@ -254,7 +290,7 @@ class Collection:
     @functools.cached_property
     def fingerprint(self) -> str:
         """sha256 over which samples there are; equal after moving or indexing the shards."""
-        digest = hashlib.sha256(f"{self.caption}\0".encode())
+        digest = hashlib.sha256(b"caption\0")
         for entry, count in zip(self._entries, np.diff(self._starts).tolist()):
             digest.update(bytes.fromhex(entry.digest) + count.to_bytes(8, "little"))
         if self._chosen is not None:
@@ -265,6 +301,7 @@ class Collection:
     def examples(self) -> dict[str, list[str]]:
         """reason -> the first few that were left out, "SHARD: KEY"."""
         found = {reason: [] for reason in self.problems if reason not in self._further}
+        found |= {reason: list(names[:_EXAMPLES]) for reason, names in self._unread.items()}
         for shard, entry in enumerate(self._entries):
             reasons = {*entry.problems, *(["no-text"] if entry.captioned < entry.count else [])}
             wanted = [r for r in reasons if len(found.get(r, range(_EXAMPLES))) < _EXAMPLES]
@@ -412,10 +449,10 @@ class Collection:
         return Collection(
             self._entries,
             text=self._text,
-            caption=self.caption,
             storage=self.storage,
             patterns=self._patterns,
             limit=limit,
             chosen=numbers,
             problems=problems,
+            unread=self._unread,
         )

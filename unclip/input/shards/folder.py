@@ -1,7 +1,7 @@
 """The folder that `unclip index` writes: an index file for each shard and a table of them.
 
     OUT/NAME.idx       one `ShardIndex`
-    OUT/index.json     format, caption field, totals; of each shard its place, relative to OUT if
+    OUT/index.json     format, caption sources, totals; of each shard its place, relative to OUT if
                        local, and the digest that identifies its content
     OUT/problems.jsonl what was left out: shard, key or member, reason
 
@@ -12,7 +12,9 @@ resumed; index.json is written last.
 
 import concurrent.futures
 import concurrent.futures.process
+import contextlib
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -25,6 +27,7 @@ import numpy as np
 
 from unclip import files
 from unclip.errors import ConfigError, DataError
+from unclip.input import captions as caption_sources
 from unclip.input.shards import walk
 from unclip.input.shards.index import VERSION, ShardIndex
 from unclip.input.storage.address import shown
@@ -34,6 +37,7 @@ TABLE, PROBLEMS = "index.json", "problems.jsonl"
 _FORMAT = "unclip-index"
 _MAX_TABLE = 1 << 30
 _MAX_STATS = 1 << 20
+_EXAMPLES = 3
 _LOCAL_BLOCK, _REMOTE_BLOCK = 8 << 10, 8 << 20  # bytes read at once where headers are wanted
 
 
@@ -43,7 +47,7 @@ class Entry(NamedTuple):
     Attributes:
       path: where the shard lies.
       index: its index, or the path of the index file.
-      name, size, identity, digest, count, captioned, problems: see `ShardIndex`.
+      name, size, identity, digest, count, captioned, problems, captions: see `ShardIndex`.
     """
 
     path: str
@@ -55,6 +59,29 @@ class Entry(NamedTuple):
     count: int
     captioned: int
     problems: Mapping[str, int]
+    captions: Mapping[str, int] | None = None
+
+    def fits(self, sources: Sequence[str]) -> bool:
+        """Whether a walk for these caption sources would find the same samples with a caption."""
+        if self.captions is None:
+            return "txt" in sources
+        asked, known = set(sources), set(self.captions)
+        least = self.captioned if known <= asked else max(self.captions.get(s, 0) for s in asked)
+        return least == (self.captioned if asked <= known else self.count)
+
+
+class Table(NamedTuple):
+    """What index.json says.
+
+    Attributes:
+      captions: the caption sources that were looked for.
+      shards: an `Entry` each.
+      unread: see `Storage.unread`.
+    """
+
+    captions: tuple[str, ...]
+    shards: list[Entry]
+    unread: Mapping[str, Sequence[str]]
 
 
 class Summary(NamedTuple):
@@ -63,9 +90,11 @@ class Summary(NamedTuple):
     Attributes:
       shards, samples, captioned: how many; walked, kept: shards read now, and those whose index was
         there already.
-      problems, notes: Counters over all shards, see `walk.walk_shard`.
+      problems, notes: Counters over all shards, see `walk.walk_shard`, and "no-text": usable
+        pictures without a caption.
       differences: (shard, successes that img2dataset noted, samples found), where they differ.
       file_bytes: of all index files.
+      examples: reason -> the first few that were left out, "SHARD: KEY or member".
     """
 
     shards: int
@@ -77,6 +106,7 @@ class Summary(NamedTuple):
     notes: Counter
     differences: list[tuple[str, int, int]]
     file_bytes: int
+    examples: dict[str, list[str]]
 
 
 def entry(path: str, index: ShardIndex, place: ShardIndex | str | None = None) -> Entry:
@@ -91,6 +121,7 @@ def entry(path: str, index: ShardIndex, place: ShardIndex | str | None = None) -
         index.count,
         index.captioned,
         dict(index.problems),
+        index.captions,
     )
 
 
@@ -100,7 +131,11 @@ def name_of(path: str) -> str:
 
 
 def walk_path(
-    path: str, storage: Storage, *, caption: str = "caption", checksums: bool = False
+    path: str,
+    storage: Storage,
+    *,
+    captions: Sequence[str] = caption_sources.STANDARD,
+    checksums: bool = False,
 ) -> ShardIndex:
     """Walks one shard wherever it lies. Raises DataError."""
     size, identity = storage.stat(path)
@@ -110,7 +145,7 @@ def walk_path(
 
     block = _LOCAL_BLOCK if storage.local(path) else _REMOTE_BLOCK
     return walk.walk_shard(
-        name_of(path), read, size, identity, caption=caption, checksums=checksums, block=block
+        name_of(path), read, size, identity, captions=captions, checksums=checksums, block=block
     )
 
 
@@ -122,8 +157,70 @@ def is_index(path: str) -> bool:
     return "://" not in path and os.path.isfile(os.path.join(path, TABLE))
 
 
-def read_index(folder: str) -> tuple[str, list[Entry]]:
-    """(caption field, entries) of an index folder; index files are not touched.
+def beside(folder: str) -> list[str]:
+    """The index folders in a folder of shards, named "index" or "index-NAME"."""
+    try:
+        names = sorted(os.listdir(folder or "."))
+    except OSError:
+        return []
+    paths = [os.path.join(folder, n) for n in names if n == "index" or n.startswith("index-")]
+    return [path for path in paths if is_index(path)]
+
+
+def place_for(patterns: str | Sequence[str], storage: Storage) -> str:
+    """The folder beside local shards for their index: no index of other shards is written over.
+
+    It is one that holds these very shards, or some of them under the same name (train-0000,
+    train-0001, …) and no other index the added ones; else a new one, `index` or `index-NAME`.
+
+    Raises:
+      ConfigError: the shards are remote. DataError: no shard matches.
+    """
+    paths = storage.expand(patterns)
+    if not storage.local(paths[0]):
+        raise ConfigError("the shards are remote: give the folder of the index with --out")
+    folder, names, wanted = os.path.dirname(paths[0]), _stem(paths), _places(paths, storage)
+    indices = {index: _known(index, storage) for index in beside(folder)}
+    for index, known in indices.items():
+        added = wanted - known
+        if known == wanted or (
+            known < wanted
+            and _stem([*known]) == names
+            and all(added.isdisjoint(others) for others in indices.values())
+        ):
+            return index
+    stem = names or _stem([paths[0]]) or "shards"
+    numbered = (f"index-{stem}-{number}" for number in itertools.count(2))
+    choices = itertools.chain(["index", f"index-{stem}"], numbered)
+    return next(
+        path
+        for path in (os.path.join(folder, choice) for choice in choices)
+        if not _known(path, storage)
+    )
+
+
+def _known(index: str, storage: Storage) -> set[str]:
+    """The shards of an index folder that are there; none where it is damaged, and has to be written
+    anew."""
+    with contextlib.suppress(DataError):
+        known = _places([shard.path for shard in read_index(index).shards], storage)
+        return {path for path in known if not storage.local(path) or os.path.exists(path)}
+    return set()
+
+
+def _places(paths: Sequence[str], storage: Storage) -> set[str]:
+    return {os.path.abspath(path) if storage.local(path) else path for path in paths}
+
+
+def _stem(paths: Sequence[str]) -> str:
+    """What the names of shards have in common, without their number: "train" of train-0007.tar."""
+    names = [name_of(path).removesuffix(".tar") for path in paths]
+    common = os.path.commonprefix(names)  # noqa: RUF071 (names, not paths)
+    return re.sub(r"[^\w.-]+", "-", common.rstrip("0123456789"))[:80].strip("-_.")
+
+
+def read_index(folder: str) -> Table:
+    """What index.json of an index folder says; index files are not touched.
 
     Raises:
       DataError: index.json is not there, none of unclip's, of another version or damaged.
@@ -145,8 +242,17 @@ def read_index(folder: str) -> tuple[str, list[Entry]]:
             f"{VERSION}: index the shards again"
         )
     try:
-        caption = _typed(table, "caption", str)
-        return caption, [_read_entry(folder, shard) for shard in _typed(table, "shards", list)]
+        # An older unclip noted the field that took the place of KEY.txt.
+        older = "captions" not in table
+        field = _typed(table, "caption", str) if older else ""
+        sources = tuple(_typed(table, "captions", list)) if not older else ("txt",)
+        entries = [_read_entry(folder, shard) for shard in _typed(table, "shards", list)]
+        if older and field != caption_sources.STAND_IN:
+            sources = ("txt", f"json:{field}")
+            unknown = dict.fromkeys(sources, 0)
+            entries = [found._replace(captions=unknown) for found in entries]
+        unread = _typed(table, "unread", dict) if "unread" in table else {}
+        return Table(sources, entries, {why: _typed(unread, why, list) for why in unread})
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path!r} is damaged ({error}): index the shards again") from error
 
@@ -169,6 +275,7 @@ def _read_entry(folder: str, shard: dict[str, Any]) -> Entry:
     if "://" not in path:
         path = os.path.normpath(os.path.join(folder, path))
     problems = _typed(shard, "problems", dict)
+    captions = _typed(shard, "captions", dict) if "captions" in shard else None
     found = Entry(
         path,
         os.path.join(folder, file),
@@ -179,6 +286,7 @@ def _read_entry(folder: str, shard: dict[str, Any]) -> Entry:
         _typed(shard, "samples", int),
         _typed(shard, "captioned", int),
         {reason: _typed(problems, reason, int) for reason in problems},
+        captions and {source: _typed(captions, source, int) for source in captions},
     )
     if found.captioned > found.count:
         raise ValueError(f"{found.captioned} of {found.count} samples have a caption")
@@ -193,7 +301,7 @@ def index_folder(
     out: str | os.PathLike,
     *,
     checksums: bool = True,
-    caption: str = "caption",
+    captions: Sequence[str] = caption_sources.STANDARD,
     jobs: int | None = None,
     force: bool = False,
     storage: Storage | None = None,
@@ -206,25 +314,27 @@ def index_folder(
       out: the folder; made if missing. Its index.json afterwards lists exactly these shards.
       checksums: read every byte and keep a checksum of each sample; False: read only headers and
         JSON.
-      caption: the JSON field that stands in for a missing KEY.txt.
+      captions: where captions come from, see `unclip.input.captions`.
       jobs: processes; None: one per core.
       force: index every shard again.
       progress: called with the number of shards; returns a bar with `update()` and `close()`.
 
     Raises:
-      ConfigError: no pattern, an unsupported address, jobs below 1.
+      ConfigError: no pattern, an unsupported address, jobs below 1, or `out` is the index of other
+        shards, which it would forget.
       DataError: no shard, or some cannot be read: they are named, the others are kept, and a
         second run indexes the missing ones.
     """
     storage = storage or Storage()
-    out = os.path.abspath(out)
+    out, captions = os.path.abspath(out), caption_sources.checked(captions)
     paths = storage.expand(patterns)
     if jobs is not None and jobs < 1:
         raise ConfigError(f"jobs {jobs}: expected at least 1")
+    _refuse_others(out, paths, storage)
     found, failed = {}, []
     bar = progress(len(paths)) if progress else None
     work = [
-        (path, os.path.join(out, file), storage, caption, checksums, force)
+        (path, os.path.join(out, file), storage, captions, checksums, force)
         for path, file in zip(paths, _file_names(paths))
     ]
     try:
@@ -243,7 +353,19 @@ def index_folder(
             f"{len(failed)} of {len(paths)} shards cannot be indexed; the others are, "
             f"and are kept if this is run again: {'; '.join(sorted(failed)[:3])}"
         )
-    return _write_table(out, [(path, *found[path]) for path in paths], caption, checksums, storage)
+    _refuse_others(out, paths, storage)  # another command may have written one meanwhile
+    results, unread = [(path, *found[path]) for path in paths], storage.unread(patterns)
+    return _write_table(out, results, unread, captions, checksums, storage)
+
+
+def _refuse_others(out: str, paths: Sequence[str], storage: Storage) -> None:
+    """Refuses a folder with the index of shards that are there and not among `paths`."""
+    others = sorted(_known(out, storage) - _places(paths, storage))
+    if others:
+        raise ConfigError(
+            f"{out} is the index of {len(others)} other shards, the first {shown(others[0])!r}, "
+            "and would forget them: give another --out, or name those shards too"
+        )
 
 
 def _file_names(paths: Sequence[str]) -> list[str]:
@@ -287,14 +409,19 @@ def _in_parallel(function: Callable, work: Sequence[tuple], jobs: int | None) ->
 
 
 def _index_one(
-    path: str, file: str, storage: Storage, caption: str, checksums: bool, force: bool
+    path: str,
+    file: str,
+    storage: Storage,
+    captions: tuple[str, ...],
+    checksums: bool,
+    force: bool,
 ) -> tuple[bool, Entry, dict[str, int], int] | DataError:
     """(walked now, entry, notes, bytes of the index file) of one shard, or why it has none."""
     try:
-        index = None if force else _kept(path, file, storage, caption, checksums)
+        index = None if force else _kept(path, file, storage, captions, checksums)
         walked = index is None
         if walked:
-            index = walk_path(path, storage, caption=caption, checksums=checksums)
+            index = walk_path(path, storage, captions=captions, checksums=checksums)
             index.write(file)
         return walked, entry(path, index, file), dict(index.notes), os.path.getsize(file)
     except DataError as error:
@@ -302,7 +429,7 @@ def _index_one(
 
 
 def _kept(
-    path: str, file: str, storage: Storage, caption: str, checksums: bool
+    path: str, file: str, storage: Storage, captions: tuple[str, ...], checksums: bool
 ) -> ShardIndex | None:
     """The index that is there already, if it is of this very shard."""
     if not os.path.exists(file):
@@ -312,20 +439,26 @@ def _kept(
     except DataError:  # damaged or of another version: made anew
         return None
     newer = storage.local(path) and os.path.getmtime(path) > os.path.getmtime(file)
-    fits = (index.name, (index.size, index.identity), index.caption) == (
+    fits = (index.name, (index.size, index.identity), set(index.captions or ())) == (
         name_of(path),
         storage.stat(path),
-        caption,
+        set(captions),
     )
     return index if fits and not newer and index.checksums >= checksums else None
 
 
 def _write_table(
-    out: str, results: list[tuple], caption: str, checksums: bool, storage: Storage
+    out: str,
+    results: list[tuple],
+    unread: Mapping[str, Sequence[str]],
+    captions: tuple[str, ...],
+    checksums: bool,
+    storage: Storage,
 ) -> Summary:
-    problems, notes, rows, differences = Counter(), Counter(), [], []
+    problems, notes, rows, differences, examples = Counter(), Counter(), [], [], {}
     for path, _, shard, shard_notes, _ in results:
         problems.update(shard.problems)
+        problems["no-text"] += shard.count - shard.captioned
         notes.update(shard_notes)
         local = storage.local(path)
         successes = _img2dataset_successes(path) if local else None
@@ -341,39 +474,47 @@ def _write_table(
                 "captioned": shard.captioned,
                 "digest": shard.digest,
                 "problems": shard.problems,
+                "captions": shard.captions,
             }
         )
+    with files.replacing(os.path.join(out, PROBLEMS)) as temporary, open(temporary, "w") as file:
+        for path, _, shard, _, _ in results:
+            total = sum(shard.problems.values()) + shard.count - shard.captioned
+            listed = ShardIndex.open(shard.index).left_out() if total else ()
+            for reason, what in itertools.islice(listed, walk.MAX_LISTED):
+                print(json.dumps({"shard": shown(path), "what": what, "reason": reason}), file=file)
+                if len(named := examples.setdefault(reason, [])) < _EXAMPLES:
+                    named.append(f"{shard.name}: {what}")
+            if total > walk.MAX_LISTED:
+                more = f"… and {total - walk.MAX_LISTED} more"
+                print(json.dumps({"shard": shown(path), "what": more, "reason": ""}), file=file)
+        for reason, names in unread.items():
+            problems[reason] += len(names)
+            examples.setdefault(reason, []).extend(names[:_EXAMPLES])
+            for name in names:
+                print(json.dumps({"shard": name, "what": name, "reason": reason}), file=file)
     summary = Summary(
         len(results),
         sum(r["samples"] for r in rows),
         sum(r["captioned"] for r in rows),
         sum(walked for _, walked, *_ in results),
         sum(not walked for _, walked, *_ in results),
-        problems,
+        +problems,
         notes,
         differences,
         sum(size for *_, size in results),
+        examples,
     )
-    with files.replacing(os.path.join(out, PROBLEMS)) as temporary, open(temporary, "w") as file:
-        for path, _, shard, _, _ in results:
-            listed = ShardIndex.open(shard.index).listed() if shard.problems else ()
-            for reason, what in listed:
-                print(json.dumps({"shard": shown(path), "what": what, "reason": reason}), file=file)
-            more = sum(shard.problems.values()) - walk.MAX_LISTED
-            if more > 0:
-                print(
-                    json.dumps({"shard": shown(path), "what": f"… and {more} more", "reason": ""}),
-                    file=file,
-                )
     table = {
         "format": _FORMAT,
         "version": VERSION,
-        "caption": caption,
+        "captions": captions,
         "checksums": checksums,
         "samples": summary.samples,
         "captioned": summary.captioned,
-        "problems": problems,
+        "problems": summary.problems,
         "notes": notes,
+        "unread": unread,
         "img2dataset_differences": differences,
         "shards": rows,
     }
@@ -407,12 +548,12 @@ def check_index(
     Returns:
       (shard, what is wrong with it), for each that differs.
     """
-    caption, entries = read_index(folder)
+    captions, entries, _ = read_index(folder)
     storage = storage or Storage()
     bar = progress(len(entries)) if progress else None
     wrong = {}
     try:
-        work = [(e.path, e, storage, caption) for e in entries]
+        work = [(e.path, e, storage, captions) for e in entries]
         for path, what in _in_parallel(_check_one, work, jobs):
             if what:
                 wrong[path] = what
@@ -424,14 +565,14 @@ def check_index(
     return [(e.name, wrong[e.path]) for e in entries if e.path in wrong]
 
 
-def _check_one(path: str, shard: Entry, storage: Storage, caption: str) -> str:
+def _check_one(path: str, shard: Entry, storage: Storage, captions: tuple[str, ...]) -> str:
     try:
         index = ShardIndex.open(shard.index)
         if index.digest != shard.digest:
             return "its index file is not the one that index.json was written for"
         if storage.stat(path) != (shard.size, shard.identity):
             return "has changed since it was indexed (another size or version)"
-        found = walk_path(path, storage, caption=caption, checksums=index.checksums)
+        found = walk_path(path, storage, captions=captions, checksums=index.checksums)
     except DataError as error:
         return str(error)
     if found.digest != index.digest:

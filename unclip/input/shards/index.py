@@ -24,6 +24,7 @@ import numpy as np
 
 from unclip import files
 from unclip.errors import DataError
+from unclip.input import captions as caption_sources
 from unclip.input import samples
 from unclip.input.samples import BadSample, Sample
 from unclip.input.shards.tar import BLOCK, Read
@@ -49,8 +50,9 @@ class ShardIndex:
 
     Attributes:
       name: the shard's file name; size: its bytes; identity: the store's tag of a remote shard.
-      caption: the JSON field that stands in for a missing KEY.txt.
-      captioned: rows [0, captioned) have a caption.
+      captions: source -> rows that have a caption there, see `unclip.input.captions`; None in a
+        file of an older unclip, which looked for "txt" alone.
+      captioned: rows [0, captioned) have a caption from one of these sources.
       table: uint32 [n, 8], by row: first 512-byte block and bytes of picture, txt and json (block
         0: absent), where the key ends in `keys`, checksum (0: not computed).
       keys: uint8, the UTF-8 keys one after the other.
@@ -71,7 +73,7 @@ class ShardIndex:
         captioned: int,
         *,
         identity: str = "",
-        caption: str = "caption",
+        captions: Mapping[str, int] | None = None,
         checksums: bool = False,
         digest: str = "",
         problems: Mapping[str, int] | None = None,
@@ -79,7 +81,7 @@ class ShardIndex:
         notes: Mapping[str, int] | None = None,
         listed: Sequence[tuple[str, str]] = (),
     ):
-        self.name, self.size, self.identity, self.caption = name, size, identity, caption
+        self.name, self.size, self.identity, self.captions = name, size, identity, captions
         self.table, self.keys, self.captioned = table, keys, captioned
         self.checksums = checksums
         self.problems, self.notes = Counter(problems or {}), Counter(notes or {})
@@ -148,10 +150,11 @@ class ShardIndex:
             )
         where = f"{self.name}: {key}"
         meta = {} if meta is None else samples.json_object(meta, where)
-        if text is None:
-            text = meta.get(self.caption)
-            return Sample(key, picture, text if isinstance(text, str) else "", meta)
-        return Sample(key, picture, samples.caption_text(text, where), meta)
+        text = "" if text is None else samples.caption_text(text, where)
+        if not text.strip():
+            instead = caption_sources.texts(meta.get(caption_sources.STAND_IN))
+            text = instead[0] if instead else text
+        return Sample(key, picture, text, meta)
 
     def meta(self, row: int, read: Read) -> dict[str, Any]:
         """A row's JSON object, {} where it has none; nothing else is read. BadSample("json")."""
@@ -161,8 +164,15 @@ class ShardIndex:
         return samples.json_object(read(*span), f"{self.name}: {self.key(row)}")
 
     def listed(self) -> Iterator[tuple[str, str]]:
-        """(reason, key or member) of what was left out, the first `walk.MAX_LISTED`."""
+        """(reason, key or member) of what was left out, the first `walk.MAX_LISTED`; not of
+        "no-text", which are the rows from `captioned` on."""
         yield from self._listed
+
+    def left_out(self) -> Iterator[tuple[str, str]]:
+        """`listed`, and ("no-text", key) for every row without a caption."""
+        yield from self.listed()
+        for row in range(self.captioned, self.count):
+            yield "no-text", samples.printable(self.key(row))
 
     def write(self, path: str | os.PathLike) -> None:
         """Writes the index file, whole or not at all. Raises DataError."""
@@ -171,7 +181,7 @@ class ShardIndex:
             {
                 "name": self.name,
                 "identity": self.identity,
-                "caption": self.caption,
+                "captions": self.captions,
                 "problems": self.problems,
                 "examples": self.examples,
                 "notes": self.notes,
@@ -302,7 +312,7 @@ class _Mapped(ShardIndex):
 
     name = property(lambda self: self._about["name"])
     identity = property(lambda self: self._about["identity"])
-    caption = property(lambda self: self._about["caption"])
+    captions = property(lambda self: self._about.get("captions"))
     problems = property(lambda self: self._about["problems"])
     examples = property(lambda self: self._about["examples"])
     notes = property(lambda self: self._about["notes"])

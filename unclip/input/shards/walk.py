@@ -6,18 +6,23 @@ one shard's picture can never meet another shard's caption, and a sample that is
 ambiguous or cut off is left out and counted. Nothing is ever extracted, unpickled or followed.
 """
 
+import mimetypes
 import zlib
 from collections import Counter
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from unclip.errors import DataError
+from unclip.input import captions as caption_sources
 from unclip.input.samples import (
     MAX_PICTURE_BYTES,
     MAX_TEXT_BYTES,
     PICTURES,
     BadSample,
+    hidden,
     json_object,
+    printable,
 )
 from unclip.input.shards import tar
 from unclip.input.shards.index import ShardIndex, checksum
@@ -26,6 +31,8 @@ MAX_LISTED = 10_000  # faults of a shard that are listed; all are counted
 MAX_MEMBERS = 1 << 22  # of one shard: a tar of empty members must not fill the memory
 NOT_TARS = ("not-a-tar", "compressed")  # faults by which a whole file is not a shard
 _PICKLES = ("pkl", "pickle", "pyd", "pth", "pt")  # what other readers would unpickle
+# Of members that nobody reads, those that say a sample was meant: README.md does not.
+_MEANT = {*PICTURES, "avif", "heic", "heif", "jfif", "jpe", "jxl", "npy", "npz"}
 _PIECE, _FULL_BLOCK = 1 << 20, 2 << 20  # bytes
 _EXAMPLES = 5
 _MAX_SHARD = tar.BLOCK << 32
@@ -38,7 +45,7 @@ def walk_shard(
     size: int,
     identity: str = "",
     *,
-    caption: str = "caption",
+    captions: Sequence[str] = caption_sources.STANDARD,
     checksums: bool = False,
     block: int = 8192,
 ) -> ShardIndex:
@@ -48,18 +55,20 @@ def walk_shard(
       name: the shard's file name.
       read: (offset, bytes) -> exactly those bytes of the shard; called with ascending offsets.
       size, identity: what `Storage.stat` says.
-      caption: the JSON field that stands in for a missing KEY.txt.
+      captions: where captions come from, see `unclip.input.captions`.
       checksums: read every byte and keep a checksum of each sample; False: read only headers and
         JSON.
       block: the least number of bytes read at once: few from a local file, many from a remote one.
 
     Returns:
-      Its `ShardIndex`. In `problems`: "no-picture", "duplicate", "truncated", "too-many-bytes",
-      "other-key" (its JSON names another key of the shard: parts of different samples) count
-      samples; "refused-link", "refused-name", "refused-type", "refused-pickle" members;
-      "shard-truncated", "shard-corrupt", "too-many-members", "not-a-tar", "compressed" shards. In
-      `notes`: "not-adjacent" samples, whose members lie apart (other readers would split them),
-      "ignored .EXTENSION" members, and "bytes-after-end" where more follows the end of the tar.
+      Its `ShardIndex`. In `problems`: "no-picture", "unknown-extension", "dotted-key" (its name has
+      a dot before the extension, so that its key ends there), "duplicate", "truncated",
+      "too-many-bytes", "other-key" (see `_Walk.other_keys`) count samples; "refused-link",
+      "refused-name", "refused-type", "refused-pickle" members; "shard-truncated",
+      "shard-corrupt", "too-many-members", "not-a-tar", "compressed" shards. In `notes`:
+      "not-adjacent" samples, whose members lie apart (other readers would split them), "renumbered"
+      ones, whose JSON has another key, "ignored .EXTENSION" and "hidden" members, and
+      "bytes-after-end" where more follows the end of the tar.
 
     Raises:
       DataError: it cannot be read.
@@ -67,7 +76,7 @@ def walk_shard(
     if size > _MAX_SHARD:
         raise DataError(f"shard {name!r} has {size} bytes: expected at most {_MAX_SHARD}")
     window = _Window(read, size, max(block, _FULL_BLOCK) if checksums else block)
-    shard = _Walk(name, window, caption, checksums)
+    shard = _Walk(name, window, captions, checksums)
     for count, member in enumerate(tar.walk(shard.read, size)):
         if count == MAX_MEMBERS:
             shard.tell("too-many-members", f"more than {MAX_MEMBERS}")
@@ -106,13 +115,18 @@ class _Window:
 class _Walk:
     """What is known of a shard's samples so far."""
 
-    def __init__(self, name: str, read: _Window, caption: str, checksums: bool):
-        self.name, self.read, self._caption, self._checksums = name, read, caption, checksums
+    def __init__(self, name: str, read: _Window, captions: Sequence[str], checksums: bool):
+        self.name, self.read, self._checksums = name, read, checksums
         # key -> extension -> (offset, bytes, crc32)
         self._samples: dict[str, dict[str, tuple[int, int, int]]] = {}
         self._unusable: dict[str, str] = {}
-        self._captioned: set[str] = set()  # by their JSON
-        self._claims: dict[str, str] = {}  # key -> the key that its JSON names
+        # source -> keys that have a caption there; those of KEY.txt are found at the end.
+        self._captioned: dict[str, set[str]] = {source: set() for source in captions}
+        # Keys, without their folders, that their JSON names too; key -> another that it names.
+        self._own: set[str] = set()
+        self._others: dict[str, str] = {}
+        # Members that are not read: name without its last extension -> (key, name).
+        self._ignored: dict[str, tuple[str, str]] = {}
         self._split: set[str] = set()
         self._last = ""
         self._problems, self._notes = Counter(), Counter()
@@ -124,12 +138,12 @@ class _Walk:
         self._problems[reason] += 1
         self._example(reason, what)
         if len(self._listed) < MAX_LISTED:
-            self._listed.append((reason, _shown(what)))
+            self._listed.append((reason, printable(what)))
 
     def _example(self, reason: str, what: str) -> None:
         found = self._examples.setdefault(reason, [])
         if len(found) < _EXAMPLES:
-            found.append(_shown(what))
+            found.append(printable(what))
 
     def add(self, member: tar.Member, end: int) -> None:
         """Takes one member of the tar's walk."""
@@ -146,6 +160,9 @@ class _Walk:
             return
         folder, slash, base = name.rpartition("/")
         stem, dot, extension = base.partition(".")
+        if hidden(name):
+            self._notes["hidden"] += 1
+            return
         if not (stem and dot):
             return
         key, extension = folder + slash + stem, extension.lower()
@@ -158,6 +175,10 @@ class _Walk:
                 self.tell("refused-pickle", name)
             else:
                 self._ignore(extension)
+                stem = name.rpartition(".")[0]
+                known = self._ignored.get(stem)
+                if known is None or (_meant(name) and not _meant(known[1])):
+                    self._ignored[stem] = key, name
             return
         self._member(
             key, extension, kind, offset, size, MAX_PICTURE_BYTES if is_picture else MAX_TEXT_BYTES
@@ -170,7 +191,7 @@ class _Walk:
         return after < end and any(self.read(after, min(end - after, 20 * tar.BLOCK)))
 
     def _ignore(self, extension: str) -> None:
-        note = f"ignored .{_shown(extension)[:20]}"
+        note = f"ignored .{printable(extension)[:20]}"
         self._notes[note if note in self._notes or len(self._notes) < 20 else "ignored"] += 1
 
     def _member(self, key: str, extension: str, kind: str, offset: int, size: int, limit: int):
@@ -197,35 +218,70 @@ class _Walk:
             value = json_object(data, key)
         except BadSample:  # reported, and replaced, when the sample is read
             return
-        text, claim = value.get(self._caption), value.get("key")
-        if isinstance(text, str) and text.strip():
-            self._captioned.add(key)
-        if isinstance(claim, str) and claim not in (key, key.rpartition("/")[2]):
-            self._claims[key] = claim
+        for source, keys in self._captioned.items():
+            if caption_sources.texts(value.get(caption_sources.field(source))):
+                keys.add(key)
+        claim = value.get("key")
+        if isinstance(claim, str):
+            claim, own = claim.rpartition("/")[2], key.rpartition("/")[2]
+            if claim == own:
+                self._own.add(own)
+            else:
+                self._others[key] = claim
 
-    def _find_claimed(self) -> None:
-        names = {k.rpartition("/")[2] for k in self._samples} if self._claims else ()
-        for key, claim in self._claims.items():
-            if claim in self._samples or claim in names:
-                self._unusable.setdefault(key, "other-key")
+    def other_keys(self) -> set[str]:
+        """The keys whose JSON is another sample's: it names a key whose own JSON does so too.
+
+        Collections that were filtered, merged, repeated or cropped and then numbered anew keep the
+        keys they had in their JSON, and nothing is wrong with them. So it takes a shard whose JSON
+        names the sample's own key but for a few, a tenth at most.
+        """
+        few = len(self._others) <= max(1, (len(self._own) + len(self._others)) // 10)
+        strays = {key for key, claim in self._others.items() if few and claim in self._own}
+        self._notes["renumbered"] += len(self._others) - len(strays)
+        return strays
+
+    def _without_picture(self, keys: Sequence[str]) -> Iterator[tuple[str, str]]:
+        """(reason, what) of samples without a picture: of these keys, and of those of which no
+        member is read."""
+        names: dict[str, list[str]] = {key: [] for key in keys}
+        for key, name in self._ignored.values():
+            if key in names:
+                names[key].append(name)
+            elif key not in self._samples and _meant(name):
+                names[key] = [name]
+        for key, named in names.items():
+            for name in [name for name in named if _meant(name)] or named[:1]:
+                dotted = name.rpartition(".")[2].lower() in (*PICTURES, "txt", "json")
+                yield "dotted-key" if dotted else "unknown-extension", name
+            if not named:
+                yield "no-picture", key
 
     def index(self, size: int, identity: str) -> ShardIndex:
         """The index of what was walked."""
-        self._find_claimed()
-        with_text, without = [], []
+        for key in self.other_keys():
+            self._unusable.setdefault(key, "other-key")
+        with_text, without, bare = [], [], []
         for key, members in self._samples.items():
             spans = {extension: span for extension, span in members.items() if span[1]}
             picture = next((spans[e] for e in PICTURES if e in spans), None)
-            reason = self._unusable.get(key) or ("" if picture else "no-picture")
-            if reason:
+            if reason := self._unusable.get(key):
                 self.tell(reason, key)
                 continue
+            if picture is None:
+                bare.append(key)
+                continue
             row = (key, picture, spans.get("txt"), spans.get("json"))
-            if row[2] or key in self._captioned:
+            if row[2] and "txt" in self._captioned:
+                self._captioned["txt"].add(key)
+                with_text.append(row)
+            elif any(key in keys for keys in self._captioned.values()):
                 with_text.append(row)
             else:
                 without.append(row)
                 self._example("no-text", key)
+        for reason, what in self._without_picture(bare):
+            self.tell(reason, what)
         self._notes["not-adjacent"] += len(self._split)
         rows = with_text + without
         encoded = [row[0].encode("utf-8", "surrogateescape") for row in rows]
@@ -236,7 +292,10 @@ class _Walk:
             np.frombuffer(b"".join(encoded), np.uint8),
             len(with_text),
             identity=identity,
-            caption=self._caption,
+            captions={
+                source: sum(row[0] in keys for row in with_text)
+                for source, keys in self._captioned.items()
+            },
             checksums=self._checksums,
             problems=self._problems,
             examples=self._examples,
@@ -257,6 +316,8 @@ class _Walk:
         return table
 
 
-def _shown(name: str) -> str:
-    """A name from outside, made safe to print in reports and terminals."""
-    return "".join(c if c.isprintable() else "?" for c in name[:200])
+def _meant(name: str) -> bool:
+    """Whether a member's name has an extension of pictures, films or sounds: 1.gif, 1.jpg.part."""
+    extensions = name.rpartition("/")[2].lower().split(".")[1:]
+    kind = mimetypes.guess_type(f"x.{extensions[-1]}")[0] or ""
+    return kind.startswith(("image/", "video/", "audio/")) or not _MEANT.isdisjoint(extensions)

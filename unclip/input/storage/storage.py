@@ -18,6 +18,11 @@ from unclip.input.storage import address
 
 _OPEN_FILES = 64
 _MAX_PATHS = 1_000_000
+# Names that "*.tar" does not match although a shard was meant: while it is copied, or packed.
+_UNREAD = {
+    "unfinished-shard": r"\.tar\.(part|partial|tmp|temp|crdownload|download|filepart|incomplete)",
+    "compressed": r"\.tar\.(gz|bz2|xz|zst)",
+}
 
 
 class Storage:
@@ -114,6 +119,28 @@ class Storage:
                 raise ConfigError(f"shards {pattern!r}: names more than {_MAX_PATHS} files")
             found |= {os.path.abspath(p) if self.local(p) else p: p for p in matched}
         return list(found.values())
+
+    def unread(self, patterns: str | Sequence[str]) -> dict[str, list[str]]:
+        """Files that local globs pass over although shards were meant, by reason.
+
+        Returns:
+          {"unfinished-shard": names such as "a.tar.part", "compressed": "a.tar.gz"}, what there is;
+          none beside which the shard itself lies.
+        """
+        patterns = [patterns] if isinstance(patterns, str | os.PathLike) else list(patterns)
+        paths = set()
+        for pattern in map(os.fspath, patterns):
+            for path in itertools.islice(_braces(pattern), _MAX_PATHS):
+                if self.local(path) and glob.has_magic(path):
+                    path = address.local(path)
+                    paths.update(set(glob.glob(f"{path}.*")) - set(glob.glob(path)))
+        found: dict[str, list[str]] = {}
+        for path in sorted(paths):
+            for reason, ending in _UNREAD.items():
+                match = re.search(f"{ending}$", path, re.IGNORECASE)
+                if match and not os.path.exists(path[: match.start(1) - 1]):
+                    found.setdefault(reason, []).append(os.path.basename(path))
+        return found
 
     def stat(self, path: str) -> tuple[int, str]:
         """(bytes, identity) of a shard; identity is "" for a local file, else the store's tag for

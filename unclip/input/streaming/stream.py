@@ -25,6 +25,7 @@ import grain
 import numpy as np
 
 from unclip.errors import ConfigError, DataError
+from unclip.input import captions as caption_sources
 from unclip.input.storage.address import COUNTERS, shown
 from unclip.input.storage.storage import Storage
 from unclip.input.streaming.worker import Fault, Plan
@@ -176,7 +177,7 @@ def make_stream(
     prefetch: int = 2,
     storage: Storage | None = None,
     text: bool = True,
-    caption: str = "caption",
+    captions: Sequence[str] = caption_sources.STANDARD,
     filters: Callable[[dict, str], str] | None = None,
     max_bad_fraction: float = 0.05,
     min_seen: int = 1000,
@@ -201,7 +202,7 @@ def make_stream(
       prefetch: batches prepared ahead, per worker.
       storage: for remote shards one with a `cache` folder, where their blocks lie between the walk
         of a shard and the reading of its samples.
-      text, caption: as for `open_shards`.
+      text, captions: as for `open_shards`.
       filters: (json, chosen caption) -> "" or why the sample is skipped; it is not counted as bad.
       max_bad_fraction: of the samples met by this process, checked from `min_seen` on.
       max_consecutive_bad: samples of one stream in a row that may be bad; 0: 10,000.
@@ -262,7 +263,7 @@ def make_stream(
         ahead=max(threads, prefetch * local),
         storage=storage,
         text=text,
-        caption=caption,
+        captions=caption_sources.checked(captions),
         filters=filters,
         max_consecutive_bad=max_consecutive_bad,
     )

@@ -21,7 +21,7 @@ import numpy as np
 from unclip.errors import ConfigError, DataError
 from unclip.input.samples import BadSample
 from unclip.input.shards.index import ShardIndex
-from unclip.input.shards.walk import NOT_TARS, walk_shard
+from unclip.input.shards.walk import MAX_LISTED, NOT_TARS, walk_shard
 from unclip.input.storage.address import COUNTERS, shown
 from unclip.input.storage.storage import Storage
 
@@ -66,7 +66,7 @@ class Plan(grain.IterDataset):
         ahead: int,
         storage: Storage,
         text: bool,
-        caption: str,
+        captions: Sequence[str],
         filters: Callable[[dict, str], str] | None,
         max_consecutive_bad: int,
     ):
@@ -76,7 +76,7 @@ class Plan(grain.IterDataset):
         self.process_index, self.process_count = process_index, process_count
         self.passes, self.shuffle_samples = passes, shuffle_samples
         self.threads, self.ahead = threads, ahead
-        self.storage, self.text, self.caption, self.filters = storage, text, caption, filters
+        self.storage, self.text, self.captions, self.filters = storage, text, captions, filters
         self.max_consecutive_bad = max_consecutive_bad
         self.worker, self.workers = 0, 1
 
@@ -213,7 +213,7 @@ class _Stream(grain.DatasetIterator):
             read = functools.partial(plan.storage.read, path, expected=(size, identity))
             if not plan.storage.local(path):
                 self._fetch(read, size)
-            shard = walk_shard(name, read, size, identity, caption=plan.caption)
+            shard = walk_shard(name, read, size, identity, captions=plan.captions)
         except DataError as error:
             shard = None
             self._faults.append(Fault("shard", "shard-unreadable", name, str(error)))
@@ -263,7 +263,9 @@ def _left_out(shard: ShardIndex, text: bool) -> list[Fault]:
     counts["no-text"] += text * (shard.count - shard.captioned)
     faults = [
         Fault("shard" if reason in NOT_TARS else "member", reason, shard.name, key)
-        for reason, key in shard.listed()
+        for reason, key in itertools.islice(
+            shard.left_out() if text else shard.listed(), MAX_LISTED
+        )
     ]
     rest = counts - totals(faults)
     return faults + [Fault("member", reason, shard.name, "", n) for reason, n in rest.items()]

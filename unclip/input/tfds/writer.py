@@ -10,11 +10,12 @@ import os
 import pathlib
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from unclip import files
 from unclip.errors import ConfigError, DataError
+from unclip.input import captions as caption_sources
 from unclip.input.samples import BadSample, Sample
 from unclip.input.tfds import prepared
 from unclip.input.tfds.prepared import FEATURES
@@ -33,6 +34,7 @@ def write_array_record(
     split: str,
     shard_samples: int = 10_000,
     version: str = "1.0.0",
+    captions: Sequence[str] = ("txt",),
     progress: Callable[[int], Any] | None = None,
 ) -> dict[str, Any]:
     """Writes a collection as a prepared data set of tensorflow-datasets.
@@ -47,6 +49,7 @@ def write_array_record(
         by its name.
       name, split: Python names, e.g. "foxes" and "train".
       shard_samples: samples of the collection per file; bad ones are left out.
+      captions: sources of the caption, see `unclip.input.captions`: the first that a sample has.
       progress: called with the number of samples each time some are done, also those done before.
 
     Returns:
@@ -105,7 +108,7 @@ def write_array_record(
         first = number * shard_samples
         numbers = range(first, min(first + shard_samples, len(collection)))
         if not _is_whole(path, state["files"].get(str(number))):
-            state["files"][str(number)] = _write_file(collection, numbers, path, progress)
+            state["files"][str(number)] = _write_file(collection, numbers, path, captions, progress)
             with files.replacing(state_path) as temporary:
                 temporary.write_text(json.dumps(state, indent=1) + "\n")
             written += 1
@@ -186,7 +189,11 @@ def _is_whole(path: pathlib.Path, known: Any) -> bool:
 
 
 def _write_file(
-    collection: Any, numbers: range, path: pathlib.Path, progress: Callable[[int], Any] | None
+    collection: Any,
+    numbers: range,
+    path: pathlib.Path,
+    captions: Sequence[str],
+    progress: Callable[[int], Any] | None,
 ) -> dict[str, Any]:
     """Writes one file; returns the state file's entry for it."""
     example_type, left_out = prepared.example_type(), Counter()
@@ -196,7 +203,9 @@ def _write_file(
             writer = prepared.array_record().ArrayRecordWriter(str(temporary), _OPTIONS)
             for done, i in enumerate(numbers, 1):
                 try:
-                    record = _serialise(collection.read(i), example_type)
+                    sample = collection.read(i)
+                    text = caption_sources.first(sample, captions)
+                    record = _serialise(sample._replace(text=text), example_type)
                     writer.write(record)
                     count, total = count + 1, total + len(record)
                 except BadSample as error:

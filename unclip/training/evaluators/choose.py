@@ -101,7 +101,7 @@ def _drawn(plan: Plan, task: Task, frozen: Any, held: Callable) -> Evaluator:
     also = lambda transform: transform
     if clip is not None:
         also = lambda transform: drawn.WithCaption(
-            transform, clip[0].model.context, config.input.captions[:1]
+            transform, clip[0].model.context, config.input.captions
         )
     whole = lambda: held("sample", also)
     return drawn.Drawn(

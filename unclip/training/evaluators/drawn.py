@@ -164,7 +164,7 @@ def distance(drawn: Moments, true: Moments) -> float:
 class WithCaption:
     """A transform that also delivers the caption as CLIP's tokens, whatever its stage reads.
 
-    Adds "caption" int32 [L], zeros where the sample has none.
+    Adds "caption" int32 [L] of the first that the sample has, zeros where it has none.
 
     Args:
       transform: the stage's own; context: L of the CLIP.
@@ -173,7 +173,7 @@ class WithCaption:
 
     def __init__(self, transform: source.Transform, context: int, captions: tuple[str, ...]):
         self.transform, self.context = transform, context
-        self.text = transforms.ImageText(None, context, captions=captions)
+        self.text = transforms.ImageText(None, context, captions=captions, draw_caption=False)
 
     def __call__(self, sample: samples.Sample, rng: np.random.Generator) -> dict[str, np.ndarray]:
         arrays = self.transform(sample, rng)
