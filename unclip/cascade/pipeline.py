@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip import errors, tasks
-from unclip.cascade import bundle
+from unclip.cascade import bundle, spaces
 from unclip.input.decode.image import for_clip
 from unclip.input.decode.text import Tokenizer
 from unclip.runtime import sharding
@@ -112,13 +112,21 @@ class UnCLIP:
         self._compiled, self._warned = {}, set()
 
     @classmethod
-    def load(cls, directory: str, **kwargs) -> "UnCLIP":
+    def load(cls, directory: str, *, allow_mixed_spaces: bool = False, **kwargs) -> "UnCLIP":
         """Opens a bundle folder (`unclip export`, `unclip convert`).
 
+        Args:
+          allow_mixed_spaces: take stages that were not trained with one another all the same, with
+            a warning, as a bundle is taken that was exported so.
+
         Raises:
-          DataError: unreadable or damaged files; ConfigError: not a bundle.
+          DataError: unreadable or damaged files; ConfigError: not a bundle, or its stages work in
+            several embedding spaces (`cascade.spaces`).
         """
         opened = bundle.read(directory)
+        allowed = allow_mixed_spaces or opened.meta.get(spaces.RECORD, ())
+        for line in spaces.check(opened.parts, allowed):
+            warnings.warn(f"{directory}: several embedding spaces: {line}", stacklevel=2)
         return cls(opened.parts, model_hash=opened.hash, **kwargs)
 
     def _place(self, tree):

@@ -157,6 +157,11 @@ class DiffusionPriorTask(_Conditioned):
             clamp=self.clamp or None,
         )
 
+    @classmethod
+    def z_scale_of(cls, settings):
+        scaled = settings.get("embedding") == "scale"
+        return float(settings.get("scale", cls.scale)) if scaled else 0.0
+
     @property
     def reads_tokens(self) -> bool:
         """Whether the network embeds the caption's tokens itself."""

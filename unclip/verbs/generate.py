@@ -33,6 +33,9 @@ _CANDIDATES = flags.DEFINE_integer(
     "candidates", None, "prior: draws, the best dot product with z_t is kept", lower_bound=1
 )
 _UP_STEPS = flags.DEFINE_multi_integer("upsampler_steps", [], "upsamplers: steps, in their order")
+_MIXED = flags.DEFINE_bool(
+    "allow_mixed_spaces", False, "draw with stages that were not trained with one another"
+)
 _STAGES = flags.DEFINE_integer(
     "stages", None, "how many of decoder and upsamplers run; default all", lower_bound=1
 )
@@ -59,7 +62,9 @@ def main(argv):
         print(f"unclip generate: {message}", file=sys.stderr)
 
     warnings.showwarning = warn  # standard output holds only the files' names
-    model = pipeline.UnCLIP.load(_MODEL.value, batch_size=_BATCH.value)
+    model = pipeline.UnCLIP.load(
+        _MODEL.value, batch_size=_BATCH.value, allow_mixed_spaces=_MIXED.value
+    )
     settings = {
         "prior": _given(
             steps=_PRIOR_STEPS.value, guidance=_PRIOR_GUIDANCE.value, candidates=_CANDIDATES.value
