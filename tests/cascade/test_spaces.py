@@ -178,12 +178,13 @@ def test_a_run_is_not_resumed_with_another_clip(name, resumable, tiny_config, ru
     assert "--config.allow_mixed_spaces" in raised.value.message
     assert (folder / "config.json").read_bytes() == before
     config.allow_mixed_spaces = True
-    found = lineage(make_plan(config), folder)
+    plan = make_plan(config)
+    found = lineage(plan, folder)
     assert found["trained_with"] == {"clip": runs.open_part(other_clip, "clip").space}
     (line,) = found["mixed_spaces"]
     # From then on it is that CLIP's, and what happened stays written down, also in a bundle.
     runs.write_lineage(folder, found)
-    assert lineage(make_plan(config), folder) == found
+    assert lineage(plan, folder) == found
     bundle.write(folder / "bundle", {name: runs.open_part(folder, name)})
     assert bundle.describe(folder / "bundle")["parts"][name]["mixed_spaces"] == [line]
 

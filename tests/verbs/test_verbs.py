@@ -130,7 +130,7 @@ def test_generate_writes_pictures_that_say_how(generate, bundle_dir, tmp_path):
     assert code == 0, err
     paths = [pathlib.Path(line) for line in out.split("\n") if line.endswith(".png")]
     recipes = [images.read_recipe(path) for path in paths]
-    made = [(path, r) for path, r in zip(paths, recipes) if r and "seed" in r]
+    made = [(path, r) for path, r in zip(paths, recipes) if "grid_columns" not in r]
     assert [(r["prompt"], r["seed"]) for _, r in made] == [
         ("a red dot", 7),
         ("a red dot", 8),
@@ -144,6 +144,8 @@ def test_generate_writes_pictures_that_say_how(generate, bundle_dir, tmp_path):
             assert picture.size == (8, 8)
             assert "Seed: " in picture.text["parameters"]
     assert "cut" in err
+    grid = images.read_recipe(paths[-1])
+    assert images.recipes_of(grid) == [recipe for _, recipe in made]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pathlib
 from absl import flags
 
 from unclip import errors
-from unclip.cascade import bundle, runs, spaces
+from unclip.cascade import bundle, runs
 from unclip.interop import formats
 from unclip.runtime.sharding import tree_paths
 
@@ -42,7 +42,6 @@ def main(argv):
     if _FROM.value is not None:
         parts = formats.read(_FROM.value, paths, _PRESET.value)
         runs.check_fit(parts)
-        parts = spaces.completed(parts)
         meta = {"converted_from": _FROM.value, "sources": [path.name for path in paths]}
         digest = bundle.write(out, parts, meta, dtype=_DTYPE.value)
         print(f"{out}: model {digest}")

@@ -6,8 +6,10 @@ Writes numbered PNG files, each with its prompt, seed, every setting and the mod
 (readable by `unclip.files.images.read_recipe`, Automatic1111 and any PNG tool), and a grid.
 """
 
+import os
 import sys
 import warnings
+from functools import partial
 
 from absl import flags
 
@@ -79,12 +81,13 @@ def main(argv):
     # Captions that share a batch are drawn together; a batch is padded in any case.
     several = max(1, _BATCH.value // _N.value) if _MODE.value == "text" else 1
     groups = [asked[i : i + several] for i in range(0, len(asked), several)]
-    pictures, paths = [], []
+    pictures, recipes, paths = [], [], []
     with progress.progress(len(asked) * _N.value, "drawing", "img") as bar:
         for group in groups:
             if _MODE.value == "variations":
                 settings.pop("prior", None)
-                draw, group = model.variations, images.read_image(group[0])
+                draw = partial(model.variations, name=os.path.basename(group[0]))
+                group = images.read_image(group[0])
             else:
                 draw = model.generate
             for start in range(0, _N.value, _BATCH.value):
@@ -95,9 +98,10 @@ def main(argv):
                     drawn.images, drawn.recipes, _OUT.value, with_grid=False
                 )
                 pictures.extend(drawn.images)
+                recipes.extend(drawn.recipes)
                 bar.update(len(drawn))
     if len(pictures) > 1:
-        paths.append(images.save_grid(pictures, _OUT.value, _N.value))
+        paths.append(images.save_grid(pictures, _OUT.value, _N.value, recipes=recipes))
     print("\n".join(map(str, paths)))
 
 
