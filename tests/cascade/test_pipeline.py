@@ -116,6 +116,28 @@ def test_a_variation_is_drawn_again_from_its_recipe_and_the_picture(model, tmp_p
             model.redraw(recipe, wrong)
 
 
+def test_a_noised_small_picture_is_drawn_again_too(parts, tmp_path):
+    """The level changes the picture, compiles nothing, and is in the recipe."""
+    part = parts["upsampler_0"]
+    arch, settings = part.arch | {"noise_level": True}, part.settings | {"noise_level": 0.5}
+    task = tasks.make("upsampler", arch, settings)
+    shapes = jax.eval_shape(task.init, jax.random.key(0))
+    params = shaken(jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes), 4)
+    few = {"clip": parts["clip"], "decoder": parts["decoder"]}
+    few["upsampler_0"] = bundle.Part("upsampler_0", arch, params, {}, settings)
+    model = UnCLIP(few, batch_size=1)
+    picture = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    drawn = [
+        model.variations(picture, 1, 3, upsamplers=[{"noise_level": level}])
+        for level in (0.0, 0.25)
+    ]
+    assert [program._cache_size() for program in model._compiled.values()] == [1, 1, 1]
+    assert not np.array_equal(drawn[0].images, drawn[1].images)
+    recipe = from_png(drawn[1].images[0], drawn[1].recipes[0], tmp_path)
+    assert recipe["noise_level"] == {"upsampler_0": 0.25}
+    np.testing.assert_array_equal(model.redraw(recipe, [picture]).images, drawn[1].images)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

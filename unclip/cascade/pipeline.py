@@ -596,7 +596,8 @@ def _field(recipe: Mapping, name: str, kinds: tuple[type, ...]):
 
 def _split(draw: dict) -> tuple[tuple, dict]:
     """A draw's settings as (static items, traced floats)."""
-    traced = {k: jnp.float32(v) for k, v in draw.items() if k in ("guidance", "eta", "temperature")}
+    numbers = ("guidance", "eta", "temperature", "noise_level")
+    traced = {k: jnp.float32(v) for k, v in draw.items() if k in numbers}
     return tuple(sorted((k, v) for k, v in draw.items() if k not in traced)), traced
 
 

@@ -6,6 +6,7 @@ Writes numbered PNG files, each with its prompt, seed, every setting and the mod
 (readable by `unclip.files.images.read_recipe`, Automatic1111 and any PNG tool), and a grid.
 """
 
+import itertools
 import os
 import sys
 import warnings
@@ -37,6 +38,12 @@ _CANDIDATES = flags.DEFINE_integer(
 _UP_STEPS = flags.DEFINE_multi_integer("upsampler_steps", [], "upsamplers: steps, in their order")
 _MIXED = flags.DEFINE_bool(
     "allow_mixed_spaces", False, "draw with stages that were not trained with one another"
+)
+_UP_LEVELS = flags.DEFINE_multi_float(
+    "upsampler_noise_level",
+    [],
+    "upsamplers trained with a noise level: that of their small pictures, in their order",
+    lower_bound=0.0,
 )
 _STAGES = flags.DEFINE_integer(
     "stages", None, "how many of decoder and upsamplers run; default all", lower_bound=1
@@ -74,7 +81,10 @@ def main(argv):
         "decoder": _given(
             steps=_STEPS.value, guidance=_GUIDANCE.value, sampler=_SAMPLER.value, eta=_ETA.value
         ),
-        "upsamplers": [{"steps": steps} for steps in _UP_STEPS.value],
+        "upsamplers": [
+            _given(steps=steps, noise_level=level)
+            for steps, level in itertools.zip_longest(_UP_STEPS.value, _UP_LEVELS.value)
+        ],
         "stages": _STAGES.value,
     }
     images.writable_folder(_OUT.value)
