@@ -152,10 +152,11 @@ def test_load_refuses_and_warns(exported, tmp_path):
     bundle.write(tmp_path / "mixed", exported)
     with pytest.raises(errors.ConfigError, match="the prior was trained with another clip"):
         UnCLIP.load(str(tmp_path / "mixed"))
-    with pytest.warns(UserWarning, match="the prior was trained with another clip"):
+    with pytest.warns(UserWarning, match="was trained with another clip") as warned:
         UnCLIP.load(str(tmp_path / "mixed"), allow_mixed_spaces=True)
+    assert len(warned) == 2
     bundle.write(tmp_path / "said", exported, {spaces.RECORD: spaces.mixed(exported)})
-    with pytest.warns(UserWarning, match="the decoder was trained with another clip"):
+    with pytest.warns(UserWarning, match="was trained with another clip"):
         UnCLIP.load(str(tmp_path / "said"))
 
 
@@ -221,6 +222,17 @@ def test_a_workdir_of_an_older_version_knows_what_its_statistics_say(
     assert runs.lineage(folder, "prior") == {"trained_with": {}, "mixed_spaces": ()}
     part = runs.open_part(folder, "prior")
     assert spaces.unknown({"prior": part}) == ["prior (clip)"]
+
+
+def test_the_same_clip_from_another_place_is_the_same(tiny_config, run_of, bundle_dir, tmp_path):
+    half = bundle.read(bundle_dir, ["clip"])
+    bundle.write(tmp_path, half.parts, dtype="bfloat16")
+    folder = pathlib.Path(run_of("decoder"))
+    for place in (bundle_dir, str(tmp_path)):
+        plan = make_plan(tiny_config("decoder", {"clip": place}))
+        assert (
+            lineage(plan, folder)["trained_with"] == runs.lineage(folder, "decoder")["trained_with"]
+        )
 
 
 def test_the_doctor_finds_it_too(tiny_config, run_of, other_clip):

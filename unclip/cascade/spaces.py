@@ -93,7 +93,8 @@ def check(
     """
     lines = mixed(parts)
     if allowed is not True:
-        refuse([line for line in lines if line not in (allowed or ())], hint)
+        known = allowed if isinstance(allowed, list | tuple | set) else ()
+        refuse([line for line in lines if line not in known], hint)
     return lines
 
 
