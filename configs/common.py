@@ -126,6 +126,7 @@ def base(stage: str, args: ConfigDict) -> ConfigDict:
     config.init_from = ""  # RUN or BUNDLE whose parameters start this run
     config.init_part = ""  # of a bundle; "" = the stage's own, an upsampler's by its size
     config.follow_init = False  # architecture and settings are those of init_from
+    config.allow_mixed_spaces = False  # another CLIP, T5 or scale of z_i than it was trained with
 
     config.log_steps = 20
     config.save_steps = 1000

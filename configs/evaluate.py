@@ -76,6 +76,7 @@ def get_config(arg=None):
     config.decoder = ""
     config.upsamplers = ()
     config.models = ConfigDict()  # name -> the five fields above where they differ, and embed
+    config.allow_mixed_spaces = False  # draw with stages that were not trained with one another
     config.step_of = "decoder"  # the part whose checkpoints the axis `step` counts
     config.protocol = protocol(*((args.protocol, {}) if args.protocol else PROTOCOLS[args.preset]))
     kind = args.protocol.partition(":")[0]

@@ -281,8 +281,7 @@ def bundle_dir(run_of, once):
 
         parts = {}
         for name in CASCADE:
-            part = runs.open_part(run_of(name), name)
-            parts[name] = bundle.Part(name, part.arch, part.params, part.extra, part.settings)
+            parts[name] = runs.open_part(run_of(name), name)
         runs.check_fit(parts)
         bundle.write(folder / "bundle", parts, {})
 

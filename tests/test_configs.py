@@ -88,6 +88,16 @@ def test_every_preset_builds(name, arg, tiny_config):
         assert config.task.crop % config.task.factor == 0
 
 
+@pytest.mark.parametrize("arg", PRESETS["upsampler"])
+def test_published_upsamplers_degrade_every_small_picture(arg):
+    """Section 2.1 of the paper; the demo's half of them is its own."""
+    config = get("upsampler", arg)
+    second = arg in ("emoji-256", "paper-1024")
+    assert config.input.degradation == ("bsr" if second else "blur")
+    assert config.input.degradation_probability == (0.5 if arg.startswith("emoji") else 1.0)
+    assert config.task.noise_level == 0 and not config.arch.noise_level
+
+
 @pytest.mark.parametrize(("name", "arg"), EVERY)
 def test_every_config_has_a_local_form(name, arg, tiny_config):
     config = get(name, f"{arg},runlocal")

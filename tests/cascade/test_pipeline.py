@@ -9,6 +9,7 @@ import pytest
 from unclip import errors, tasks
 from unclip.cascade import bundle, runs
 from unclip.cascade.pipeline import STAGE_TAGS, UnCLIP
+from unclip.files import images
 from unclip.input.decode.image import for_clip
 from unclip.models.t5 import T5Encoder
 from unclip.runtime import sharding
@@ -71,27 +72,92 @@ def test_prompts_beside_it_do_not_matter(six, model):
     assert [r["seed"] for r in both.recipes] == [11, 12, 11, 12]
 
 
-def test_a_recipe_repeats_its_picture(six, model):
-    recipe = six.recipes[3]
+def from_png(image, recipe, folder):
+    """The recipe as its picture's PNG gives it."""
+    images.write_png(folder / "one.png", image, recipe)
+    return images.read_recipe(folder / "one.png")
+
+
+def test_a_recipe_repeats_its_picture(six, model, tmp_path):
+    recipe = from_png(six.images[3], six.recipes[3], tmp_path)
     assert (recipe["mode"], recipe["prompt"], recipe["seed"]) == ("text", "a red dot", 13)
     assert recipe["model_hash"] == "0123456789" and recipe["stages"] == 3
-    settings = {}
-    for setting, values in recipe.items():
-        if isinstance(values, dict):
-            for stage, value in values.items():
-                settings.setdefault(stage, {})[setting] = value
-    assert settings["decoder"]["guidance"] == 3.0 and settings["prior"]["guidance"] == 2.0
-    again = model.generate(
-        recipe["prompt"],
-        1,
-        recipe["seed"],
-        prior=settings["prior"],
-        decoder=settings["decoder"],
-        upsamplers=[settings[name] for name in model.upsamplers],
-        stages=recipe["stages"],
-    )
+    assert recipe["guidance"] == {"prior": 2.0, "decoder": 3.0}
+    again = model.redraw(recipe)
     np.testing.assert_array_equal(again.images[0], six.images[3])
-    assert again.recipes == [recipe]
+    assert again.recipes == [six.recipes[3]]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"embed": "text", "caption": False}, {"embed": "none", "stages": 2}, {"stages": 1}],
+)
+def test_a_recipe_has_every_setting_that_was_changed(model, settings, tmp_path):
+    drawn = model.generate("a blue bar", n=2, seed=5, decoder={"guidance": 2.5}, **settings)
+    recipe = from_png(drawn.images[1], drawn.recipes[1], tmp_path)
+    np.testing.assert_array_equal(model.redraw(recipe).images[0], drawn.images[1])
+
+
+def test_a_variation_is_drawn_again_from_its_recipe_and_the_picture(model, tmp_path):
+    picture = np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)
+    drawn = model.variations(
+        picture, n=2, seed=3, decoder={"guidance": 1.5}, stages=2, name="cat.jpg"
+    )
+    recipe = from_png(drawn.images[1], drawn.recipes[1], tmp_path)
+    (source,) = recipe["images"]
+    assert (source["name"], source["width"], source["height"]) == ("cat.jpg", 30, 40)
+    images.write_png(tmp_path / "another name.png", picture)  # the same pixels
+    again = model.redraw(recipe, [images.read_image(tmp_path / "another name.png")])
+    np.testing.assert_array_equal(again.images[0], drawn.images[1])
+    assert again.recipes[0] == drawn.recipes[1]
+    picture[0, 0, 0] ^= 1
+    for wrong in ([picture], [], [picture, picture]):
+        with pytest.raises(errors.ConfigError, match=r"pictures are 'cat\.jpg' \([0-9a-f]{64}\)"):
+            model.redraw(recipe, wrong)
+
+
+def test_a_noised_small_picture_is_drawn_again_too(parts, tmp_path):
+    """The level changes the picture, compiles nothing, and is in the recipe."""
+    part = parts["upsampler_0"]
+    arch, settings = part.arch | {"noise_level": True}, part.settings | {"noise_level": 0.5}
+    task = tasks.make("upsampler", arch, settings)
+    shapes = jax.eval_shape(task.init, jax.random.key(0))
+    params = shaken(jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes), 4)
+    few = {"clip": parts["clip"], "decoder": parts["decoder"]}
+    few["upsampler_0"] = bundle.Part("upsampler_0", arch, params, {}, settings)
+    model = UnCLIP(few, batch_size=1)
+    picture = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    drawn = [
+        model.variations(picture, 1, 3, upsamplers=[{"noise_level": level}])
+        for level in (0.0, 0.25)
+    ]
+    assert [program._cache_size() for program in model._compiled.values()] == [1, 1, 1]
+    assert not np.array_equal(drawn[0].images, drawn[1].images)
+    recipe = from_png(drawn[1].images[0], drawn[1].recipes[0], tmp_path)
+    assert recipe["noise_level"] == {"upsampler_0": 0.25}
+    np.testing.assert_array_equal(model.redraw(recipe, [picture]).images, drawn[1].images)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model_hash": "9876543210"}, "of model 9876543210, this is 0123456789"),
+        ({"noise": "given: decoder"}, "noise was given: decoder"),
+        ({"seed": "5"}, "seed is '5': expected int"),
+        ({"mode": "inpaint"}, "mode 'inpaint' from 0 pictures"),
+        ({"images": "x"}, "images are damaged"),
+        ({"steps": {"decoders": 3}}, "did you mean 'decoder'"),
+        ({"stages": None}, "stages is None"),
+    ],
+)
+def test_a_recipe_that_cannot_be_repeated_says_why(six, model, changes, said):
+    with pytest.raises(errors.ConfigError, match=said):
+        model.redraw(six.recipes[0] | changes)
+
+
+def test_a_recipe_of_another_batch_size_warns(six, model):
+    with pytest.warns(UserWarning, match="in batches of 64, here of 4"):
+        model.redraw(six.recipes[0] | {"batch_size": 64})
 
 
 def test_nothing_is_compiled_again(six, model):

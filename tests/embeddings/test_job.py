@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from unclip import errors, tasks
-from unclip.cascade import runs
+from unclip.cascade import bundle, runs
 from unclip.embeddings import sums as embedding_sums
 from unclip.embeddings.job import Job, distributed, embed_shards
 from unclip.embeddings.pairs import Pair
@@ -73,7 +73,7 @@ def clip():
     shapes = jax.eval_shape(tasks.ClipTask(ARCH).init, jax.random.key(0))
     rng = np.random.default_rng(1)
     params = jax.tree.map(lambda leaf: np.float32(0.3 * rng.normal(size=leaf.shape)), shapes)
-    return ARCH, params, runs.tree_hash(params)
+    return ARCH, params, bundle.tree_hash(params)
 
 
 @pytest.fixture(scope="module")
@@ -442,7 +442,7 @@ def test_training_on_a_folder_is_training_on_the_fly(prior_config, run_of, shard
         Job(
             clip.arch,
             clip.params,
-            runs.tree_hash(clip.params),
+            bundle.space(clip),
             open_shards(shards["train"], text=False),
             tmp_path / "z",
             batch_size=8,

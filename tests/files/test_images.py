@@ -261,6 +261,40 @@ def test_grid_places_every_picture():
         images.grid(cells, labels=["one"])
 
 
+def test_a_grid_has_the_recipes_of_its_pictures(tmp_path):
+    picture = np.zeros((4, 6, 3), np.uint8)
+    shared = {"mode": "text", "model_hash": "0123456789", "steps": {"decoder": 25}}
+    recipes = [shared | {"prompt": p, "seed": s} for p in ("a fox", "a cat") for s in (5, 6)]
+    recipes[3]["caption"] = False
+    path = images.save_grid([picture] * 4, tmp_path, 2, recipes=recipes)
+    found = images.read_recipe(path)
+    assert found["grid_columns"] == 2 and found["steps"] == {"decoder": 25}
+    assert found["pictures"][0] == {"prompt": "a fox", "seed": 5}
+    assert images.recipes_of(found) == recipes
+    assert images.recipes_of(recipes[0]) == recipes[:1]
+    with Image.open(path) as opened:
+        assert "fox" not in opened.text["parameters"]  # a line for people
+    *_, path = images.save_pictures([picture] * 4, recipes, tmp_path / "all")
+    assert images.recipes_of(images.read_recipe(path)) == recipes
+    # Too many to be read back: their number, and what they share.
+    many = images.grid_recipe([{"prompt": "x" * 2000, "seed": s} for s in range(200)], 10)
+    assert many["pictures"] == 200 or len(json.dumps(many)) < images.MAX_RECIPE_CHARS
+    many = images.grid_recipe([{"prompt": f"{s}" * 2000} for s in range(200)], 10)
+    assert many["pictures"] == 200
+    with pytest.raises(errors.ConfigError, match="each is in its own PNG"):
+        images.recipes_of(many)
+
+
+def test_a_source_picture_is_known_by_its_pixels(tmp_path):
+    picture = np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8)
+    images.write_png(tmp_path / "a.png", picture, {"seed": 1})
+    one = images.source(images.read_image(tmp_path / "a.png"), tmp_path / "a.png")
+    assert one == {"name": "a.png", "width": 6, "height": 4, "sha256": one["sha256"]}
+    assert images.source(picture)["sha256"] == one["sha256"]
+    turned = np.ascontiguousarray(picture.reshape(6, 4, 3))  # the same bytes, another shape
+    assert images.source(turned)["sha256"] != one["sha256"]
+
+
 def test_grid_labels_stay_below_their_picture():
     cells = np.full((2, 40, 60, 3), 128, np.uint8)
     plain = images.grid(cells, labels=["", ""])

@@ -185,7 +185,7 @@ def test_a_run_is_read_too(run_of):
     workdir = run_of("clip")
     extractor, encoder = embedders.clip_extractor(workdir), embedders.CaptionEncoder(workdir)
     part = runs.open_part(workdir, "clip")
-    assert extractor.provenance["weights_sha256"] == runs.tree_hash(part.params)
+    assert extractor.provenance["weights_sha256"] == bundle.tree_hash(part.params)
     assert encoder.provenance["weights_sha256"] == extractor.provenance["weights_sha256"]
     assert features(extractor, PICTURES)["z_i"].shape == (3, 16)
     assert encoder.encode(CAPTIONS).shape == (5, 16)

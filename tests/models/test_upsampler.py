@@ -114,6 +114,26 @@ def test_it_reads_the_small_picture_and_starts_at_zero():
     np.testing.assert_array_equal(moved[1], 0)
 
 
+def test_a_noise_level_is_read_and_a_fresh_network_ignores_it():
+    args = normal(0, 2, 8, 8, 3), jnp.array([7, 7]), normal(1, 2, 4, 4, 3)
+    fields = dict(channels=4, multipliers=(1,), blocks=1, attention=(False,), groups=2)
+    plain, model = Upsampler(**fields), Upsampler(**fields, noise_level=True)
+    shapes = lambda m: jax.eval_shape(lambda k: m.init(k, *args), jax.random.key(0))["params"]
+    assert shapes(model).keys() == {"unet", "level"}
+    assert shapes(plain).keys() == {"unet"}  # the published layout is as it was
+    params, apply = randomised(model, *args), jax.jit(model.apply)
+    clean = apply(params, *args)  # no level is level 0
+    moved = apply(params, *args, jnp.array([0, 500])) - clean
+    np.testing.assert_array_equal(moved[0], 0)
+    assert np.abs(moved[1]).max() > 1e-3
+    key = jax.random.key(1)
+    fresh = jax.jit(lambda key: model.init(key, *args)["params"]["level"])(key)
+    np.testing.assert_array_equal(fresh["fc_2"]["kernel"], 0)
+    np.testing.assert_array_equal(fresh["fc_2"]["bias"], 0)
+    with pytest.raises(ConfigError, match=r"without arch\.noise_level"):
+        jax.eval_shape(plain.apply, randomised(plain, *args), *args, jnp.array([0, 1]))
+
+
 def test_shapes_that_do_not_fit_are_named():
     model = Upsampler(**TINY)
     with pytest.raises(ConfigError, match="at most its height and width"):

@@ -7,8 +7,10 @@ import pytest
 
 from unclip import UnCLIP, protocols
 from unclip.errors import ConfigError
+from unclip.files import images
 from unclip.input.decode.image import for_clip
 from unclip.protocols.typographic import paste_label
+from unclip.tasks.arrays import to_uint8
 
 SETTINGS = {"decoder": {"steps": 2}, "stages": 1, "prior": {"steps": 3}, "embed": "prior"}
 D = 16  # of the micro CLIP
@@ -81,6 +83,9 @@ def test_draws_are_the_pipelines_variations(attack, model):
     recipe = drawn.recipes[0]
     assert recipe["seed"] == 7 and recipe["key"] == attack.keys[4]
     assert "prior" not in recipe and recipe["mode"] == "variations"
+    # Drawn again from the recipe and the attacked picture alone.
+    again = model.redraw(recipe, [attack.attacked.read(4)])
+    assert (again.images[0] == drawn.images[0]).all()
 
 
 def test_judge_of_the_attack(attack, model):
@@ -168,6 +173,15 @@ def test_drawing_and_judging_a_sweep(sweep, model):
     assert [r["seed"] for r in drawn.recipes] == [50] * 4 + [54] * 4
     own = model.variations(sweep._source.read(0), n=1, seed=50, decoder={"steps": 2}, stages=1)
     assert (drawn.images[3] == own.images[0]).all()
+    # A recipe says of which picture, of how many components fitted on what, and every setting.
+    recipe = drawn.recipes[5]
+    assert recipe["images"] == [images.source(sweep._source.read(1), sweep._source.name(1))]
+    assert (recipe["components"], recipe["fit_count"]) == (4, 24)
+    assert recipe["fit"] == sweep._fit.source and recipe["steps"] == {"decoder": 2}
+    z_i = np.float32(sweep._projected(model, sweep.columns.index(recipe["components"]) + 4))
+    settings = {name: recipe[name]["decoder"] for name in ("steps", "sampler", "guidance", "eta")}
+    again = model.decode(z_i[None], None, [recipe["seed"]], decoder=settings, stages=1)
+    assert (to_uint8(again["decoder"][0]) == drawn.images[5]).all()
     values, facts = sweep.judge(drawn.images, model)
     assert len(facts) == 8
     cosines = [values[f"reconstruction.{d}.cosine"] for d in ("d1", "d4", "d16", "full")]

@@ -49,6 +49,9 @@ def test_pictures_that_are_not_kept_go(paint, tmp_path, keep):
         wanted = {row["file"] for rows in record["kept"].values() for row in rows}
         assert set(files_of(folder)) == wanted | {"grid.png"}
         assert images.read_image(folder / "grid.png").shape == (12, 22, 3)
+        shown = [folder / row["file"] for row in record["kept"]["shown"]]
+        found = images.recipes_of(images.read_recipe(folder / "grid.png"))
+        assert found == [images.read_recipe(path) for path in shown]
     with pytest.raises(errors.ConfigError, match="keep_pictures 'gird': did you mean 'grid'"):
         runner(tmp_path, {"keep_pictures": "gird"})
 

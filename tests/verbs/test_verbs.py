@@ -19,7 +19,14 @@ def generate(serve_verb):
         yield run
 
 
-def test_export_writes_the_averages(serve_verb, run_of, bundle_dir, tmp_path):
+@pytest.fixture(scope="module")
+def export(serve_verb):
+    """export(*arguments) -> (exit code, stdout, stderr), see `serve_verb`."""
+    with serve_verb("export") as run:
+        yield run
+
+
+def test_export_writes_the_averages(export, run_of, bundle_dir, tmp_path):
     command = (
         "--clip",
         run_of("clip"),
@@ -34,14 +41,36 @@ def test_export_writes_the_averages(serve_verb, run_of, bundle_dir, tmp_path):
         "--out",
         tmp_path,
     )
-    with serve_verb("export") as export:
-        code, out, err = export(*command)
+    code, out, err = export(*command)
     assert code == 0, err
     written = bundle.describe(tmp_path)
     assert written["hash"] == bundle.describe(bundle_dir)["hash"] and written["hash"] in out
     assert set(written["parts"]) == set(bundle.describe(bundle_dir)["parts"])
     assert set(bundle.read_part(tmp_path, "prior").extra) == {"mean", "std"}
     assert written["meta"]["sources"]["clip"] == run_of("clip")
+
+
+def test_export_refuses_another_clip_or_says_so(export, run_of, tmp_path):
+    part = runs.open_part(run_of("clip"), "clip")
+    own = bundle.space(part)
+    part.params["logit_scale"], part.space = part.params["logit_scale"] + np.float32(1e-3), ""
+    bundle.write(tmp_path / "clip", {"clip": part})
+
+    def command(clip, out):
+        given = (("clip", clip), ("prior", run_of("prior")), ("decoder", run_of("decoder")))
+        return [word for name, path in given for word in (f"--{name}", path)] + ["--out", out]
+
+    code, _, err = export(*command(tmp_path / "clip", tmp_path / "no"))
+    assert code == 78 and err.count("was trained with another clip") == 2
+    assert not (tmp_path / "no").exists()
+    code, _, err = export(*command(run_of("clip"), tmp_path / "no"), "--noema")
+    assert code == 78 and "--noema takes a run's raw CLIP" in err
+    out = tmp_path / "yes"
+    code, said, _ = export(*command(tmp_path / "clip", out), "--allow_mixed_spaces")
+    assert code == 0 and said.count("several embedding spaces") == 2 and "unknown" not in said
+    document = bundle.describe(out)
+    assert len(document["meta"]["mixed_spaces"]) == 2
+    assert document["parts"]["prior"]["trained_with"] == {"clip": own}
 
 
 def test_export_of_a_run_of_another_stage_is_one_line(run_of, tmp_path):
@@ -101,7 +130,7 @@ def test_generate_writes_pictures_that_say_how(generate, bundle_dir, tmp_path):
     assert code == 0, err
     paths = [pathlib.Path(line) for line in out.split("\n") if line.endswith(".png")]
     recipes = [images.read_recipe(path) for path in paths]
-    made = [(path, r) for path, r in zip(paths, recipes) if r and "seed" in r]
+    made = [(path, r) for path, r in zip(paths, recipes) if "grid_columns" not in r]
     assert [(r["prompt"], r["seed"]) for _, r in made] == [
         ("a red dot", 7),
         ("a red dot", 8),
@@ -115,6 +144,8 @@ def test_generate_writes_pictures_that_say_how(generate, bundle_dir, tmp_path):
             assert picture.size == (8, 8)
             assert "Seed: " in picture.text["parameters"]
     assert "cut" in err
+    grid = images.read_recipe(paths[-1])
+    assert images.recipes_of(grid) == [recipe for _, recipe in made]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,10 @@ its own architecture and settings in its header, so its sha256 covers everything
 picture; `model.json` repeats them for people to read and records the sha256. Tensors are read by
 safetensors alone: nothing here unpickles, and no path is taken from the files. Parts are written
 tensor by tensor, and can be read so.
+
+A prior and a decoder work in the embedding space of the CLIP (and the T5) that they were trained
+with. `model.json` names that space: `space` of a CLIP or T5 is the hash of its parameters, and
+`trained_with` of a stage holds the spaces it was trained in; `cascade.spaces` compares them.
 """
 
 import dataclasses
@@ -24,6 +28,7 @@ import numpy as np
 
 from unclip import errors, files, tasks
 from unclip.files import tensors
+from unclip.runtime import sharding
 
 FORMAT = 1
 KINDS = (
@@ -37,6 +42,7 @@ KINDS = (
     "inception",
     "dinov2",
 )
+SPACES = ("clip", "t5")  # parts in whose embedding space others work
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 MAX_JSON_BYTES = 16 << 20
 
@@ -54,6 +60,10 @@ class Part:
         kept in their own dtype.
       settings: JSON-able facts that sampling needs: diffusion schedule, parametrisation,
         image_size, context length. Lists come back as tuples.
+      space: of a part of `SPACES`, the `tree_hash` of its parameters, before a cast by `write`;
+        "" until `space` has computed it.
+      trained_with: {part of `SPACES`: the space this part was trained in}, as far as it is known.
+      mixed_spaces: where somebody let it be trained on in another space all the same, in words.
     """
 
     kind: str
@@ -61,6 +71,29 @@ class Part:
     params: dict[str, Any]
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    space: str = ""
+    trained_with: dict[str, str] = dataclasses.field(default_factory=dict)
+    mixed_spaces: tuple[str, ...] = ()
+
+
+def tree_hash(params) -> str:
+    """sha256 (hex) of a parameter tree's names, shapes, dtypes and values; arrays on the host."""
+    digest = hashlib.sha256()
+    for path, leaf in sorted(sharding.tree_paths(params).items()):
+        leaf = np.ascontiguousarray(leaf)
+        digest.update(f"{path} {leaf.shape} {leaf.dtype}\n".encode())
+        digest.update(leaf.reshape(-1).view(np.uint8))
+    return digest.hexdigest()
+
+
+def space(part: Part) -> str:
+    """The embedding space of a part of `SPACES`: as recorded, or hashed here and kept.
+
+    A bundle records it before it casts, so that a CLIP in bfloat16 is the CLIP it was made from.
+    """
+    if not part.space:
+        part.space = tree_hash(part.params)
+    return part.space
 
 
 @dataclasses.dataclass
@@ -118,6 +151,11 @@ def write(
         path = directory / f"{name}.safetensors"
         tensors.write(path, content, header)
         records[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path), **described}
+        # Not in the part's file: they decide no picture, and the model hash is of what does.
+        lineage = {"trained_with": dict(part.trained_with), "mixed_spaces": list(part.mixed_spaces)}
+        records[name] |= {field: value for field, value in lineage.items() if value}
+        if name in SPACES:
+            records[name]["space"] = space(part)
     model_hash = _model_hash(records)
     document = {"format": FORMAT, "hash": model_hash, "meta": meta, "parts": records}
     text = json.dumps(document, indent=2, sort_keys=True, allow_nan=False)
@@ -248,6 +286,9 @@ def _read_part(directory: pathlib.Path, name: str, record: dict, verify: bool) -
         params=trees["params"],
         extra=trees["extra"],
         settings=tasks.current_names(_tuples(header["settings"])),
+        space=record.get("space", ""),
+        trained_with=dict(record.get("trained_with", {})),
+        mixed_spaces=tuple(record.get("mixed_spaces", ())),
     )
 
 
@@ -295,6 +336,7 @@ def _tuples(value: Any) -> Any:
 
 def _is_record(item: tuple[str, Any]) -> bool:
     name, record = item
+    texts = lambda values: all(isinstance(value, str) for value in values)
     return (
         name in KINDS
         and isinstance(record, dict)
@@ -302,6 +344,11 @@ def _is_record(item: tuple[str, Any]) -> bool:
         and isinstance(record.get("sha256"), str)
         and isinstance(record.get("arch"), dict)
         and isinstance(record.get("settings"), dict)
+        and isinstance(record.get("space", ""), str)
+        and isinstance(record.get("trained_with", {}), dict)
+        and texts(record.get("trained_with", {}).values())
+        and isinstance(record.get("mixed_spaces", []), list)
+        and texts(record.get("mixed_spaces", []))
     )
 
 

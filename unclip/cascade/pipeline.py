@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip import errors, tasks
-from unclip.cascade import bundle
+from unclip.cascade import bundle, spaces
+from unclip.files import images as image_files
 from unclip.input.decode.image import for_clip
 from unclip.input.decode.text import Tokenizer
 from unclip.runtime import sharding
@@ -30,7 +31,13 @@ from unclip.tasks.clip import FrozenClip
 
 STAGE_TAGS = {"prior": 0, "decoder": 1, "upsampler_0": 2, "upsampler_1": 3}
 LAST = "_last"  # upsampler_0_last: a second network, for the last step of upsampler_0
-TRACED = ("guidance", "eta", "temperature", "top_p")  # settings of a draw that compile nothing
+TRACED = (
+    "guidance",
+    "eta",
+    "temperature",
+    "top_p",
+    "noise_level",
+)  # settings of a draw that compile nothing
 EMBEDS = ("prior", "text", "none")  # where the decoder's z_i comes from
 FREE = ("dtype", "dropout", "remat", "attention_impl")  # in which the two networks may differ
 
@@ -114,13 +121,21 @@ class UnCLIP:
         self._compiled, self._warned = {}, set()
 
     @classmethod
-    def load(cls, directory: str, **kwargs) -> "UnCLIP":
+    def load(cls, directory: str, *, allow_mixed_spaces: bool = False, **kwargs) -> "UnCLIP":
         """Opens a bundle folder (`unclip export`, `unclip convert`).
 
+        Args:
+          allow_mixed_spaces: take stages that were not trained with one another all the same, with
+            a warning, as a bundle is taken that was exported so.
+
         Raises:
-          DataError: unreadable or damaged files; ConfigError: not a bundle.
+          DataError: unreadable or damaged files; ConfigError: not a bundle, or its stages work in
+            several embedding spaces (`cascade.spaces`).
         """
         opened = bundle.read(directory)
+        allowed = allow_mixed_spaces or opened.meta.get(spaces.RECORD, ())
+        for line in spaces.check(opened.parts, allowed):
+            warnings.warn(f"{directory}: several embedding spaces: {line}", stacklevel=2)
         return cls(opened.parts, model_hash=opened.hash, **kwargs)
 
     def _place(self, tree):
@@ -439,7 +454,7 @@ class UnCLIP:
             stages=stages,
             noise=noise,
         )
-        settings = self._settings(chosen | dict(zip(self.upsamplers, upsamplers)), stages, noise)
+        settings = self.in_force(chosen | dict(zip(self.upsamplers, upsamplers)), stages, noise)
         if embed not in (None, "prior"):
             settings["embed"] = embed
         if not caption:
@@ -459,11 +474,13 @@ class UnCLIP:
         upsamplers: Sequence[dict] = (),
         stages: int | None = None,
         noise: Noise | None = None,
+        name: str = "",
     ) -> Pictures:
         """Draws `n` pictures that share the embedding z_i of a picture (paper, section 3.1).
 
         Args:
           image: uint8 [H, W, 3]; a picture that is not square is cropped to its centre.
+          name: of its file, for the recipe.
           Other arguments as in `generate`; the decoder draws as it was trained to without a
             caption, with guidance too.
         """
@@ -484,20 +501,86 @@ class UnCLIP:
             noise=noise,
         )
         chosen = {"decoder": decoder or {}} | dict(zip(self.upsamplers, upsamplers))
-        settings = self._settings(chosen, stages, noise)
+        settings = self.in_force(chosen, stages, noise)
+        settings["images"] = [image_files.source(image, name)]
         recipes = [{"mode": "variations", "prompt": "", "seed": s, **settings} for s in seeds]
         return _pictures(drawn, recipes)
+
+    def redraw(self, recipe: Mapping, images: Sequence[np.ndarray] = ()) -> Pictures:
+        """The picture of a recipe, drawn again: equal to the bit on the same device and versions.
+
+        Args:
+          recipe: of one picture (`files.images.read_recipe`).
+          images: uint8 [H, W, 3], the pictures that it was drawn from, in the recipe's order.
+
+        Raises:
+          ConfigError: a recipe of another model, mode or other pictures, or one that is not whole.
+        """
+        given = lambda name, *kinds: _field(recipe, name, kinds)
+        if given("model_hash", str) != self.model_hash:
+            raise errors.ConfigError(
+                f"the recipe is of model {recipe['model_hash']}, this is {self.model_hash}"
+            )
+        if "noise" in recipe:
+            raise errors.ConfigError(f"the recipe's noise was {recipe['noise']}: not in the recipe")
+        sources = recipe.get("images", [])
+        found = [image_files.source(image)["sha256"] for image in images]
+        if not isinstance(sources, list) or not all(isinstance(one, dict) for one in sources):
+            raise errors.ConfigError("the recipe's images are damaged: expected a list of objects")
+        if found != [one.get("sha256") for one in sources]:
+            named = [f"{one.get('name')!r} ({one.get('sha256')})" for one in sources]
+            raise errors.ConfigError(
+                f"the recipe's pictures are {', '.join(named) or 'none'}; given "
+                f"{', '.join(found) or 'none'} (sha256 of the pixels)"
+            )
+        if recipe.get("batch_size", self.batch_size) != self.batch_size:
+            warnings.warn(
+                f"drawn in batches of {recipe['batch_size']}, here of {self.batch_size}: rounding "
+                "may differ",
+                stacklevel=2,
+            )
+        chosen: dict[str, dict] = {}
+        for setting, values in recipe.items():
+            for stage, value in values.items() if isinstance(values, dict) else ():
+                if stage not in self._tasks:
+                    raise errors.unknown(f"stage of the recipe's {setting}", stage, self._tasks)
+                chosen.setdefault(stage, {})[setting] = value
+        seed, stages = given("seed", int), given("stages", int)
+        shared = {
+            "decoder": chosen.pop("decoder", {}),
+            "upsamplers": [chosen.pop(name, {}) for name in self.upsamplers],
+            "stages": stages,
+        }
+        mode = given("mode", str)
+        if mode == "text":
+            embed, caption = recipe.get("embed"), recipe.get("caption", True) is not False
+            shared |= {"prior": chosen.get("prior", {}), "embed": embed, "caption": caption}
+            return self.generate(given("prompt", str), 1, seed, **shared)
+        if mode == "variations" and len(images) == 1:
+            name = str(sources[0].get("name", ""))
+            return self.variations(images[0], 1, seed, name=name, **shared)
+        raise errors.ConfigError(
+            f"a recipe of mode {mode!r} from {len(images)} pictures: expected 'text' from none or "
+            "'variations' from one"
+        )
 
     def score(self, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
         """Cosine of z_i and z_t, float32 [n], by this model's own CLIP."""
         z_i, z_t = jnp.asarray(self.embed_image(images)), jnp.asarray(self.embed_text(prompts))
         return np.asarray(jnp.sum(unit(z_i) * unit(z_t), axis=-1))
 
-    def _settings(self, chosen: dict[str, dict], stages: int | None, noise: Noise | None) -> dict:
-        """Every setting in force, for a recipe: {setting: {stage: value}}."""
+    def in_force(
+        self, chosen: dict[str, dict], stages: int | None = None, noise: Noise | None = None
+    ) -> dict:
+        """Every setting in force, for a recipe: {setting: {stage: value}}.
+
+        Args:
+          chosen: {stage: settings given}; of prior and decoder, those named are in force.
+          stages, noise: as in `generate`.
+        """
         count = min(stages or 1 + len(self.upsamplers), 1 + len(self.upsamplers))
         names = [n for n in ("prior", "decoder") if n in chosen] + self.upsamplers[: count - 1]
-        out = {"model_hash": self.model_hash, "stages": count}
+        out = {"model_hash": self.model_hash, "stages": count, "batch_size": self.batch_size}
         if noise is not None:  # then the seeds alone do not draw the picture again
             out["noise"] = "given: " + ", ".join(noise)
         for name in names:
@@ -509,6 +592,15 @@ class UnCLIP:
 def _pictures(drawn: dict[str, np.ndarray], recipes: list[dict]) -> Pictures:
     stages = {name: to_uint8(pictures) for name, pictures in drawn.items()}
     return Pictures(list(stages.values())[-1], recipes, stages)
+
+
+def _field(recipe: Mapping, name: str, kinds: tuple[type, ...]):
+    """A recipe's field; ConfigError where it is missing or of another type."""
+    value = recipe.get(name)
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        expected = " or ".join(kind.__name__ for kind in kinds)
+        raise errors.ConfigError(f"the recipe's {name} is {value!r}: expected {expected}")
+    return value
 
 
 def _split(draw: dict) -> tuple[tuple, dict]:

@@ -4,9 +4,9 @@ Later stages take their frozen CLIP from the run of an earlier one, and `unclip 
 runs into a bundle; both accept a run's workdir and a bundle's folder alike.
 """
 
-import hashlib
 import json
 import pathlib
+from typing import Any
 
 import numpy as np
 import safetensors
@@ -15,9 +15,10 @@ from safetensors.numpy import save_file
 from unclip import errors, files, tasks
 from unclip.cascade import bundle
 from unclip.models import t5
-from unclip.runtime import checkpoint, sharding
+from unclip.runtime import checkpoint
 
 STATISTICS = "statistics.safetensors"
+TRAINED_WITH = "trained_with.json"
 
 
 def is_run(path: str | pathlib.Path) -> bool:
@@ -45,39 +46,33 @@ def run_config(workdir: str | pathlib.Path) -> dict:
     return config
 
 
-def tree_hash(params) -> str:
-    """sha256 (hex) of a parameter tree's names, shapes, dtypes and values; arrays on the host."""
-    digest = hashlib.sha256()
-    for path, leaf in sorted(sharding.tree_paths(params).items()):
-        leaf = np.ascontiguousarray(leaf)
-        digest.update(f"{path} {leaf.shape} {leaf.dtype}\n".encode())
-        digest.update(leaf.reshape(-1).view(np.uint8))
-    return digest.hexdigest()
-
-
 def read_prior_statistics(
     path: str | pathlib.Path, clip_hash: str | None = None
 ) -> dict[str, np.ndarray]:
     """What a prior measured of z_i before it was trained.
 
     Args:
-      clip_hash: `tree_hash` of the CLIP it must have been measured with; None takes any.
+      clip_hash: `bundle.space` of the CLIP it must have been measured with; None takes any.
 
     Raises:
       DataError: the file is damaged or cannot be read; ConfigError: it belongs to another CLIP.
     """
-    try:
-        with safetensors.safe_open(path, "np") as file:
-            measured = (file.metadata() or {}).get("clip")
-            statistics = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, safetensors.SafetensorError) as e:
-        raise errors.DataError(f"cannot read {path}: {e}; delete it to measure again") from e
+    statistics, measured = _read_statistics(path)
     if clip_hash is not None and measured != clip_hash:
         raise errors.ConfigError(
             f"{path} was measured with another CLIP ({str(measured)[:12]}, now {clip_hash[:12]}): "
             "choose another --workdir, or go back to that CLIP"
         )
     return statistics
+
+
+def _read_statistics(path: str | pathlib.Path) -> tuple[dict[str, np.ndarray], str | None]:
+    try:
+        with safetensors.safe_open(path, "np") as file:
+            measured = (file.metadata() or {}).get("clip")
+            return {name: file.get_tensor(name) for name in file.keys()}, measured  # noqa: SIM118
+    except (OSError, safetensors.SafetensorError) as e:
+        raise errors.DataError(f"cannot read {path}: {e}; delete it to measure again") from e
 
 
 def write_prior_statistics(
@@ -95,31 +90,65 @@ def write_prior_statistics(
             raise errors.DataError(f"cannot write {path}: {e}") from e
 
 
-def part_from_run(workdir: str | pathlib.Path, stage: str, *, ema: bool = True) -> bundle.Part:
-    """The latest checkpoint of a run as a bundle part.
+def lineage(path: str | pathlib.Path, name: str) -> dict[str, Any]:
+    """{"trained_with", "mixed_spaces"} of the part `name` of a RUN or a BUNDLE: fields of
+    `bundle.Part`, empty where nothing is known.
+
+    Raises:
+      ConfigError: no such part; DataError: the record is damaged.
+    """
+    _folder(path)
+    if not is_run(path):
+        describe_part(path, name)
+        record = bundle.describe(path)["parts"][name]
+        return {
+            "trained_with": dict(record.get("trained_with", {})),
+            "mixed_spaces": tuple(record.get("mixed_spaces", ())),
+        }
+    file, statistics = pathlib.Path(path) / TRAINED_WITH, pathlib.Path(path) / STATISTICS
+    found = {"trained_with": {}, "mixed_spaces": []}
+    if file.exists():
+        found |= files.read_object(file)
+        kinds = isinstance(found["trained_with"], dict) and isinstance(found["mixed_spaces"], list)
+        if not kinds or not all(isinstance(v, str) for v in found["trained_with"].values()):
+            raise errors.DataError(f"{file} is damaged: it does not say what was trained with what")
+    elif statistics.exists():  # a run older than the record, whose statistics name their CLIP
+        _, clip = _read_statistics(statistics)
+        found["trained_with"] = {"clip": clip} if clip else {}
+    return {
+        "trained_with": found["trained_with"], "mixed_spaces": tuple(found["mixed_spaces"]),
+    }  # fmt: skip
+
+
+def write_lineage(workdir: str | pathlib.Path, found: dict[str, Any]) -> None:
+    """Writes what `lineage` reads of a RUN, atomically.
+
+    Raises:
+      DataError: it cannot be written.
+    """
+    files.write_object(pathlib.Path(workdir) / TRAINED_WITH, found)
+
+
+def part_from_run(
+    workdir: str | pathlib.Path, name: str, *, ema: bool = True, step: int | None = None
+) -> bundle.Part:
+    """A checkpoint of a run as a bundle part.
 
     Args:
       workdir: folder of `unclip train`.
-      stage: what the caller expects to find there.
+      name: of the part that the caller expects to find there.
       ema: the moving average instead of the raw parameters.
+      step: of the checkpoint; None: the latest.
 
     Raises:
       DataError: no run or no checkpoint; ConfigError: a run of another stage.
     """
-    config = run_config(workdir)
-    if config["stage"] != stage:
-        raise errors.ConfigError(f"{workdir} is a run of stage {config['stage']!r}, not {stage!r}")
+    arch, settings = describe_part(workdir, name)
     branch = "ema" if ema else "params"
     folder = pathlib.Path(workdir) / "checkpoints"
-    params = checkpoint.load_subtree(folder, (branch,))[branch]
-    statistics = pathlib.Path(workdir) / STATISTICS
-    return bundle.Part(
-        kind=stage,
-        arch=config["arch"],
-        params=params,
-        extra=read_prior_statistics(statistics) if statistics.exists() else {},
-        settings=config["task"],
-    )
+    params = checkpoint.load_subtree(folder, (branch,), step=step)[branch]
+    extra = statistics_of(workdir)
+    return bundle.Part(name, arch, params, extra, settings, **lineage(workdir, name))
 
 
 def open_part(path: str | pathlib.Path, name: str, *, ema: bool = True) -> bundle.Part:
@@ -139,7 +168,7 @@ def open_part(path: str | pathlib.Path, name: str, *, ema: bool = True) -> bundl
             )
         return open_part(trained_with, "t5")
     if is_run(path):
-        return part_from_run(path, tasks.stage_of(name), ema=ema)
+        return part_from_run(path, name, ema=ema)
     return bundle.read_part(path, name)
 
 

@@ -105,7 +105,7 @@ class Job:
     """Shards to be embedded into a folder; `embed_shards` runs every step.
 
     Args:
-      clip_arch, params: of the CLIP, on the host; clip_hash: their `runs.tree_hash`.
+      clip_arch, params: of the CLIP, on the host; clip_hash: its `bundle.space`.
       collection: whose shards are embedded; rows that a subset leaves out stay NaN.
       folder: to write to; made when missing.
       batch_size: pictures on this process's devices at once, rounded up to fill every device, and

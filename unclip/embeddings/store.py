@@ -113,7 +113,7 @@ class Store:
       folder: as `unclip embed --out` wrote it.
 
     Attributes:
-      clip: `runs.tree_hash` of the CLIP; embed_dim: D; dtype: of the files.
+      clip: `bundle.space` of the CLIP; embed_dim: D; dtype: of the files.
       captions: where z_t's captions come from, the first that a sample has.
       shards: `Shard` by digest.
       complete: False while `unclip embed` has shards to do.

@@ -2,10 +2,12 @@
 
 A generated PNG holds two text chunks: `parameters`, the text that AUTOMATIC1111's web UI writes
 and many tools read, and `unclip`, our recipe as JSON, which is exact. The recipe has what is needed
-to draw the picture again: prompt, seed, sampler, steps and guidance.
+to draw the picture again: the model's hash, mode, prompt, seed and every setting; of a picture that
+it was drawn from, name and hash. A grid has the recipes of all of its pictures.
 """
 
 import contextlib
+import hashlib
 import itertools
 import json
 import math
@@ -92,13 +94,59 @@ def read_recipe(path: str | os.PathLike) -> dict[str, Any] | None:
     return parse_parameters(parameters) if parameters is not None else None
 
 
+def source(image: np.ndarray, path: str | os.PathLike = "") -> dict[str, Any]:
+    """What a recipe says of a picture that others are drawn from.
+
+    Args:
+      image: uint8 [H, W, 3], as `read_image` gives it; path: of its file, whose name is kept.
+
+    Returns:
+      {"name", "width", "height", "sha256": hex, of the pixels row by row}.
+    """
+    image = _checked(image)
+    height, width = image.shape[:2]
+    hashed = hashlib.sha256(f"{width}x{height} RGB uint8\n".encode() + image.tobytes())
+    name = os.path.basename(os.fspath(path))
+    return {"name": name, "width": width, "height": height, "sha256": hashed.hexdigest()}
+
+
+def grid_recipe(recipes: Sequence[Mapping[str, Any]], columns: int) -> dict[str, Any]:
+    """The recipe of a grid: what its pictures share, and in "pictures" each one's own, row by row.
+
+    Where that is longer than a recipe may be, "pictures" is their number: each has its own PNG.
+    """
+    recipes = [_plain(recipe) for recipe in recipes]
+    first = recipes[0] if recipes else {}
+    shared = {k: v for k, v in first.items() if all(k in r and r[k] == v for r in recipes)}
+    own = [{k: v for k, v in recipe.items() if k not in shared} for recipe in recipes]
+    found = shared | {"grid_columns": columns, "pictures": own}
+    if len(json.dumps(found)) > MAX_RECIPE_CHARS:
+        found["pictures"] = len(own)
+    return found
+
+
+def recipes_of(recipe: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The recipes of a grid's pictures, the inverse of `grid_recipe`; of a picture, its own alone.
+
+    Raises:
+      ConfigError: a grid whose pictures' recipes were too long to be kept.
+    """
+    if "grid_columns" not in recipe:
+        return [dict(recipe)]
+    shared = {k: v for k, v in recipe.items() if k not in ("grid_columns", "pictures")}
+    own = recipe.get("pictures")
+    if not isinstance(own, list) or not all(isinstance(one, dict) for one in own):
+        raise errors.ConfigError("a grid without its pictures' recipes: each is in its own PNG")
+    return [shared | one for one in own]
+
+
 def format_parameters(recipe: Mapping[str, Any], size: str | None = None) -> str:
     """The `parameters` text of a recipe, as AUTOMATIC1111's web UI writes and reads it.
 
     A field given per stage ({"prior": 25, "decoder": 50}) puts the decoder's value under the known
     name and the other stages' under their own ("Prior steps: 25").
     """
-    recipe = dict(recipe)
+    recipe = {name: value for name, value in recipe.items() if name != "pictures"}
     prompt = str(recipe.pop("prompt", None) or "")
     negative = str(recipe.pop("negative_prompt", None) or "")
     if size is not None:
@@ -152,6 +200,11 @@ def parse_parameters(text: str) -> dict[str, Any]:
     return recipe
 
 
+def columns_of(count: int, columns: int | None = None) -> int:
+    """Pictures in a row of a grid of `count`; None for one that is nearly square."""
+    return min(columns or math.ceil(math.sqrt(count)), count)
+
+
 def grid(
     images: Sequence[np.ndarray] | np.ndarray,
     columns: int | None = None,
@@ -179,7 +232,7 @@ def grid(
     if labels is not None and len(labels) != len(images):
         raise ValueError(f"{len(images)} pictures but {len(labels)} labels")
     height, width = images[0].shape[:2]
-    columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
+    columns = columns_of(len(images), columns)
     rows = math.ceil(len(images) / columns)
     font = ImageFont.load_default(max(9, min(14, width // 10)))
     text = 0 if labels is None else int(font.getbbox("Ág")[3]) + 3
@@ -238,7 +291,7 @@ def save_pictures(
         _fill(path, picture, recipe)
         paths.append(path)
     if with_grid and len(paths) > 1:
-        paths.append(save_grid(pictures, out_dir, grid_columns, labels))
+        paths.append(save_grid(pictures, out_dir, grid_columns, labels, recipes))
     return paths
 
 
@@ -247,8 +300,12 @@ def save_grid(
     out_dir: str | os.PathLike,
     columns: int | None = None,
     labels: Sequence[str] | None = None,
+    recipes: Sequence[Mapping[str, Any]] = (),
 ) -> pathlib.Path:
-    """Saves a grid of pictures as the folder's next `grid-0000.png`; arguments as in `grid`.
+    """Saves a grid of pictures as the folder's next `grid-0000.png`.
+
+    Args:
+      recipes: one a picture; other arguments as in `grid`.
 
     Raises:
       DataError: the folder cannot be written.
@@ -256,7 +313,8 @@ def save_grid(
     out_dir = writable_folder(out_dir)
     names = [entry.name for entry in os.scandir(out_dir)]
     path = _reserve(out_dir, _next_number(names, r"grid-(\d{4,})\.png"), "grid-{:04d}.png")
-    _fill(path, grid(pictures, columns, labels=labels), None)
+    recipe = grid_recipe(recipes, columns_of(len(pictures), columns)) if recipes else None
+    _fill(path, grid(pictures, columns, labels=labels), recipe)
     return path
 
 

@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Mapping
 
 from unclip import errors
-from unclip.cascade import bundle
+from unclip.cascade import bundle, spaces
 
 # Each is "module:function" of unclip.interop; a module is imported when it is used.
 FROM = {
@@ -28,6 +28,8 @@ TO = {"diffusers": "karlo.folder:write", "hf-clip": "clip:write_hf"}
 def read(kind: str, paths: list[pathlib.Path], preset: str | None = None) -> dict[str, bundle.Part]:
     """{name: `bundle.Part`} of another project's weights, tensors unread.
 
+    Where stages come with their CLIP or T5, that is read once, for its hash (`cascade.spaces`).
+
     Args:
       kind: one of `FROM`; paths: files or folders, as the format has them.
       preset: name of an architecture, for files that do not determine it.
@@ -41,7 +43,7 @@ def read(kind: str, paths: list[pathlib.Path], preset: str | None = None) -> dic
     for path in paths:
         if not path.exists():
             raise errors.DataError(f"{path}: no such file or folder")
-    return function(FROM[kind])(paths, {"preset": preset})
+    return spaces.completed(function(FROM[kind])(paths, {"preset": preset}))
 
 
 def write(kind: str, parts: Mapping[str, bundle.Part], out: pathlib.Path) -> None:

@@ -312,7 +312,7 @@ def _open(path: str | os.PathLike, kind: str) -> tuple[bundle.Part, dict[str, An
     else:
         part = _open_foreign(path, kind) or runs.open_part(path, kind)
         part.params = jax.tree.map(np.asarray, part.params)
-        digest, of = runs.tree_hash(part.params), "parameters"
+        digest, of = bundle.tree_hash(part.params), "parameters"
     return part, {"weights_sha256": digest, "weights_sha256_of": of, "source": path.name}
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from unclip.errors import ConfigError
+from unclip.models.transformer import timestep_embedding
 from unclip.models.unet import UNet, unet_fields
 
 
@@ -34,12 +35,28 @@ def upsample(low, size):
     return jax.image.resize(low, shape, method="cubic", antialias=True)
 
 
+class _Level(nn.Module):
+    """Noise level -> what is added to the time embedding; zeros in a fresh network."""
+
+    channels: int
+    features: int
+
+    @nn.compact
+    def __call__(self, level):
+        """int32 [B] -> float32 [B, features]."""
+        h = nn.silu(nn.Dense(self.features, name="fc_1")(timestep_embedding(level, self.channels)))
+        return nn.Dense(self.features, kernel_init=nn.initializers.zeros, name="fc_2")(h)
+
+
 class Upsampler(UNet):
     """The fields of `UNet`, with attention off and the time embedding added (Karlo's "default").
 
     add_low: the upsampled low-resolution picture is added to the first three output channels, so
       that a network that predicts x_0 learns only what bicubic upsampling lacks. Off in the
       published models, which predict the noise.
+    noise_level: the network is told how much noise the small picture bears, by an embedding added
+      to the timestep's (Cascaded Diffusion, arXiv 2106.15282, section 4.2; Imagen, arXiv
+      2205.11487, section 2.3). Off in the published models. Its parameters: `level/{fc_1, fc_2}`.
     """
 
     attention: tuple[bool, ...] = (False, False, False, False)
@@ -47,31 +64,41 @@ class Upsampler(UNet):
     out_channels: int = 3
     scale_shift: bool = False
     add_low: bool = False
+    noise_level: bool = False
 
     @nn.compact
-    def __call__(self, x_t, t, low, *, dropout_keys=None):
+    def __call__(self, x_t, t, low, level=None, *, dropout_keys=None):
         """Predict the noise of x_t, given the small picture.
 
         Args:
           x_t: float [B, H, W, 3].
           t: int32 [B], original timesteps 0..999.
           low: float [B, h, w, 3] in [-1, 1]; h × w may be anything up to H × W.
+          level: with `noise_level`, int32 [B], the timestep 0..999 whose noise `low` bears; None
+            is 0, a clean picture.
           dropout_keys: None or typed keys [B], one a sample: dropout on, see `UNet`.
 
         Returns:
           float32 [B, H, W, out_channels].
 
         Raises:
-          ConfigError: low is larger than x_t, or shapes do not fit the fields.
+          ConfigError: low is larger than x_t, shapes do not fit the fields, or a level for a
+            network without.
         """
         if low.shape[0] != x_t.shape[0] or any(a > b for a, b in zip(low.shape, x_t.shape)):
             raise ConfigError(
                 f"low of shape {tuple(low.shape)} for x_t of shape {tuple(x_t.shape)}: expected "
                 "the same batch and at most its height and width"
             )
+        if level is not None and not self.noise_level:
+            raise ConfigError("a noise level for an upsampler without arch.noise_level")
         low = upsample(low.astype(jnp.float32), x_t.shape[1:3])
         x = jnp.concatenate([x_t, low], axis=-1)
-        out = UNet(**unet_fields(self), name="unet")(x, t, dropout_keys=dropout_keys)
+        emb = None
+        if self.noise_level:
+            level = jnp.zeros_like(t) if level is None else level
+            emb = _Level(self.channels, self.time_dim or 4 * self.channels, name="level")(level)
+        out = UNet(**unet_fields(self), name="unet")(x, t, emb, dropout_keys=dropout_keys)
         return out.at[..., : low.shape[-1]].add(low) if self.add_low else out
 
 

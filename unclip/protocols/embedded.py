@@ -32,12 +32,14 @@ def decode(
     rows: Sequence[int],
     seeds: Sequence[int],
     settings: dict | None,
+    facts: Sequence[dict],
 ) -> Pictures:
     """Draws embeddings without a caption, as `UnCLIP.variations` does.
 
     Args:
       z_i: float32 [n, D], one per row; rows: their numbers in the protocol; seeds: one per row.
       settings: of `UnCLIP.generate`; those of the prior and of captions are ignored.
+      facts: what each row's recipe says of where its embedding comes from.
 
     Raises:
       ConfigError: no decoder, or one that was not trained on z_i; an unknown setting.
@@ -55,6 +57,9 @@ def decode(
     drawn = {
         name: to_uint8(stage) for name, stage in model.decode(z_i, None, list(seeds), **own).items()
     }
+    chosen = {"decoder": own.get("decoder") or {}}
+    chosen |= dict(zip(model.upsamplers, own.get("upsamplers") or ()))
+    in_force = model.in_force(chosen, own.get("stages"))
     recipes = [
         {
             "mode": protocol.mode,
@@ -62,9 +67,9 @@ def decode(
             "key": protocol.keys[row],
             "prompt": "",
             "seed": int(seed),
-            "model_hash": model.model_hash,
-            **own,
+            **in_force,
+            **fact,
         }
-        for row, seed in zip(rows, seeds)
+        for row, seed, fact in zip(rows, seeds, facts)
     ]
     return Pictures(list(drawn.values())[-1], recipes, drawn)

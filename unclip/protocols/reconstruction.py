@@ -115,7 +115,15 @@ class Reconstruction(base.EvaluationProtocol):
         rows = self._rows(rows, seeds)
         z_i = np.stack([self._projected(model, row) for row in rows]).astype(np.float32)
         shared = [max(0, int(seed) - row % len(self.columns)) for row, seed in zip(rows, seeds)]
-        return embedded.decode(self, model, z_i, rows, shared, settings)
+        facts = [self._facts(row) for row in rows]
+        return embedded.decode(self, model, z_i, rows, shared, settings, facts)
+
+    def _facts(self, row: int) -> dict:
+        """What a row's z_i is made of, for its recipe."""
+        number, column = divmod(row, len(self.columns))
+        picture = images.source(self._source.read(number), self._source.name(number))
+        fit = {"fit": self._fit.source, "fit_count": self._fit_count}
+        return {"images": [picture], "components": self.columns[column] or "full", **fit}
 
     def judge(
         self, pictures: np.ndarray, model: Any = None, rows: Sequence[int] | None = None

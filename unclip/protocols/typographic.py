@@ -26,6 +26,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from unclip import errors
+from unclip.files import images
 from unclip.measure.picture_set import ArrayPictures, PictureSet, Prepared
 from unclip.protocols import base, embedded
 from unclip.protocols.scenes import load_cutouts
@@ -93,8 +94,10 @@ class Typographic(base.EvaluationProtocol):
     ):
         """Variations of attacked pictures, one per row (`UnCLIP.variations`)."""
         rows = self._rows(rows, seeds)
-        z_i = embedded.embed(model, [self.attacked.read(row) for row in rows])
-        return embedded.decode(self, model, z_i, rows, seeds, settings)
+        pictures = [self.attacked.read(row) for row in rows]
+        facts = [{"images": [images.source(p, self.keys[r])]} for p, r in zip(pictures, rows)]
+        z_i = embedded.embed(model, pictures)
+        return embedded.decode(self, model, z_i, rows, seeds, settings, facts)
 
     def judge(
         self, pictures: np.ndarray, model: Any = None, rows: Sequence[int] | None = None

@@ -9,6 +9,7 @@ their noise and no two seeds of a sweep do; the same caption has the same noise 
 
 import concurrent.futures
 import contextlib
+import json
 import math
 import os
 import pathlib
@@ -24,13 +25,13 @@ import numpy as np
 
 import unclip
 from unclip import errors, protocols
-from unclip.cascade import runs
+from unclip.cascade import runs, spaces
 from unclip.cascade.pipeline import UnCLIP
 from unclip.files import images, lock
 from unclip.runtime import collectives, distributed, progress, sharding
 from unclip.sweep import plan, store
 from unclip.sweep.scoring import BARRIER_S, Scorer, announce, picture_name
-from unclip.sweep.weights import digest, load_part
+from unclip.sweep.weights import check_spaces, digest, load_part
 
 SEED_STRIDE = 1 << 20  # pictures that a seed of the sweep can have
 
@@ -69,7 +70,11 @@ class Runner:
 
     def cells(self) -> list[plan.Cell]:
         """Every cell of the config, with the models that are on disk now."""
-        return plan.cells(self.config, self.scorer.measured, captions=self.protocol.mode == "text")
+        found = plan.cells(self.config, self.scorer.measured, captions=self.protocol.mode == "text")
+        if not self.config.get(spaces.FLAG):
+            models = {json.dumps(cell.parts, sort_keys=True): cell.parts for cell in found}
+            check_spaces(models.values())
+        return found
 
     def status(self, cell: plan.Cell) -> str:
         """ "finished", "damaged" or "to do"."""
@@ -192,6 +197,7 @@ class Runner:
                 for part, (path, step) in cell.parts.items()
             }
             runs.check_fit(parts)
+            self._warnings = dict.fromkeys(spaces.mixed(parts))
             mesh = sharding.make_mesh(self.config["mesh"], jax.local_devices())
             model = UnCLIP(
                 parts, model_hash=cell.model_hash, batch_size=self.config["batch_size"], mesh=mesh

@@ -19,7 +19,7 @@ from unclip.cascade import bundle, runs
 from unclip.cascade.pipeline import EMBEDS
 from unclip.diffusion.samplers import HAVE_ETA, SAMPLERS
 from unclip.sweep.store import FORMAT
-from unclip.sweep.weights import BRANCHES, NEWEST, checkpoint_hash, digest
+from unclip.sweep.weights import BRANCHES, NEWEST, branch_of, checkpoint_hash, digest
 
 MAX_SEED = 1 << 12  # of the axis; a picture's own seed has 32 bits
 KINDS = {int: "a whole number", float: "a number", str: "a text"}
@@ -277,7 +277,8 @@ def _cell(source: Source, config: Mapping, point: dict, measured: Mapping, capti
     parts, names = {}, {}
     for part, path in sorted(source.paths.items()):
         wanted = settings["step"] if part == config["step_of"] else None
-        parts[part], names[part] = checkpoint_hash(path, part, wanted, settings["weights"])
+        branch = branch_of(part, settings["weights"])
+        parts[part], names[part] = checkpoint_hash(path, part, wanted, branch)
     if all(step is None for _, step in parts.values()) and settings["weights"] != "ema":
         raise errors.ConfigError(
             f"weights 'params' of model {source.name!r}: a BUNDLE holds one set of weights; give "

@@ -225,8 +225,10 @@ class Scorer:
             ]
             for group, numbers in chosen.items()
         }
-        drawn = [images.read_image(folder / row["file"]) for row in kept["shown"]]
-        images.write_png(folder / "grid.png", images.grid(drawn))
+        paths = [folder / row["file"] for row in kept["shown"]]
+        recipes = [images.read_recipe(path) or {} for path in paths]
+        recipe = images.grid_recipe(recipes, images.columns_of(len(paths)))
+        images.write_png(folder / "grid.png", images.grid([*map(images.read_image, paths)]), recipe)
         if keep == "grid":
             wanted = {row["file"] for rows in kept.values() for row in rows}
             for path in pictures.iterdir():

@@ -3,14 +3,16 @@
 A network is a part of a BUNDLE, or one checkpoint of a RUN with or without its moving average.
 """
 
+import functools
 import hashlib
 import json
 import os
 import pathlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from unclip import errors
-from unclip.cascade import bundle, runs
+from unclip.cascade import bundle, runs, spaces
 from unclip.runtime import checkpoint
 
 NEWEST = -1  # as a step: the newest checkpoint
@@ -56,22 +58,67 @@ def checkpoint_hash(
     return (path, step), digest([hashed.hexdigest(), described, step])
 
 
+def branch_of(part: str, weights: str) -> str:
+    """The branch of a RUN to load: CLIP and T5 by their average, with which others are trained."""
+    return "ema" if part in bundle.SPACES else weights
+
+
+def check_spaces(models: Iterable[Mapping[str, tuple[str, int | None]]]) -> None:
+    """Refuses models whose stages work in several embedding spaces, before anything is drawn.
+
+    What a BUNDLE says of itself was let through by its exporter. The tensors of a CLIP or T5 are
+    read only where no record gives its hash and a stage needs it.
+
+    Args:
+      models: {part: (path, checkpoint step or None for a bundle)} of each.
+
+    Raises:
+      ConfigError: with all that was found.
+    """
+    lines: dict[str, None] = {}
+    for places in models:
+        parts = {part: _outline(path, part) for part, (path, _) in places.items()}
+        parts = {part: found for part, found in parts.items() if found is not None}
+        wanted = {frozen for part in parts.values() for frozen in part.trained_with}
+        for frozen in wanted & parts.keys():
+            if not parts[frozen].space:
+                parts[frozen].space = _space(frozen, *places[frozen])
+        bundles = {path for path, _ in places.values() if not runs.is_run(path)}
+        said = [bundle.describe(path)["meta"].get(spaces.RECORD, ()) for path in bundles]
+        allowed = {line for some in said for line in some}
+        lines |= dict.fromkeys(line for line in spaces.mixed(parts) if line not in allowed)
+    spaces.refuse(list(lines), flag=f"--config.{spaces.FLAG}")
+
+
+def _outline(path: str, part: str) -> bundle.Part | None:
+    """A part without its tensors; None for a random T5."""
+    space = ""
+    if not runs.is_run(path):
+        space = bundle.describe(path)["parts"][part].get("space", "")
+    elif part == "t5":  # no run trains a T5; it is the one in the decoder's config
+        path = runs.run_config(path).get("t5")
+        return None if path in (None, "", "random") else _outline(path, part)
+    arch, settings = runs.describe_part(path, part)
+    return bundle.Part(part, arch, {}, {}, settings, space, **runs.lineage(path, part))
+
+
+@functools.lru_cache(16)  # a CLIP is hashed once for all cells and checkpoints
+def _space(part: str, path: str, step: int | None) -> str:
+    return bundle.space(load_part(path, part, step, "ema"))
+
+
 def load_part(path: str, part: str, step: int | None, weights: str) -> bundle.Part:
     """A part of a BUNDLE (step None), or of a RUN at one of its checkpoints.
 
     Args:
-      weights: "ema" or "params", for a RUN.
+      weights: of `BRANCHES`, for a RUN; see `branch_of`.
 
     Raises:
       DataError: the checkpoint is missing, perhaps deleted meanwhile, or damaged.
     """
     if step is None:
         return runs.open_part(path, part)
-    arch, settings = runs.describe_part(path, part)
-    folder = pathlib.Path(path) / "checkpoints"
-    params = checkpoint.load_subtree(folder, (weights,), step=step)[weights]
-    extra = runs.statistics_of(path) if part == "prior" else {}
-    return bundle.Part(part, arch, params, extra, settings)
+    return runs.part_from_run(path, part, ema=branch_of(part, weights) == "ema", step=step)
 
 
 def file_hash(path: str | os.PathLike) -> str:

@@ -59,6 +59,10 @@ class Task(Protocol):
     def part_name(cls, settings: Mapping, parts: Mapping[str, Mapping]) -> str:
         """Which part of a bundle this stage is: parts are {name: settings} of those it holds."""
 
+    @classmethod
+    def z_scale_of(cls, settings: Mapping) -> float:
+        """s where the network works on s * z_i / |z_i|, 0 where z_i keeps CLIP's own length."""
+
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """What the input must deliver, by name."""
 
@@ -190,6 +194,11 @@ class Stage:
     def part_name(cls, settings, parts):
         del settings, parts
         return cls.stage
+
+    @classmethod
+    def z_scale_of(cls, settings):
+        del settings
+        return 0.0
 
     def whole(self):
         return self

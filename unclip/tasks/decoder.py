@@ -135,6 +135,10 @@ class DecoderTask(base.Diffusion):
     def needs(cls, arch, settings):
         return needs(cls.network(**arch), settings.get("text_encoder") or "clip")
 
+    @classmethod
+    def z_scale_of(cls, settings):
+        return float(settings.get("z_scale") or 0.0)
+
     @property
     def tokenizer(self):
         return self.t5.tokenizer if self.t5 else None

@@ -179,6 +179,11 @@ class DiffusionPriorTask(_Conditioned, base.Diffusion):
             clamp=self.clamp or None,
         )
 
+    @classmethod
+    def z_scale_of(cls, settings):
+        scaled = settings.get("embedding") == "scale"
+        return float(settings.get("scale", cls.scale)) if scaled else 0.0
+
     def init(self, key):
         model, clip = self.model, self.clip.model
         z = jnp.zeros((1, model.embed_dim))

@@ -3,6 +3,10 @@
 Each sees the low-resolution picture and nothing else. Training degrades that picture (Gaussian
 blur for the first, BSR for the second) and works on random crops; drawing runs at full size.
 Karlo has two networks for one upsampler: the second, fine-tuned, makes the last step of a draw.
+
+As an option the small picture also bears noise of a random level, which the network is told
+(conditioning augmentation of Cascaded Diffusion, arXiv 2106.15282, section 4.2, and Imagen, arXiv
+2205.11487, section 2.3): level s is timestep s * (steps - 1) of the stage's own noise schedule.
 """
 
 import dataclasses
@@ -21,6 +25,8 @@ from unclip.tasks import base, keys
 from unclip.tasks.arrays import to_float
 from unclip.tasks.decoder import DROPOUT, NOISE, T, diffusion_loss
 
+LEVEL, LOW_NOISE = 5, 6  # tags of a sample's random draws, beside the decoder's
+
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class UpsamplerTask(base.Diffusion):
@@ -33,7 +39,9 @@ class UpsamplerTask(base.Diffusion):
       crop: side of the training crops, pixels; 0 = whole pictures.
       t_below: training draws timesteps below this one; 0 = all. 1 is for a network that makes the
         last step alone (Karlo's second).
-      draw: settings of `sample`: steps, spacing, sampler, eta.
+      noise_level: training gives the small picture noise of a level uniform in 0 to this one, at
+        most 1; 0 = off. Needs `arch.noise_level`.
+      draw: settings of `sample`: steps, spacing, sampler, eta, noise_level.
       Other arguments as in `DecoderTask`.
     """
 
@@ -46,13 +54,14 @@ class UpsamplerTask(base.Diffusion):
     vlb_weight: float = 1.0
     min_snr: float | None = None
     t_below: int = 0
+    noise_level: float = 0.0
     draw: Mapping[str, Any] | None = None
 
     stage = "upsampler"
     network, presets = upsampler_model.Upsampler, upsampler_model.PRESETS
     measures = ("drawn",)
     draw_defaults = MappingProxyType(
-        {"steps": 27, "spacing": "even", "sampler": "ddim", "eta": 0.0}
+        {"steps": 27, "spacing": "even", "sampler": "ddim", "eta": 0.0, "noise_level": 0.0}
     )
 
     def __post_init__(self):
@@ -61,9 +70,18 @@ class UpsamplerTask(base.Diffusion):
             raise errors.ConfigError(
                 f"t_below is {self.t_below}: expected 0 (all timesteps) to {len(diffusion)}"
             )
+        model = self.network(**self.arch)
+        if not 0 <= self.noise_level <= 1:
+            raise errors.ConfigError(f"noise_level is {self.noise_level}: expected 0 (off) to 1")
+        if self.noise_level and not model.noise_level:
+            raise errors.ConfigError(
+                f"noise_level {self.noise_level} needs a network that is told: "
+                "arch.noise_level=True"
+            )
         self._set(
-            model=self.network(**self.arch),
+            model=model,
             schedule=diffusion,
+            reads_level=model.noise_level,
             crop=self.crop or self.image_size,
             t_below=self.t_below or len(diffusion),
         )
@@ -109,11 +127,36 @@ class UpsamplerTask(base.Diffusion):
         t, weight = self.timesteps_of(frozen, sample_keys, self.t_below, T, train=train)
         eps = keys.normal(sample_keys, x_0.shape[1:], NOISE)
         x_t = gaussian.q_sample(self.schedule, x_0, t, eps)
+        told = ()
+        if self.reads_level:
+            level = keys.integers(sample_keys, self._timestep(self.noise_level) + 1, LEVEL)
+            low, told = self._noised(low, level, sample_keys), (level,)
         dropout = keys.dropout(key, sample_keys, DROPOUT, train=train)
-        raw = self.model.apply({"params": params}, x_t, t, low, **dropout)
+        raw = self.model.apply({"params": params}, x_t, t, low, *told, **dropout)
         return diffusion_loss(
             self, raw.astype(jnp.float32), x_0, t, eps, batch["valid"], weight, train=train
         )
+
+    def _timestep(self, level):
+        """The timestep of a noise level, int32; both may be traced."""
+        return jnp.int32(jnp.round(level * (len(self.schedule) - 1)))
+
+    def _noised(self, low, level, sample_keys):
+        """`low` [B, h, w, 3] with the noise of timestep `level`, int32 [B]; clean where it is 0."""
+        eps = keys.normal(sample_keys, low.shape[1:], LOW_NOISE)
+        noised = gaussian.q_sample(self.schedule, low, level, eps)
+        return jnp.where(level[:, None, None, None] > 0, noised, low)
+
+    def checked_draw(self, given, name=None):
+        draw = super().checked_draw(given, name)
+        level = draw["noise_level"]
+        if not isinstance(level, int | float) or not 0 <= level <= self.noise_level:
+            trained = f"levels 0 to {self.noise_level:g}" if self.noise_level else "no noise"
+            raise errors.ConfigError(
+                f"{name or self.stage}: noise_level {level!r}: its small pictures were trained "
+                f"with {trained}"
+            )
+        return draw
 
     def sample(
         self,
@@ -133,15 +176,21 @@ class UpsamplerTask(base.Diffusion):
             makes the last step in place of the first (Karlo).
           conditions: {"low": float32 [B, h, w, 3] in [-1, 1]}.
           sample_keys: typed keys [B], one a picture; x_T, noise: as in `DecoderTask.sample`.
-          draw: steps, spacing, sampler (static); eta (may be traced).
+          draw: steps, spacing, sampler (static); eta, noise_level (may be traced): the small
+            picture gets noise of that level, from the picture's own key.
         """
         draw, low = {**self.draw, **(draw or {})}, conditions["low"]
         last_params = (frozen or {}).get("last")
         height, width = (side * self.factor for side in low.shape[1:3])
         respaced = self.schedule.respace(draw["steps"], draw["spacing"])
+        told = ()
+        if self.reads_level:
+            level = jnp.full(low.shape[0], self._timestep(draw["noise_level"]))
+            low = self._noised(low, level, keys.fold(sample_keys, LOW_NOISE))
+            told = (level,)
 
         def model_fn(x, t):
-            network = lambda chosen: self.model.apply({"params": chosen}, x, t, low)
+            network = lambda chosen: self.model.apply({"params": chosen}, x, t, low, *told)
             if last_params is None:
                 return network(params)
             first, last = (lambda: network(params)), (lambda: network(last_params))

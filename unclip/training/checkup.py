@@ -8,12 +8,12 @@ import shutil
 import jax
 
 from unclip import errors
-from unclip.cascade import runs
+from unclip.cascade import bundle
 from unclip.embeddings.store import Store
 from unclip.runtime import distributed, flops, optim, sharding
 from unclip.runtime.flops import readable_bytes as _bytes
 from unclip.training import data as inputs
-from unclip.training.plan import Plan, as_json, check_workdir, make_plan
+from unclip.training.plan import Plan, as_json, check_workdir, lineage, make_plan
 
 
 def examine(config, workdir: str) -> dict:
@@ -132,7 +132,8 @@ def _tried(problems: list[str], function):
     try:
         return function()
     except errors.UnclipError as e:
-        problems.append(" ".join(str(e).split()))
+        if _line(e) not in problems:  # the plan may have found it already
+            problems.append(_line(e))
         return None
 
 
@@ -175,7 +176,7 @@ def _embeddings(plan: Plan, problems: list[str]) -> None:
     _tried(problems, lambda: store.attach(plan.data))
     clip = plan.parts.get("clip")
     if clip is not None and clip.params is not None:
-        _tried(problems, lambda: store.check_clip(runs.tree_hash(clip.params)))
+        _tried(problems, lambda: store.check_clip(bundle.space(clip)))
 
 
 def _disk(plan: Plan, workdir: str, problems: list[str]) -> dict:
@@ -192,6 +193,7 @@ def _disk(plan: Plan, workdir: str, problems: list[str]) -> dict:
             f"{copies} checkpoints need {_bytes(needed)}, {folder} has {_bytes(free)} free"
         )
     _tried(problems, lambda: check_workdir(plan.config, pathlib.Path(workdir)))
+    _tried(problems, lambda: lineage(plan, pathlib.Path(workdir)))
     return {"folder": str(folder), "free_bytes": free, "needed_bytes": needed}
 
 

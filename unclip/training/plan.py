@@ -7,15 +7,17 @@ reports it, `unclip compile` and benchmarks/stages.py compile its step.
 import dataclasses
 import functools
 import json
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import optax
+from absl import logging
 from ml_collections import ConfigDict
 
 from unclip import errors, tasks
-from unclip.cascade import bundle, runs
+from unclip.cascade import bundle, runs, spaces
 from unclip.input.shards.collection import Collection
 from unclip.models import clip as clip_model
 from unclip.models import t5 as t5_model
@@ -316,3 +318,38 @@ def check_workdir(config: ConfigDict, folder) -> None:
         raise errors.ConfigError(
             f"{folder} holds a run of another model ({changed}); choose another --workdir"
         )
+
+
+def lineage(plan: Plan, folder: pathlib.Path) -> dict[str, Any]:
+    """What `runs.lineage` is to know of a run: the spaces of its frozen parts, now and before.
+
+    A run that is resumed, or that starts from another one, works in that one's embedding space;
+    with `allow_mixed_spaces` it may change, which is written down.
+
+    Raises:
+      ConfigError: another CLIP or T5, or z_i at another scale, than it was trained with.
+      DataError: the record cannot be read.
+    """
+    config, task = plan.config, as_json(plan.config.task)
+    now = {name: bundle.space(part) for name, part in plan.parts.items() if part.params is not None}
+    resumed = runs.is_run(folder) and bool(checkpoint.steps(folder / "checkpoints"))
+    before = {"trained_with": {}, "mixed_spaces": ()}
+    lines = []
+    if resumed or config.init_from:
+        path, name = (folder, config.stage) if resumed else (config.init_from, init_part(config))
+        before = runs.lineage(path, name)
+        for frozen, space in now.items():
+            was = before["trained_with"].get(frozen)
+            if was is None:
+                logging.warning("%s: the %s it was trained with is unknown", path, frozen)
+                continue
+            where = f"--config.{frozen}={config[frozen]}"
+            lines.append(spaces.another(str(path), frozen, was, where, space))
+        settings = runs.describe_part(path, name)[1]
+        if tasks.task_class(config.stage, settings) is tasks.task_class(config.stage, task):
+            lines.append(spaces.rescaled(str(path), config.stage, settings, task))
+    lines = [line for line in lines if line]
+    if not config.get(spaces.FLAG):
+        spaces.refuse(lines, flag=f"--config.{spaces.FLAG}")
+    mixed = dict.fromkeys((*before["mixed_spaces"], *lines))
+    return {"trained_with": before["trained_with"] | now, "mixed_spaces": list(mixed)}

@@ -13,7 +13,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from unclip import errors, files
-from unclip.cascade import bundle, runs
+from unclip.cascade import bundle, runs, spaces
 from unclip.embeddings.job import Job, embed, embed_shards
 from unclip.embeddings.store import Store
 from unclip.models.unet import fold_params, unfold_params
@@ -24,7 +24,7 @@ from unclip.training import data as inputs
 from unclip.training import variance
 from unclip.training.evaluators import choose
 from unclip.training.loop import Loop
-from unclip.training.plan import Plan, as_json, check_workdir, init_part, make_plan
+from unclip.training.plan import Plan, as_json, check_workdir, init_part, lineage, make_plan
 
 VARIANCE_EXAMPLES = 8192  # of the training samples, that a prior's analytic variance is measured on
 
@@ -43,8 +43,12 @@ def train(config: ConfigDict, workdir: str) -> None:
     with checkpoint.Checkpointer(
         folder / "checkpoints", save_every_steps=config.save_steps, keep=config.keep
     ) as saver:
+        check_workdir(config, folder)
+        found = lineage(plan, folder)
         write_config(config, folder)
         prepared = Prepared(plan, folder)
+        if distributed.is_main() and found["trained_with"]:
+            runs.write_lineage(folder, found)
         task, data, held_out = prepared.task, prepared.data, prepared.held_out
         frozen = task.frozen()
         fingerprint = "streaming" if data is None else data.fingerprint
@@ -186,13 +190,13 @@ class Prepared:
         self.data, self.held_out = plan.data, plan.held_out
         weights, self.clip_hash = {}, ""
         for name, part in plan.parts.items():
-            tree = part.params
-            if tree is None:
+            if part.params is None:
                 init = jax.jit(plan.task.init_frozen, static_argnums=0)
                 tree = jax.device_get(init(name, jax.random.key(0)))
+                part = dataclasses.replace(part, params=tree)
             if name == "clip":
-                self.clip_hash = runs.tree_hash(tree)
-            weights[name] = plan.put(tree)
+                self.clip_hash = bundle.space(part)
+            weights[name] = plan.put(part.params)
         self.weights = weights
         statistics = plan.task.statistics_shapes() and self.statistics()
         if statistics:
@@ -211,7 +215,8 @@ class Prepared:
         """
         config, path = self.config, self.folder / runs.STATISTICS
         if path.exists():
-            kept = runs.read_prior_statistics(path, self.clip_hash)
+            mixed = config.get(spaces.FLAG)
+            kept = runs.read_prior_statistics(path, None if mixed else self.clip_hash)
             return {**self.plan.task.unmeasured, **kept}
         statistics = runs.statistics_of(config.init_from) if config.init_from else {}
         if statistics:

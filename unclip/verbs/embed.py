@@ -15,7 +15,7 @@ import os
 from absl import flags
 
 from unclip import errors
-from unclip.cascade import runs
+from unclip.cascade import bundle, runs
 from unclip.embeddings.job import Job, embed_shards
 from unclip.embeddings.store import DTYPES, FILE
 from unclip.files.lock import DirectoryLock
@@ -73,7 +73,7 @@ def main(argv):
     job = Job(
         clip.arch,
         clip.params,
-        runs.tree_hash(clip.params),
+        bundle.space(clip),
         collection,
         _OUT.value,
         batch_size=_BATCH_SIZE.value,

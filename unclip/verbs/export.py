@@ -7,10 +7,12 @@ A RUN is the workdir of `unclip train`, or a bundle that holds that part already
 exponential moving average unless `--noema`.
 """
 
+import dataclasses
+
 from absl import flags
 
 from unclip import errors
-from unclip.cascade import bundle, runs
+from unclip.cascade import bundle, runs, spaces
 
 _CLIP = flags.DEFINE_string("clip", None, "RUN or BUNDLE of CLIP")
 _PRIOR = flags.DEFINE_string("prior", None, "RUN or BUNDLE of the prior")
@@ -26,6 +28,9 @@ _LAST = flags.DEFINE_string(
 )
 _OUT = flags.DEFINE_string("out", None, "folder of the new bundle", required=True)
 _EMA = flags.DEFINE_bool("ema", True, "take the moving average of the parameters")
+_MIXED = flags.DEFINE_bool(
+    spaces.FLAG, False, "take stages that were not trained with one another; the bundle says so"
+)
 _DTYPE = flags.DEFINE_enum("dtype", "float32", list(bundle.DTYPES), "dtype of the tensors")
 
 
@@ -45,11 +50,18 @@ def main(argv):
     parts = {}
     for name, path in wanted.items():
         part = runs.open_part(path, name, ema=_EMA.value)
-        parts[name] = bundle.Part(name, part.arch, part.params, part.extra, part.settings)
+        parts[name] = dataclasses.replace(part, kind=name)
         last = f"{name}_last"  # the network of an upsampler's last step comes after it
         if not runs.is_run(path) and last in bundle.describe(path)["parts"]:
             parts[last] = bundle.read_part(path, last)
     runs.check_fit(parts)
+    raw = "--noema takes a run's raw CLIP, others are trained with its average. "
+    mixed = spaces.check(parts, _MIXED.value, "" if _EMA.value else raw)
     meta = {"sources": {name: str(path) for name, path in wanted.items()}, "ema": _EMA.value}
+    meta |= {spaces.RECORD: mixed} if mixed else {}
     digest = bundle.write(_OUT.value, parts, meta, dtype=_DTYPE.value)
     print(f"{_OUT.value}: model {digest}, parts {', '.join(parts)}")
+    for line in (*mixed, *(line for part in parts.values() for line in part.mixed_spaces)):
+        print(f"  several embedding spaces: {line}")
+    for line in spaces.unknown(parts):
+        print(f"  what it was trained with is unknown: {line}")

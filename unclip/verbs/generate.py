@@ -6,8 +6,11 @@ Writes numbered PNG files, each with its prompt, seed, every setting and the mod
 (readable by `unclip.files.images.read_recipe`, Automatic1111 and any PNG tool), and a grid.
 """
 
+import itertools
+import os
 import sys
 import warnings
+from functools import partial
 
 from absl import flags
 
@@ -33,6 +36,15 @@ _CANDIDATES = flags.DEFINE_integer(
     "candidates", None, "prior: draws, the best dot product with z_t is kept", lower_bound=1
 )
 _UP_STEPS = flags.DEFINE_multi_integer("upsampler_steps", [], "upsamplers: steps, in their order")
+_MIXED = flags.DEFINE_bool(
+    "allow_mixed_spaces", False, "draw with stages that were not trained with one another"
+)
+_UP_LEVELS = flags.DEFINE_multi_float(
+    "upsampler_noise_level",
+    [],
+    "upsamplers trained with a noise level: that of their small pictures, in their order",
+    lower_bound=0.0,
+)
 _STAGES = flags.DEFINE_integer(
     "stages", None, "how many of decoder and upsamplers run; default all", lower_bound=1
 )
@@ -59,7 +71,9 @@ def main(argv):
         print(f"unclip generate: {message}", file=sys.stderr)
 
     warnings.showwarning = warn  # standard output holds only the files' names
-    model = pipeline.UnCLIP.load(_MODEL.value, batch_size=_BATCH.value)
+    model = pipeline.UnCLIP.load(
+        _MODEL.value, batch_size=_BATCH.value, allow_mixed_spaces=_MIXED.value
+    )
     settings = {
         "prior": _given(
             steps=_PRIOR_STEPS.value, guidance=_PRIOR_GUIDANCE.value, candidates=_CANDIDATES.value
@@ -67,19 +81,23 @@ def main(argv):
         "decoder": _given(
             steps=_STEPS.value, guidance=_GUIDANCE.value, sampler=_SAMPLER.value, eta=_ETA.value
         ),
-        "upsamplers": [{"steps": steps} for steps in _UP_STEPS.value],
+        "upsamplers": [
+            _given(steps=steps, noise_level=level)
+            for steps, level in itertools.zip_longest(_UP_STEPS.value, _UP_LEVELS.value)
+        ],
         "stages": _STAGES.value,
     }
     images.writable_folder(_OUT.value)
     # Captions that share a batch are drawn together; a batch is padded in any case.
     several = max(1, _BATCH.value // _N.value) if _MODE.value == "text" else 1
     groups = [asked[i : i + several] for i in range(0, len(asked), several)]
-    pictures, paths = [], []
+    pictures, recipes, paths = [], [], []
     with progress.progress(len(asked) * _N.value, "drawing", "img") as bar:
         for group in groups:
             if _MODE.value == "variations":
                 settings.pop("prior", None)
-                draw, group = model.variations, images.read_image(group[0])
+                draw = partial(model.variations, name=os.path.basename(group[0]))
+                group = images.read_image(group[0])
             else:
                 draw = model.generate
             for start in range(0, _N.value, _BATCH.value):
@@ -90,9 +108,10 @@ def main(argv):
                     drawn.images, drawn.recipes, _OUT.value, with_grid=False
                 )
                 pictures.extend(drawn.images)
+                recipes.extend(drawn.recipes)
                 bar.update(len(drawn))
     if len(pictures) > 1:
-        paths.append(images.save_grid(pictures, _OUT.value, _N.value))
+        paths.append(images.save_grid(pictures, _OUT.value, _N.value, recipes=recipes))
     print("\n".join(map(str, paths)))
 
 

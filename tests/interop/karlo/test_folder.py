@@ -14,7 +14,7 @@ from unclip import errors, tasks
 from unclip.cascade import bundle
 from unclip.files import tensors
 from unclip.files.tensors import Lazy
-from unclip.interop import layout, weights
+from unclip.interop import formats, layout, weights
 from unclip.interop.karlo import config as karlo_config
 from unclip.interop.karlo import folder as karlo
 from unclip.interop.karlo.networks import decoder_shapes, prior_shapes, upsampler_shapes
@@ -97,6 +97,13 @@ def equal(one, other):
 
 def config_of(folder, name):
     return json.loads((folder / name / "config.json").read_text())
+
+
+def test_stages_of_a_conversion_know_the_clip_beside_them(folder):
+    read = formats.read("karlo", [folder])
+    space = bundle.tree_hash(read["clip"].params)
+    known = {name: part.trained_with for name, part in read.items() if part.trained_with}
+    assert known == {"prior": {"clip": space}, "decoder": {"clip": space}}
 
 
 def test_what_is_written_is_read_again(parts, found):

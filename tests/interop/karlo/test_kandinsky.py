@@ -87,6 +87,9 @@ def test_parts_fit_and_draw(folder, tmp_path):
     for ours, theirs in (("mean", "clip_mean"), ("std", "clip_std")):
         np.testing.assert_array_equal(part.extra[ours].read(), stored[theirs].read()[0])
     bundle.write(tmp_path / "bundle", parts)
+    records = bundle.describe(tmp_path / "bundle")["parts"]
+    assert records["prior"]["trained_with"] == {"clip": records["clip"]["space"]}
+    assert records["clip"]["space"] == bundle.tree_hash(parts["clip"].params)
     model = UnCLIP.load(tmp_path / "bundle", batch_size=1)
     drawn = model.draw_prior(["a red fox"], [3], steps=2)
     assert drawn.shape == (1, DIM) and np.isfinite(drawn).all()

@@ -1,16 +1,13 @@
-"""Pictures on the host: safe decoding, crops, and the degradations that train the upsamplers.
+"""Pictures on the host: safe decoding and crops.
 
-As in appendix C of arXiv 2204.06125, pictures are resized and cropped to a square; the first
-upsampler's conditioning is blurred with a 3 x 3 Gaussian of sigma 0.6, the second's degraded by BSR
-(Zhang et al. 2021, arXiv 2103.14006): JPEG, sensor noise, resizing by different kernels and blur,
-in random order. Everything here is NumPy and Pillow, uint8 RGB; plain JPEGs are decoded by
-`unclip.input.decode.jpeg`, to the same bits.
+As in appendix C of arXiv 2204.06125, pictures are resized and cropped to a square. Everything here
+is NumPy and Pillow, uint8 RGB; plain JPEGs are decoded by `unclip.input.decode.jpeg`, to the same
+bits.
 """
 
 import contextlib
-import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image
@@ -191,118 +188,9 @@ def downsample(image: np.ndarray, factor: int) -> np.ndarray:
     if height % factor or width % factor:
         raise ConfigError(f"a {width}x{height} picture does not shrink by {factor} evenly")
     tiles = image.reshape(height // factor, factor, width // factor, factor, 3)
-    return _to_uint8(tiles.sum((1, 3), dtype=np.uint32) / factor**2)
+    return rounded(tiles.sum((1, 3), dtype=np.uint32) / factor**2)
 
 
-def gaussian_kernel(kernel: int, sigma: float) -> np.ndarray:
-    """The 1-D factor, float64 [kernel], of a normalised kernel x kernel Gaussian (kernel odd)."""
-    if kernel < 1 or kernel % 2 == 0 or sigma <= 0:
-        raise ConfigError(f"blur kernel {kernel}, sigma {sigma}: expected an odd kernel, sigma > 0")
-    offsets = np.arange(kernel) - kernel // 2
-    weights = np.exp(-0.5 * (offsets / sigma) ** 2)
-    return weights / weights.sum()
-
-
-def _convolve(image: np.ndarray, rows: Sequence[float], columns: Sequence[float]) -> np.ndarray:
-    """Separable convolution of [H, W, C] by symmetric kernels, borders mirrored."""
-    for axis, weights in ((0, rows), (1, columns)):
-        pad = [(0, 0)] * 3
-        pad[axis] = (len(weights) // 2,) * 2
-        padded = np.pad(image, pad, mode="reflect")
-        length = image.shape[axis]
-        image = sum(w * padded.take(range(k, k + length), axis) for k, w in enumerate(weights))
-    return image
-
-
-def gaussian_blur(image: np.ndarray, kernel: int = 3, sigma: float = 0.6) -> np.ndarray:
-    """Gaussian blur by an exact kernel x kernel window; the defaults are the first upsampler's.
-
-    Args:
-      image: uint8 [H, W, C]; borders are mirrored without repeating the edge.
-
-    Returns:
-      uint8 [H, W, C], rounded to the nearest.
-    """
-    weights = gaussian_kernel(kernel, sigma)
-    return _to_uint8(_convolve(image.astype(np.float64), weights, weights))
-
-
-def _to_uint8(image: np.ndarray) -> np.ndarray:
+def rounded(image: np.ndarray) -> np.ndarray:
+    """Values 0 to 255 of any type as uint8, rounded to the nearest and clipped."""
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)
-
-
-def _random_blur(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    kernel = 2 * int(rng.integers(1, 4)) + 1
-    rows, columns = (gaussian_kernel(kernel, sigma) for sigma in rng.uniform(0.2, 1.6, 2))
-    return _to_uint8(_convolve(image.astype(np.float64), rows, columns))
-
-
-def _random_resize(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    filters = (
-        Image.Resampling.NEAREST,
-        Image.Resampling.BILINEAR,
-        Image.Resampling.BICUBIC,
-        Image.Resampling.BOX,
-    )
-    height, width = image.shape[:2]
-    scale = rng.uniform(0.5, 1.5)
-    there, back = (filters[k] for k in rng.integers(len(filters), size=2))
-    between = max(1, round(width * scale)), max(1, round(height * scale))
-    picture = Image.fromarray(image).resize(between, there).resize((width, height), back)
-    return np.array(picture)
-
-
-def _sensor_noise(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Shot and read noise of a sensor: variance a x + b^2 per value, in linear light."""
-    value = image / 255.0
-    linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
-    shot, read = rng.uniform(0, 2e-3), rng.uniform(0, 5e-3)
-    noise = rng.standard_normal(image.shape) * np.sqrt(shot * linear + read**2)
-    linear = np.clip(linear + noise, 0, 1)
-    return _to_uint8(
-        255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
-    )
-
-
-def jpeg(image: np.ndarray, quality: int) -> np.ndarray:
-    """A picture compressed as JPEG and decoded again: uint8 [H, W, 3], quality 1 to 95."""
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "JPEG", quality=quality)
-    with Image.open(buffer, formats=("JPEG",)) as picture:
-        return np.array(picture.convert("RGB"))
-
-
-def _random_jpeg(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return jpeg(image, int(rng.integers(30, 96)))
-
-
-DEGRADATIONS = {
-    "blur": _random_blur,
-    "resize": _random_resize,
-    "noise": _sensor_noise,
-    "jpeg": _random_jpeg,
-}
-
-
-def bsr(
-    image: np.ndarray,
-    rng: np.random.Generator,
-    *,
-    probability: float = 0.75,
-    steps: Sequence[str] = tuple(DEGRADATIONS),
-) -> np.ndarray:
-    """BSR degradation at constant size, the second upsampler's: random steps in random order.
-
-    Args:
-      image: uint8 [H, W, 3], the already downsampled conditioning.
-      rng: decides everything, so the same generator state gives the same picture.
-      probability: of each step.
-      steps: names from `DEGRADATIONS`.
-
-    Returns:
-      uint8 [H, W, 3].
-    """
-    for k in rng.permutation(len(steps)):
-        if rng.random() < probability:
-            image = DEGRADATIONS[steps[k]](image, rng)
-    return image

@@ -11,6 +11,7 @@ import numpy as np
 
 from unclip.errors import ConfigError, unknown
 from unclip.input import captions as caption_sources
+from unclip.input.decode import degradation as degradations
 from unclip.input.decode import image as pictures
 from unclip.input.samples import BadSample, Sample
 
@@ -124,17 +125,17 @@ class Upsampling:
     """Transform to a picture and its degraded, smaller version, for the upsamplers.
 
     The picture's middle square is resized to `size`, of which random crops are taken (appendix C of
-    arXiv 2204.06125: a quarter of the side). A crop is downsampled by area, then degraded.
+    arXiv 2204.06125: a quarter of the side). A crop is degraded and becomes the small picture.
 
     Args:
       size: side of the full target, 256 or 1024 in the paper.
       factor: 4 in the paper.
       crop: side c of the training crop; None: the full picture. A multiple of `factor`.
-      degradation: "blur" (first upsampler), "bsr" (second) or "none".
-      probability: of degrading a sample. Below 1 the network also sees clean conditioning; a
-        network trained on blurred conditioning alone sharpens the decoder's clean pictures too much
-        (Cascaded Diffusion Models, arXiv 2106.15282, blurs half of them; arXiv 2204.06125 does not
-        say).
+      degradation: of `degradation.KINDS`: "blur" (first upsampler), "bsr" (second), "bsrgan" or
+        "none".
+      probability: of degrading a sample; the others are downsampled by area. arXiv 2204.06125
+        corrupts "the conditioning images", so 1; Cascaded Diffusion Models (arXiv 2106.15282) blurs
+        half of them, so that the network also sees clean ones, which a decoder's are.
       train: False gives the full picture and clean conditioning, as at sampling time.
 
     Returns (when called with a Sample and a generator):
@@ -158,8 +159,7 @@ class Upsampling:
         min_side: int = 1,
         margin: float = 2.0,
     ):
-        if degradation not in ("blur", "bsr", "none"):
-            raise unknown("degradation", degradation, ["blur", "bsr", "none"])
+        degradations.check(degradation)
         crop = size if crop is None or not train else crop
         if factor < 1 or not 0 < crop <= size or crop % factor:
             raise ConfigError(
@@ -178,10 +178,6 @@ class Upsampling:
         image, _ = pictures.resize_and_crop(decoded, self.size)
         left, upper = (int(n) for n in rng.integers(self.size - self.crop + 1, size=2))
         image = image[upper : upper + self.crop, left : left + self.crop]
-        low = pictures.downsample(image, self.factor)
-        if rng.random() < self.probability:
-            if self.degradation == "blur":
-                low = pictures.gaussian_blur(low)
-            elif self.degradation == "bsr":
-                low = pictures.bsr(low, rng)
+        kind = self.degradation if rng.random() < self.probability else "none"
+        low = degradations.degrade(kind, image, self.factor, rng)
         return {"image": np.ascontiguousarray(image), "low": low}
