@@ -11,6 +11,7 @@ from PIL import Image
 
 from unclip import protocols
 from unclip.errors import ConfigError, DataError
+from unclip.measure import caption_files
 from unclip.measure.pictures import TfdsPictures
 from unclip.protocols import base, coco
 
@@ -192,10 +193,11 @@ def test_a_fixed_list_is_taken_as_it_is(tmp_path, name, text):
     "text, message",
     [
         ("image_id,text\n1,a\n1,b\n", "image ids come more than once: 1"),
-        ("image_id,text\nx,a\n", "entry 1: expected an image"),
-        ("image_id,text\n1,\n", "entry 1"),
-        ("image_id,text\n", "no captions"),
-        ("a,b\n1,2\n", "expected an image"),
+        ("image_id,text\nx,a\n", "row 2: expected an image"),
+        ("image_id,text\n1,\n", "row 2: the caption is empty"),
+        ("image_id,text\n1,a dog, asleep\n", "row 2: 3 fields"),
+        ("image_id,text\n", "none there"),
+        ("a,b\n1,2\n", "expected a name"),
     ],
 )
 def test_damaged_lists(tmp_path, text, message):
@@ -210,7 +212,8 @@ def test_damaged_lists(tmp_path, text, message):
         (lambda v: v["images"].append(v["images"][0]), "image ids come more than once: 100"),
         (lambda v: v["annotations"].append(v["annotations"][0]), "annotation ids"),
         (lambda v: v["annotations"].append({"id": 1, "image_id": 7, "caption": "x"}), "image 7"),
-        (lambda v: v["annotations"].append({"id": 1, "caption": "x"}), "layout"),
+        (lambda v: v["annotations"].append({"id": 1, "caption": "x"}), "has no 'image_id'"),
+        (lambda v: v["images"].append({"id": "x", "file_name": "y"}), "expected a number as"),
         (lambda v: v.pop("images"), "layout"),
     ],
 )
@@ -220,6 +223,28 @@ def test_damaged_annotations(val, change, message):
     val[0].write_text(json.dumps(value))
     with pytest.raises(DataError, match=message):
         make(annotations=val[0], count=2)
+
+
+def test_karpathys_file_is_read_too(val, tmp_path):
+    """His file has every image of COCO, those of training among them, and ids as texts."""
+    value = json.loads(val[0].read_text())
+    images = [
+        {
+            "cocoid": str(image["id"]),
+            "filepath": "val2014" if image["id"] > 103 else "train2014",
+            "filename": image["file_name"],
+            "sentences": [
+                {"sentid": row["id"], "raw": row["caption"]}
+                for row in value["annotations"]
+                if row["image_id"] == image["id"]
+            ],
+        }
+        for image in value["images"]
+    ]
+    (tmp_path / "dataset_coco.json").write_text(json.dumps({"images": images}))
+    found = coco.read_annotations(tmp_path / "dataset_coco.json")
+    want = coco.read_annotations(val[0])
+    assert found == {image: texts for image, texts in want.items() if image > 103}
 
 
 def test_other_bad_input(val, tmp_path, monkeypatch):
@@ -235,7 +260,7 @@ def test_other_bad_input(val, tmp_path, monkeypatch):
         make(captions=val[0])
     with pytest.raises(DataError, match="cannot be read"):
         make(annotations=tmp_path / "none.json")
-    monkeypatch.setattr(coco, "MAX_BYTES", 10)
+    monkeypatch.setattr(caption_files, "MAX_BYTES", 10)
     with pytest.raises(DataError, match="larger than 10 bytes"):
         make(annotations=val[0])
 
