@@ -13,7 +13,7 @@ from unclip import errors
 MAX_JSON_BYTES = 64 << 20
 # What a file is that was expected to be another, by its first bytes, in lower case.
 _MISTAKEN = {
-    b"version https://git-lfs": "a Git LFS pointer, not the file: fetch the file itself",
+    b"version http": "a Git LFS pointer, not the file: fetch the file itself",
     b"<!doctype": "a web page: the download went wrong",
     b"<html": "a web page: the download went wrong",
     b"<head": "a web page: the download went wrong",

@@ -27,6 +27,10 @@ HF_IGNORE = (
     "text_model.embeddings.position_ids",
     "vision_model.embeddings.position_ids",
 )
+MARKS = {
+    "text": "text_model.embeddings.token_embedding.weight",
+    "vision": "vision_model.embeddings.class_embedding",
+}
 # A source with one tower stores no temperature: OpenAI's CLIPs, like most, were trained up to this
 # cap.
 LOGIT_SCALE = np.float32(np.log(model.MAX_LOGIT_SCALE))
@@ -160,7 +164,9 @@ def read_hf(paths: list[pathlib.Path], options: dict) -> dict[str, bundle.Part]:
             what = f"a second {min(again)} tower" if again else f"a projection to {embed_dim}"
             raise errors.ConfigError(f"{path} holds {what}; expected towers of one CLIP")
         configs, width, scaled = configs | found, embed_dim, scaled or len(found) == 2
-        source |= weights.open_weights(path)
+        source |= layout.unwrapped(
+            weights.open_weights(path), [MARKS[side] for side in found], str(path)
+        )
     what = " and ".join(map(str, paths))
     part = hf_part(configs.get("text"), configs.get("vision"), width, source, what, scaled=scaled)
     return {"clip": part}

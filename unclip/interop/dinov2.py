@@ -24,6 +24,8 @@ from unclip.models import dinov2 as model
 MAX_LAYERS = 1000
 HEAD_WIDTH = 64  # of every published DINOv2
 MASK_TOKENS = ("mask_token", "embeddings.mask_token")
+# Transformers' layout and Meta's.
+MARKS = ("embeddings.patch_embeddings.projection.weight", "patch_embed.proj.weight")
 # transformers' defaults for fields that a config lacks (Dinov2Config, Dinov2WithRegistersConfig).
 _HF_DEFAULTS = dict(
     hidden_size=768, num_hidden_layers=12, num_attention_heads=12, mlp_ratio=4, hidden_act="gelu",
@@ -56,7 +58,7 @@ def read(paths: list[pathlib.Path], options: dict[str, Any]) -> dict[str, Part]:
     if len(paths) != 1:
         raise errors.ConfigError(f"given {len(paths)} paths; expected one file or folder")
     path = paths[0]
-    source = weights.open_weights(path)
+    source = layout.unwrapped(weights.open_weights(path), MARKS, str(path))
     if path.is_dir():
         arch = hf_arch(files.read_object(path / "config.json"), str(path))
         rules = hf_rules(arch)

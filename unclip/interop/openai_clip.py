@@ -20,6 +20,9 @@ from unclip.interop.layout import COPY, LINEAR, Rule, dense, norm
 from unclip.models import clip as model
 
 HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104, 1792: 112}  # of OpenCLIP's image towers; else 64
+# A folder of the hub often holds the same model for transformers, under the usual names.
+FILES = tuple(sorted(weights.FOLDER_FILES, key=lambda name: not name.startswith("open_clip")))
+MARKS = ("visual.conv1.weight", "logit_scale")
 # Numbers and masks beside the parameters, by the last part of their names.
 NOT_TRAINED = ("input_resolution", "context_length", "vocab_size", "attn_mask")
 # Tensors that only towers of another kind have, by the beginning of their names.
@@ -93,11 +96,9 @@ def read_open_clip(paths: list[pathlib.Path], options: dict) -> dict[str, bundle
       DataError: a file that cannot be read.
     """
     path = _one(paths)
-    # A folder of the hub often holds the same model for transformers, under the usual names.
-    named = [path / name for name in ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")]
     config = path / "open_clip_config.json"
     stated = open_clip_arch(files.read_object(config), str(config)) if config.is_file() else None
-    source = _source(path, next((file for file in named if file.is_file()), path))
+    source = _source(path, weights.find(path, FILES) if path.is_dir() else path)
     arch = stated or shape_arch(source, str(path), HEAD_WIDTHS) | {"activation": "gelu"}
     arch = _preset(arch, options.get("preset"), str(path))
     if "logit_bias" in source:
@@ -269,10 +270,7 @@ def _preset(arch: dict[str, Any], name: str | None, what: str) -> dict[str, Any]
 
 def _source(path: pathlib.Path, weights_file: pathlib.Path) -> dict[str, tensors.Lazy]:
     """The tensors of a file under OpenAI's names, without prefixes of wrappers and "text."."""
-    source = weights.open_weights(weights_file)
-    for wrapper in ("state_dict.", "module."):
-        if any(name.startswith(wrapper) for name in source):
-            source = layout.prefixed(source, wrapper)
+    source = layout.unwrapped(weights.open_weights(weights_file), MARKS, str(path))
     for beginning, what in OTHER_TOWERS.items():
         if any(name.startswith(beginning) for name in source):
             raise errors.ConfigError(
