@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -280,7 +281,12 @@ def published(tmp_path_factory):
 def test_where_the_weights_come_from(published, tmp_path):
     folder, part = published
     found = inception_extractor.inception_extractor(folder, "clean")
-    assert found.id == "inception2015.pil-bicubic.float"
+    assert re.fullmatch(r"inception2015-[0-9a-f]{8}\.pil-bicubic\.float", found.id)
+    known = bundle.Part("inception", part.arch, part.params)
+    known.settings = {"source": "x.pth", "sha256": inception_extractor.PUBLISHED}
+    bundle.write(tmp_path / "known", {"inception": known})
+    named = inception_extractor.inception_extractor(tmp_path / "known", "clean")
+    assert named.id == "inception2015.pil-bicubic.float"
     assert found.provenance["weights_sha256"] == "12" * 32
     assert not found.provenance["weights_known"]
     assert found.outputs == {

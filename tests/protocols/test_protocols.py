@@ -3,6 +3,8 @@
 import hashlib
 import io
 import json
+import re
+import shutil
 import tarfile
 
 import numpy as np
@@ -63,6 +65,60 @@ def test_fewer_emoji_have_another_id():
         protocols.make("emoji-held-out", size=4)
 
 
+def test_other_shards_are_no_emoji(tmp_path):
+    """Shards by their content: a copy is the shipped set, another caption or picture is not."""
+    source = base.EMOJI / "held-out-0000.tar"
+    shutil.copy(source, tmp_path / "copy.tar")
+    make = lambda name, **settings: protocols.make(
+        "emoji-held-out", shards=str(tmp_path / name), **settings
+    )
+    assert make("copy.tar", count=5).id == "emoji-held-out.txt.first5.size64"
+    ids = set()
+    for name, change in (("a", b"another caption"), ("b", b"a third"), ("c", b"a third")):
+        with tarfile.open(source) as held, tarfile.open(tmp_path / f"{name}.tar", "w") as shard:
+            for number, member in enumerate(held):
+                data = held.extractfile(member).read()
+                data = change if number < 9 and member.name.endswith(".txt") else data
+                member.size = len(data)
+                shard.addfile(member, io.BytesIO(data))
+        protocol = make(f"{name}.tar")
+        assert re.fullmatch(r"held-out-[0-9a-f]{8}\.txt\.size64", protocol.id)
+        ids.add(protocol.id)
+    assert len(ids) == 2
+    # A part of the shipped set is not that set, though all of its pictures are shipped.
+    with tarfile.open(source) as held, tarfile.open(tmp_path / "part.tar", "w") as shard:
+        for member in list(held)[:30]:
+            shard.addfile(member, held.extractfile(member))
+    assert make("part.tar").id.startswith("held-out-")
+
+
+@pytest.mark.parametrize(
+    "name, settings", [("scenes", {"count": 1}), ("typographic", {"count": 3})]
+)
+def test_other_objects_have_another_id(tmp_path, name, settings):
+    for path in base.EMOJI.glob("train-*.tar"):
+        shutil.copy(path, tmp_path)
+    given = {"folder": str(tmp_path), "size": 16, **settings}
+    shipped = protocols.make(name, size=16, **settings).id
+    assert protocols.make(name, **given).id == shipped
+    with open(tmp_path / "train-0003.tar", "ab") as file:
+        file.write(bytes(512))
+    assert re.search(r"-[0-9a-f]{8}\.seed", protocols.make(name, **given).id)
+
+
+def test_other_reconstructed_pictures_have_another_id(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(tmp_path / f"{i}.png")
+    make = lambda **given: (
+        protocols.make("reconstruction", count=2, size=8, fit_count=2, **given).id
+    )
+    shipped, folder = make(), str(tmp_path)
+    assert make(pictures=str(base.EMOJI / "held-out-*.tar")) == shipped
+    found = {shipped, make(pictures=folder), make(fit=folder), make(pictures=folder, fit=folder)}
+    assert len(found) == 4 and all(".n2.d20-" in id for id in found)
+
+
 def test_text_protocols_draw_with_generate():
     calls = []
 
@@ -119,7 +175,8 @@ def test_the_pick_is_by_hash(val):
     for image, prompt in zip(order, protocol.prompts):
         k = int.from_bytes(digest(f"3/{image}/caption")[:8], "big") % (1 + image % 3)
         assert prompt == f"picture {image}, caption {k}"
-    assert protocol.id == "coco2014val-5.one-per-image.seed3.of12.crop256"
+    listed = protocol.provenance["captions_sha256"][:8]
+    assert protocol.id == f"coco2014val-5.one-per-image.seed3.of12.captions-{listed}.crop256"
     assert protocol.reference() is None and protocol.size == 256
     longer = make(annotations=val[0], count=9, seed=3)
     assert longer.prompts[:5] == protocol.prompts
@@ -309,7 +366,9 @@ def test_tfds_splits_are_in_the_id(monkeypatch, columns):
 
     monkeypatch.setattr(coco, "open_pictures", lambda spec: Fake())
     protocol = make(pictures=coco.KARPATHY, count=2, size=8)
-    assert protocol.id == "coco2014val-2.one-per-image.seed0.of2.tfds-restval+val+test.crop8"
+    head, _, tail = protocol.id.partition(protocol.provenance["captions_sha256"][:8])
+    assert head == "coco2014val-2.one-per-image.seed0.of2.captions-"
+    assert tail == ".tfds-restval+val+test.crop8"
     names = {int(key): prompt for key, prompt in zip(protocol.keys, protocol.prompts)}
     assert names == coco.pick({i: ["first", "second", "third"] for i in (5, 6)}, 2, 0)
     assert protocol.reference().read(1).shape == (8, 8, 3)

@@ -1,6 +1,7 @@
 """`unclip metrics` as a user sees it: output, files, and every mistake in one line."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -63,7 +64,10 @@ def test_a_table_and_the_same_as_json(metrics, files):
     assert any(line.startswith("warning: 12 real and 10 fake pictures") for line in lines)
     found = json.loads((files / "out.json").read_text())
     keys = [value["key"] for value in found["values"]]
-    assert keys[0].startswith("fd-clip/clip.") and keys[0].endswith(".openai/N=10")
+    hex8 = "[0-9a-f]{8}"  # of the CLIP, which nobody published, of the pictures, of the captions
+    clip = rf"clip\.16px8-w64-l1-d8-{hex8}\.openai"
+    assert re.fullmatch(f"fd-clip/{clip}/real={hex8}/N=10", keys[0])
+    assert re.fullmatch(f"clip_score/{clip}/captions={hex8}/N=10", keys[1])
     assert f"{found['values'][0]['value']:.6g}" in lines[1] and keys[1] in lines[2]
     code, out, _ = metrics(*asked, "--json", "--batch_size", 7)
     printed = json.loads(out)

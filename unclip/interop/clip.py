@@ -17,7 +17,7 @@ from unclip import errors, files, tasks
 from unclip.cascade import bundle
 from unclip.files import tensors
 from unclip.input.decode import text
-from unclip.interop import layout, weights
+from unclip.interop import layout, published, weights
 from unclip.interop.layout import COPY, Rule, dense, norm
 from unclip.models import clip as model
 from unclip.models.transformer import unstack_blocks
@@ -169,7 +169,7 @@ def read_hf(paths: list[pathlib.Path], options: dict) -> dict[str, bundle.Part]:
         )
     what = " and ".join(map(str, paths))
     part = hf_part(configs.get("text"), configs.get("vision"), width, source, what, scaled=scaled)
-    return {"clip": part}
+    return {"clip": stamped(part, weights.find(paths[0]) if len(paths) == 1 else None)}
 
 
 def hf_configs(config: Mapping[str, Any], what: str) -> tuple[dict[str, dict], int]:
@@ -228,6 +228,14 @@ def clip_part(
     taken = layout.take(rules, source, shapes(arch), what=what, ignore=ignore, constants=constants)
     loss = "sigmoid" if arch.get("logit_bias") else "softmax"
     return bundle.Part("clip", arch, taken, settings={"loss": loss})
+
+
+def stamped(part: bundle.Part, file: pathlib.Path | None) -> bundle.Part:
+    """A CLIP part that says so where its file is a published one."""
+    module = model.CLIP(**tasks.arguments(part.arch))
+    if file is not None:
+        part.extra |= published.stamp(file, module, part.params, model.PRESETS)
+    return part
 
 
 def shapes(arch: Mapping[str, Any]) -> dict[str, Any]:

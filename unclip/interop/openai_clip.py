@@ -15,7 +15,7 @@ from unclip import errors, files
 from unclip.cascade import bundle
 from unclip.files import tensors
 from unclip.interop import layout, weights
-from unclip.interop.clip import checked, clip_part, number, only, square
+from unclip.interop.clip import checked, clip_part, number, only, square, stamped
 from unclip.interop.layout import COPY, LINEAR, Rule, dense, norm
 from unclip.models import clip as model
 
@@ -75,10 +75,12 @@ def read_openai(paths: list[pathlib.Path], options: dict) -> dict[str, bundle.Pa
       DataError: a file that cannot be read.
     """
     path = _one(paths)
-    source = _source(path, path)
+    file = weights.find(path) if path.is_dir() else path
+    source = _source(path, file)
     arch = shape_arch(source, str(path), {}) | {"activation": "quick_gelu"}
     arch = _preset(arch, options.get("preset"), str(path))
-    return {"clip": clip_part(arch, openai_rules(arch), source, str(path), _ignored(source))}
+    part = clip_part(arch, openai_rules(arch), source, str(path), _ignored(source))
+    return {"clip": stamped(part, file)}
 
 
 def read_open_clip(paths: list[pathlib.Path], options: dict) -> dict[str, bundle.Part]:
@@ -98,7 +100,8 @@ def read_open_clip(paths: list[pathlib.Path], options: dict) -> dict[str, bundle
     path = _one(paths)
     config = path / "open_clip_config.json"
     stated = open_clip_arch(files.read_object(config), str(config)) if config.is_file() else None
-    source = _source(path, weights.find(path, FILES) if path.is_dir() else path)
+    file = weights.find(path, FILES) if path.is_dir() else path
+    source = _source(path, file)
     arch = stated or shape_arch(source, str(path), HEAD_WIDTHS) | {"activation": "gelu"}
     arch = _preset(arch, options.get("preset"), str(path))
     if "logit_bias" in source:
@@ -106,7 +109,7 @@ def read_open_clip(paths: list[pathlib.Path], options: dict) -> dict[str, bundle
     scale = source.get("logit_scale")
     scalar = layout.leading(1) if scale is not None and scale.ndim == 1 else COPY
     rules = openai_rules(arch, scalar)
-    return {"clip": clip_part(arch, rules, source, str(path), _ignored(source))}
+    return {"clip": stamped(clip_part(arch, rules, source, str(path), _ignored(source)), file)}
 
 
 def open_clip_arch(document: Mapping[str, Any], what: str) -> dict[str, Any]:

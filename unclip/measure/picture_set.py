@@ -8,13 +8,16 @@ noted, because a Fréchet distance depends on it.
 import hashlib
 import io
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from PIL import BmpImagePlugin, Image, TiffImagePlugin
 
-from unclip.errors import ConfigError
+from unclip.errors import ConfigError, UnclipError
 from unclip.files import picture as pictures
 from unclip.input.decode import image
+from unclip.input.samples import BadSample
+from unclip.runtime import collectives, distributed
 
 _PLUGINS = (BmpImagePlugin, TiffImagePlugin)  # imported once, as in `unclip.files.picture`
 MAX_BYTES = 64 << 20
@@ -37,7 +40,10 @@ class PictureSet:
       notes: uint8 [N], bits of `NOTES`, set as pictures are read.
       damaged: (name, reason) of samples that the source left out before numbering.
       left_out: names of files in the source that are not pictures of the set.
+      preparation: how pictures are changed before they are measured, as keys say it: "crop64".
     """
+
+    preparation = ""
 
     def __init__(self, source: str, count: int):
         self.source = source
@@ -65,8 +71,44 @@ class PictureSet:
         """The caption that the source itself has for picture i, or None."""
         return None
 
+    def data(self, i: int) -> bytes:
+        """The bytes that picture i is made of: encoded, or its shape and pixels."""
+        picture = self.read(i)
+        return f"{picture.shape}".encode() + picture.tobytes()
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digits that differ where the set does, as far as is seen without reading pictures."""
+        return content_hash(self)
+
     def _load(self, i: int) -> tuple[np.ndarray, int]:
         raise NotImplementedError
+
+
+def content_hash(pictures: PictureSet) -> str:
+    """sha256 (hex) of a set's pictures in order and of their preparation, whatever their names.
+
+    Every process of a job calls it, and reads its share.
+    """
+    count, share = len(pictures), {}
+    numbers = range(distributed.process_index(), count, distributed.process_count())
+
+    def one(i: int) -> str:
+        try:
+            return hashlib.sha256(pictures.data(i)).hexdigest()
+        except BadSample as error:
+            return error.reason  # in place of the picture that cannot be read
+
+    failure = None
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            share = dict(zip(map(str, numbers), pool.map(one, numbers)))
+    except UnclipError as error:
+        failure = error
+    collectives.raise_together(failure)
+    parts = {n: digest for part in collectives.gather_objects(share) for n, digest in part.items()}
+    lines = [pictures.preparation, *(parts[str(i)] for i in range(count))]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def listing_hash(pictures: PictureSet) -> str:
@@ -175,6 +217,16 @@ class _View(PictureSet):
         self.base = base
         self.notes = base.notes[:count]  # a view of the base's array, so both have the same notes
         self.damaged, self.left_out = base.damaged, base.left_out
+        self.preparation = base.preparation
+
+    def data(self, i: int) -> bytes:
+        """The base's bytes."""
+        return self.base.data(i)
+
+    @property
+    def fingerprint(self) -> str:
+        """The base's."""
+        return self.base.fingerprint
 
     def read(self, i: int) -> np.ndarray:
         """uint8 [H, W, 3] of picture i."""
@@ -214,6 +266,8 @@ class Prepared(_View):
             )
         super().__init__(base, f"{base.source} (centre square, {filter} {crop}x{crop})", len(base))
         self._crop, self._filter = crop, Image.Resampling[filter.upper()]
+        own = f"crop{crop}{'' if filter == 'bicubic' else '-' + filter}"
+        self.preparation = f"{base.preparation}.{own}" if base.preparation else own
 
     def read(self, i: int) -> np.ndarray:
         """uint8 [crop, crop, 3] of picture i."""

@@ -32,7 +32,12 @@ _NUMBER = re.compile(r"(\d{1,12})(?:\.\w+)?$")
 
 
 class Coco(base.EvaluationProtocol):
-    """A caption list and, where pictures are given, the same images as references."""
+    """A caption list and, where pictures are given, the same images as references.
+
+    The id names the captions by their hash; whose pictures they are compared with is in the keys.
+    """
+
+    named = ("captions", "size")
 
     def __init__(
         self,
@@ -110,7 +115,7 @@ def coco2014val_30k(
         chosen = pick(every, count or COUNT, seed)
         total = "" if len(every) == IMAGES else f".of{len(every)}"
         source = {"captions": source, "seed": seed, "images": len(every)}
-        made = f"one-per-image.seed{seed}{total}"
+        made = f"one-per-image.seed{seed}{total}.captions-{{sha}}"
     missing = [] if opened is None else [image for image in chosen if image not in numbers]
     if missing and (not allow_missing or len(missing) == len(chosen)):
         names = ", ".join(f"{image:012d}" for image in missing[:_SHOWN])
