@@ -25,6 +25,7 @@ def named(*names):
         ("c.csv", "file,caption\nx\\b.png,two\nx\\a.png,one\n"),
         # Names as COCO has them, of pictures that were drawn as PNG.
         ("c.csv", "file,caption\nb.jpg,two\na.JPG,one\n"),
+        ("c.jsonl", '{"FILE": "a.png", "TEXT": "one"}\n{"FILE": "b.png", "TEXT": "two"}\n'),
         ("c.json", '[{"image": "a.png", "caption": ["one"]}, {"image": "b.png", "text": "two"}]'),
         ("c.jsonl", '{"file": "a.png", "caption": "one"}\n\n{"name": "b", "text": "two"}\n'),
         ("c.json", '{"b": "two", "a": ["one"]}'),

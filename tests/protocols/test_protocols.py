@@ -92,18 +92,17 @@ def test_other_shards_are_no_emoji(tmp_path):
     assert make("part.tar").id.startswith("held-out-")
 
 
-@pytest.mark.parametrize(
-    "name, settings", [("scenes", {"count": 1}), ("typographic", {"count": 3})]
-)
-def test_other_objects_have_another_id(tmp_path, name, settings):
+def test_other_objects_have_another_id(tmp_path):
+    """Of scenes and of the attacked pictures alike; a copy of the shipped folder is no other."""
     for path in base.EMOJI.glob("train-*.tar"):
         shutil.copy(path, tmp_path)
-    given = {"folder": str(tmp_path), "size": 16, **settings}
-    shipped = protocols.make(name, size=16, **settings).id
-    assert protocols.make(name, **given).id == shipped
+    make = lambda name, **given: protocols.make(name, folder=str(tmp_path), size=16, **given).id
+    assert make("typographic", count=3) == "typographic.scene-objects.seed0.n3.size16"
     with open(tmp_path / "train-0003.tar", "ab") as file:
         file.write(bytes(512))
-    assert re.search(r"-[0-9a-f]{8}\.seed", protocols.make(name, **given).id)
+    other = make("typographic", count=3)
+    marked = re.fullmatch(r"typographic\.scene-objects(-[0-9a-f]{8})\.seed0\.n3\.size16", other)
+    assert make("scenes", count=1) == f"scenes{marked[1]}.seed1.n1.size16"
 
 
 def test_other_reconstructed_pictures_have_another_id(tmp_path):

@@ -254,9 +254,9 @@ def unwrapped(source: Mapping[str, Lazy], marks: Iterable[str], what: str) -> di
         if short in plain:
             raise errors.ConfigError(f"{what} holds {short} twice, once as {name}")
         plain[short] = tensor
-    marks = list(marks)
+    marks, states = list(marks), tuple(f"{field}." for field in _TRAINING)
     if any(mark in plain for mark in marks):
-        return plain
+        return {name: tensor for name, tensor in plain.items() if not name.startswith(states)}
     for mark in marks:
         prefixes = [name.removesuffix(mark) for name in plain if name.endswith(f".{mark}")]
         if len(prefixes) > 1:
@@ -268,7 +268,7 @@ def unwrapped(source: Mapping[str, Lazy], marks: Iterable[str], what: str) -> di
             beside = {
                 name: tensor
                 for name, tensor in plain.items()
-                if not name.startswith((prefix, *(f"{field}." for field in _TRAINING)))
+                if not name.startswith((prefix, *states))
             }
             return beside | prefixed(plain, prefix)
     return plain

@@ -271,6 +271,9 @@ def _row(where: str, row: Any, names: Sequence[str]) -> Row | str:
         return f"{where}: {row}"
     if not isinstance(row, dict):
         return f"{where}: expected an object with a name and a caption"
+    given, row = row, {str(field).strip().lower(): value for field, value in row.items()}
+    if len(row) < len(given):
+        return f"{where}: two fields of one name; there is {', '.join(map(str, given))}"
     name = next((row[field] for field in names if row.get(field) not in (None, "")), None)
     fields = [field for field in CAPTIONS if field in row] or [f for f in (TITLE,) if f in row]
     if name is None and any(field in row for field in names) and fields:
