@@ -211,6 +211,25 @@ def test_a_prepared_data_set(shards, tmp_path, monkeypatch):
 # ============================================================ views
 
 
+def test_content_is_told_by_what_was_read_already(tmp_path, monkeypatch):
+    """Equal bytes in equal order are equal sets, whatever their names; no file is read twice."""
+    for folder, names in (("one", "abc"), ("two", "xyz")):
+        for name, array in zip(names, PICTURES):
+            save(tmp_path / folder / f"{name}.png", array)
+    one, two = (pictures.open_pictures(tmp_path / name) for name in ("one", "two"))
+    content = pictures.content_hash(one)
+    assert pictures.content_hash(two) == content and one.fingerprint != two.fingerprint
+    assert pictures.content_hash(pictures.First(one, 2)) != content
+    assert pictures.content_hash(pictures.Prepared(one, 4)) != content
+    # A picture that cannot be read is a part of what the set is, and does not hinder.
+    (tmp_path / "two" / "y.png").unlink()
+    assert pictures.content_hash(pictures.open_pictures(tmp_path / "two")) != content
+    for i in range(3):
+        one.read(i)
+    monkeypatch.setattr(pictures.FolderPictures, "data", None)
+    assert pictures.content_hash(one) == content
+
+
 def test_the_first_of_a_set():
     base = pictures.ArrayPictures(PICTURES, names=list("abcd"), captions=list("wxyz"))
     first = pictures.First(base, 2)

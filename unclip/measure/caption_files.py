@@ -32,7 +32,7 @@ NAMES = (
 CAPTIONS = ("caption", "captions", "text", "prompt")
 TITLE = "title"  # the caption in OpenCLIP's tables; elsewhere a title stands beside a caption
 KINDS = (".jsonl", ".json", ".csv", ".tsv")
-_SHOWN = 8
+_SHOWN, _LISTED = 8, 200  # problems in the line, and in the table below it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,7 @@ def read_rows(
     Raises:
       ConfigError: another kind of file.
       DataError: it cannot be read, holds no row, or rows are wrong: too many or too few fields, no
-        name, an empty caption, a line break in one, the same row twice. The table lists them all.
+        name, an empty caption, a line break in one, the same row twice. A table lists them.
     """
     value = _opened(path, kinds)
     if isinstance(value, dict) and _is_layout(value):
@@ -90,7 +90,7 @@ def read_images(path: str | os.PathLike) -> list[Image]:
 
     Raises:
       ConfigError: another kind of file. DataError: unreadable, another layout, an id that comes
-        twice, an annotation of an image that is not listed. The table lists all problems.
+        twice, an annotation of an image that is not listed. A table lists them.
     """
     value = _opened(path, (".json",))
     if not isinstance(value, dict) or not _is_layout(value):
@@ -113,7 +113,7 @@ def refuse(path: str | os.PathLike, problems: Sequence[str]) -> None:
     """Raises DataError with all problems of a file, the first of them in its line; [] is none."""
     if problems:
         more = f"; … and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        table = "\n".join(f"  {one}" for one in problems) if more else ""
+        table = "\n".join(f"  {one}" for one in problems[:_LISTED]) if more else ""
         raise DataError(f"captions {path}: {'; '.join(problems[:_SHOWN])}{more}", table)
 
 

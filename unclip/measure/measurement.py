@@ -304,7 +304,7 @@ class Measurement:
         }
 
     def _content_hash(self, which: str, pictures: PictureSet) -> str | None:
-        """Of the reference, where its key needs it: that is a second reading of every file."""
+        """Of the reference, where its key needs it."""
         needed = which == "real" and "real" not in self.settings.named
         return content_hash(pictures) if needed else None
 

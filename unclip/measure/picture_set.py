@@ -50,6 +50,7 @@ class PictureSet:
         self.notes = np.zeros(count, np.uint8)
         self.damaged: list[tuple[str, str]] = []
         self.left_out: list[str] = []
+        self._digests: dict[int, str] = {}
 
     def __len__(self) -> int:
         return len(self.notes)
@@ -76,6 +77,16 @@ class PictureSet:
         picture = self.read(i)
         return f"{picture.shape}".encode() + picture.tobytes()
 
+    def digest(self, i: int, *, read: bool = True) -> str | None:
+        """sha256 (hex) of `data(i)`; with `read` False None where that was not read so far."""
+        if read and i not in self._digests:
+            self._note(i, self.data(i))
+        return self._digests.get(i)
+
+    def _note(self, i: int, data: bytes) -> bytes:
+        self._digests[i] = hashlib.sha256(data).hexdigest()
+        return data
+
     @property
     def fingerprint(self) -> str:
         """Hex digits that differ where the set does, as far as is seen without reading pictures."""
@@ -88,27 +99,35 @@ class PictureSet:
 def content_hash(pictures: PictureSet) -> str:
     """sha256 (hex) of a set's pictures in order and of their preparation, whatever their names.
 
-    Every process of a job calls it, and reads its share.
+    Every process of a job calls it. Pictures that one of them has read are not read again.
     """
-    count, share = len(pictures), {}
-    numbers = range(distributed.process_index(), count, distributed.process_count())
+    known = {i: pictures.digest(i, read=False) for i in range(len(pictures))}
+    found = _shared({i: digest for i, digest in known.items() if digest is not None})
+    missing = [i for i in known if i not in found]
+    mine = missing[distributed.process_index() :: distributed.process_count()]
 
-    def one(i: int) -> str:
+    def read(i: int) -> str:
         try:
-            return hashlib.sha256(pictures.data(i)).hexdigest()
+            return pictures.digest(i)
         except BadSample as error:
             return error.reason  # in place of the picture that cannot be read
 
-    failure = None
+    failure, own = None, {}
     try:
         with ThreadPoolExecutor(8) as pool:
-            share = dict(zip(map(str, numbers), pool.map(one, numbers)))
+            own = dict(zip(mine, pool.map(read, mine)))
     except UnclipError as error:
         failure = error
     collectives.raise_together(failure)
-    parts = {n: digest for part in collectives.gather_objects(share) for n, digest in part.items()}
-    lines = [pictures.preparation, *(parts[str(i)] for i in range(count))]
+    found |= _shared(own)
+    lines = [pictures.preparation, *(found[i] for i in known)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _shared(own: dict[int, str]) -> dict[int, str]:
+    """The digests of all processes."""
+    parts = collectives.gather_objects([list(own), list(own.values())])
+    return {i: digest for part in parts for i, digest in zip(*part)}
 
 
 def listing_hash(pictures: PictureSet) -> str:
@@ -219,9 +238,9 @@ class _View(PictureSet):
         self.damaged, self.left_out = base.damaged, base.left_out
         self.preparation = base.preparation
 
-    def data(self, i: int) -> bytes:
-        """The base's bytes."""
-        return self.base.data(i)
+    def digest(self, i: int, *, read: bool = True) -> str | None:
+        """The base's."""
+        return self.base.digest(i, read=read)
 
     @property
     def fingerprint(self) -> str:

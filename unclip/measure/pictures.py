@@ -165,7 +165,8 @@ class FolderPictures(PictureSet):
         return digest.hexdigest()
 
     def _load(self, i):
-        return decode(self.data(i), EXTENSIONS[self.path(i).suffix.lower()])
+        data = self._note(i, self.data(i))
+        return decode(data, EXTENSIONS[self.path(i).suffix.lower()])
 
 
 class ShardPictures(PictureSet):
@@ -205,7 +206,7 @@ class ShardPictures(PictureSet):
         return self.collection.fingerprint
 
     def _load(self, i):
-        return decode(self.data(i))
+        return decode(self._note(i, self.data(i)))
 
 
 def has_pictures(path: str | os.PathLike) -> bool:
@@ -294,4 +295,4 @@ class TfdsPictures(PictureSet):
         return self.collection.fingerprint
 
     def _load(self, i):
-        return decode(self.data(i))
+        return decode(self._note(i, self.data(i)))

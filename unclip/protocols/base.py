@@ -179,9 +179,9 @@ class Chosen(PictureSet):
         """The protocol's caption."""
         return self._captions[i]
 
-    def data(self, i: int) -> bytes:
-        """The bytes of the picture chosen."""
-        return self.base.data(self._numbers[i])
+    def digest(self, i: int, *, read: bool = True) -> str | None:
+        """Of the picture chosen."""
+        return self.base.digest(self._numbers[i], read=read)
 
     @property
     def fingerprint(self) -> str:
