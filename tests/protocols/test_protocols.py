@@ -253,7 +253,7 @@ def test_a_fixed_list_is_taken_as_it_is(tmp_path, name, text):
         ("image_id,text\n1,\n", "row 2: the caption is empty"),
         ("image_id,text\n1,a dog, asleep\n", "row 2: 3 fields"),
         ("image_id,text\n", "none there"),
-        ("a,b\n1,2\n", "expected a name"),
+        ("a,b\n1,2\n", "row 1: no name and no caption in the header"),
     ],
 )
 def test_damaged_lists(tmp_path, text, message):

@@ -31,8 +31,13 @@ NAMES = (
 )  # fmt: skip
 CAPTIONS = ("caption", "captions", "text", "prompt")
 TITLE = "title"  # the caption in OpenCLIP's tables; elsewhere a title stands beside a caption
+EXPECTED = f"; expected a name ({', '.join(NAMES)}) and a caption ({', '.join((*CAPTIONS, TITLE))})"
 KINDS = (".jsonl", ".json", ".csv", ".tsv")
 _SHOWN, _LISTED = 8, 200  # problems in the line, and in the table below it
+
+
+class _Problem(str):
+    """What is wrong with a row, in its place."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,12 +114,12 @@ def read(path: str | os.PathLike) -> list[Row] | list[Image]:
     return _rows(path, value, NAMES)
 
 
-def refuse(path: str | os.PathLike, problems: Sequence[str]) -> None:
+def refuse(path: str | os.PathLike, problems: Sequence[str], hint: str = "") -> None:
     """Raises DataError with all problems of a file, the first of them in its line; [] is none."""
     if problems:
         more = f"; … and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         table = "\n".join(f"  {one}" for one in problems[:_LISTED]) if more else ""
-        raise DataError(f"captions {path}: {'; '.join(problems[:_SHOWN])}{more}", table)
+        raise DataError(f"captions {path}: {'; '.join(problems[:_SHOWN])}{more}{hint}", table)
 
 
 def twice(what: str, values: Iterable[Any]) -> list[str]:
@@ -152,7 +157,7 @@ def _opened(path, kinds) -> Any:
         ) from error
     if kind == ".json":
         value = _parsed(text)
-        if isinstance(value, str):
+        if isinstance(value, _Problem):
             what = files.mistaken(data[:512]) or value
             raise DataError(f"captions {path}: {what}")
         return value
@@ -160,7 +165,7 @@ def _opened(path, kinds) -> Any:
 
 
 def _parsed(text: str) -> Any:
-    """The value of a JSON text, or what is wrong with it (a JSON text alone is wrong, too)."""
+    """The value of a JSON text, or what is wrong with it."""
 
     def once(pairs):
         found = dict(pairs)
@@ -170,12 +175,11 @@ def _parsed(text: str) -> Any:
         return found
 
     try:
-        value = json.loads(text, object_pairs_hook=once)
+        return json.loads(text, object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
-        return f"not JSON ({error})"
+        return _Problem(f"not JSON ({error})")
     except KeyError as error:
-        return f"{error} comes more than once in one object"
-    return "expected an object" if isinstance(value, str) else value
+        return _Problem(f"{error} comes more than once in one object")
 
 
 def _jsonl(path, text: str) -> Iterator[tuple[str, Any]]:
@@ -193,7 +197,8 @@ def _csv(path, text: str) -> Iterator[tuple[str, Any]]:
             records.append((begin, fields))
             begin = reader.line_num + 1
     except csv.Error as error:
-        cut = [(f"row {begin}", f"{error}: is a quote opened and not closed there?")]
+        what = _Problem(f"{error}: is a quote opened and not closed there?")
+        cut = [(f"row {begin}", what)]
     yield from _table(path, records, ",")
     yield from cut
 
@@ -229,6 +234,11 @@ def _table(path, records: list[tuple[int, list[str]]], delimiter: str) -> Iterat
                 f"{expected}, as its name says"
             )
     refuse(path, twice("columns", [field for field in header if field in known]))
+    lacks = _lacks(header, NAMES)
+    if lacks:
+        refuse(
+            path, [f"row {number}: {lacks} in the header, which is {', '.join(header)}"], EXPECTED
+        )
     for number, fields in records[1:]:
         if len(fields) == len(header):
             yield f"row {number}", dict(zip(header, fields))
@@ -237,7 +247,7 @@ def _table(path, records: list[tuple[int, list[str]]], delimiter: str) -> Iterat
         if len(fields) > len(header) and delimiter == ",":
             hint = " (a caption with a comma is put in quotes)"
         count = f"{len(fields)} field{'s' if len(fields) > 1 else ''}"
-        yield f"row {number}", f"{count}, the header has {len(header)}{hint}"
+        yield f"row {number}", _Problem(f"{count}, the header has {len(header)}{hint}")
 
 
 # ============================================================ rows
@@ -259,7 +269,8 @@ def _rows(path, value: Any, names: Sequence[str]) -> list[Row]:
         same = seen.setdefault((row.name, *row.captions), row.where)
         if same != row.where:
             problems.append(f"{row.where} repeats {same}")
-    refuse(path, problems)
+    columns = any(" there is " in problem for problem in problems)
+    refuse(path, problems, EXPECTED if columns else "")
     if not rows:
         raise DataError(f"captions {path}: none there")
     return rows
@@ -267,7 +278,7 @@ def _rows(path, value: Any, names: Sequence[str]) -> list[Row]:
 
 def _row(where: str, row: Any, names: Sequence[str]) -> Row | str:
     """A row, or what is wrong with it."""
-    if isinstance(row, str):
+    if isinstance(row, _Problem):
         return f"{where}: {row}"
     if not isinstance(row, dict):
         return f"{where}: expected an object with a name and a caption"
@@ -276,16 +287,20 @@ def _row(where: str, row: Any, names: Sequence[str]) -> Row | str:
         return f"{where}: two fields of one name; there is {', '.join(map(str, given))}"
     name = next((row[field] for field in names if row.get(field) not in (None, "")), None)
     fields = [field for field in CAPTIONS if field in row] or [f for f in (TITLE,) if f in row]
-    if name is None and any(field in row for field in names) and fields:
+    lacks = _lacks(row, names)
+    if lacks:
+        return f"{where}: {lacks}, there is {', '.join(given) or 'nothing'}"
+    if name is None:
         return f"{where}: the name is empty"
-    if name is None or not fields:
-        return (
-            f"{where}: expected a name ({', '.join(names)}) and a caption "
-            f"({', '.join((*CAPTIONS, TITLE))}); there is {', '.join(map(str, row)) or 'nothing'}"
-        )
     if len({json.dumps(row[field]) for field in fields}) > 1:
         return f"{where}: {' and '.join(map(repr, fields))} differ; expected one caption"
     return _checked(where, name, row[fields[0]])
+
+
+def _lacks(fields: Iterable[str], names: Sequence[str]) -> str:
+    """ "no name", "no caption" or both, where none of the fields is one."""
+    missing = {"no name": names, "no caption": (*CAPTIONS, TITLE)}
+    return " and ".join(what for what, known in missing.items() if not {*fields} & {*known})
 
 
 def _checked(where: str, name: Any, caption: Any) -> Row | str:
