@@ -40,6 +40,7 @@ def files(tmp_path_factory):
     rows = [f"{i}.png,picture {i}" for i in range(10)]
     (folder / "captions.csv").write_text("\n".join(["file,caption", *rows]))
     (folder / "others.csv").write_text("file,caption\n0.png,zero\nx.png,none\n")
+    (folder / "cut.csv").write_text("file,caption\n0.png,a dog, running\n")
     (folder / "drawn").mkdir()
     for i in range(2):
         picture = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
@@ -145,6 +146,7 @@ def test_mistakes_are_one_line(metrics, files):
         (score, 78, "clip_score needs the caption of every picture"),
         ((*score, "--captions", files / "others.csv"), 78, "9 pictures without caption (1.png"),
         ((*score, "--captions", files / "absent.csv"), 74, "cannot be read"),
+        ((*score, "--captions", files / "cut.csv"), 74, "row 2: 3 fields, the header has 2"),
         ((*fid, *fake, *real, "--inception", files / "absent.pth"), 74, "no such file or folder"),
         ((*fake, *real, "--metrics", "fd-clip", "--clip", files / "broken"), 70, "'0.png'"),
     ]
