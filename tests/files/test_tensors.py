@@ -55,6 +55,43 @@ def test_damage_is_reported(tmp_path):
         tensors.write(path, {"a": np.zeros(1, np.complex64)})
 
 
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123\n", "Git LFS"),
+        (b"<!DOCTYPE html><html>", "a web page"),
+        (b"\xef\xbb\xbf\n<!doctype HTML>", "a web page"),
+        (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "XML answer"),
+        (b'{"error": "Repository not found"}', "a JSON text"),
+        (b"PK\x03\x04" + bytes(30), "a torch file: end its name in .bin"),
+        (b"\x80\x02}q\x00.", "a torch file"),
+        (b"", "empty, 0 bytes"),
+        (bytes(4096), "nothing but zeros"),
+    ],
+)
+def test_other_files_are_named(tmp_path, content, message):
+    (tmp_path / "f").write_bytes(content)
+    with pytest.raises(errors.DataError, match=f"f is no safetensors file: it is .*{message}"):
+        tensors.read(tmp_path / "f")
+
+
+def test_a_file_cut_short_says_how_much_is_missing(tmp_path):
+    path = tmp_path / "f"
+    tensors.write(path, {"a": np.zeros(100, np.float32), "b": np.zeros(3, np.int8)})
+    whole = path.read_bytes()
+    for left in (len(whole) - 1, len(whole) // 2):
+        path.write_bytes(whole[:left])
+        with pytest.raises(errors.DataError, match=f"cut short, {left} of {len(whole)} bytes"):
+            tensors.read(path)
+    path.write_bytes(whole[:30])  # in its header
+    with pytest.raises(errors.DataError, match="cut short, 30 of"):
+        tensors.read(path)
+    for left in (*range(1, 30), 60):  # wherever it ends, in a line
+        path.write_bytes(whole[:left])
+        with pytest.raises(errors.DataError):
+            tensors.read(path)
+
+
 _COPY = """
 import pathlib, resource, sys
 import ml_dtypes, numpy as np

@@ -200,6 +200,46 @@ def test_three_layouts_give_the_same_leaves(weights, tmp_path):
             np.testing.assert_array_equal(leaf, reference[path], err_msg=path)
 
 
+@pytest.mark.parametrize("wrap", ["module.", "_orig_mod.module.", "model.", "model.clip.", ""])
+def test_a_training_of_open_clip_is_read(weights, tmp_path, save_torch, wrap):
+    """{"epoch", "name", "state_dict", "optimizer"}, as open_clip saves, and others' wrappers."""
+    named = {wrap + name: value for name, value in as_openai(weights).items()}
+    moments = {"state": {0: {"exp_avg": np.zeros((2, 3), np.float32)}}}
+    tree = {"epoch": 3, "name": "run", "state_dict": named, "optimizer": moments}
+    plain = formats.read("open-clip", [save_torch(tmp_path / "epoch_3.pt", tree)])["clip"]
+    nested = {"model": named, "optimizer": moments, "step": 7}
+    other = formats.read("open-clip", [save_torch(tmp_path / "last.ckpt", nested)])["clip"]
+    tensors.write(tmp_path / "clip.safetensors", as_openai(weights))
+    want = loaded(formats.read("open-clip", [tmp_path / "clip.safetensors"])["clip"])
+    for part in (plain, other):
+        found = loaded(part)
+        assert found.keys() == want.keys()
+        for path, leaf in found.items():
+            np.testing.assert_array_equal(leaf, want[path], err_msg=path)
+
+
+def test_two_networks_in_one_file_are_told(weights, tmp_path):
+    both = {f"{at}.{n}": v for at in ("model", "ema") for n, v in as_openai(weights).items()}
+    tensors.write(tmp_path / "clip.safetensors", both)
+    with pytest.raises(ConfigError, match=r"2 networks, below '\w+\.', '\w+\.'; expected"):
+        formats.read("open-clip", [tmp_path / "clip.safetensors"])
+    beside = {f"model.{n}": v for n, v in as_openai(weights).items()} | {"loss.bias": np.zeros(2)}
+    tensors.write(tmp_path / "clip.safetensors", beside)
+    with pytest.raises(layout.Mismatch, match=r"extra    loss.bias \[2\]"):
+        formats.read("open-clip", [tmp_path / "clip.safetensors"])
+
+
+def test_wrappers_of_transformers_folders(weights, tmp_path):
+    """torch.compile and a model that holds the CLIP put names before it; fp16 ends its file's."""
+    state = {f"_orig_mod.model.{n}": v for n, v in as_transformers(weights).items()}
+    folder = hf_folder(tmp_path, state, CONFIG)
+    (folder / "model.safetensors").rename(folder / "model.fp16.safetensors")
+    found = loaded(formats.read("hf-clip", [folder])["clip"])
+    hf_folder(tmp_path, as_transformers(weights), CONFIG)
+    want = loaded(formats.read("hf-clip", [folder])["clip"])
+    assert all(np.array_equal(leaf, want[path]) for path, leaf in found.items())
+
+
 def test_towers_apart(weights, tmp_path):
     """One projected tower's folder gives a CLIP without the other; two give a whole one."""
     folders = {}

@@ -127,6 +127,19 @@ def test_differences_are_listed(tmp_path, layout):
     assert gone in caught.value.table and "head.weight" in caught.value.table
 
 
+@pytest.mark.parametrize("layout", ["hub", "hf"])
+def test_the_backbone_of_another_model(tmp_path, layout):
+    params = drawn(ARCHS["mlp"])
+    theirs = {f"teacher.backbone.{name}": a for name, a in written(params, layout).items()}
+    path = put(tmp_path, params, layout)
+    save_file(theirs, tmp_path / "model.safetensors" if path.is_dir() else path)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(a.read(), b),
+        formats.read("dinov2", [path])["dinov2"].params,
+        params,
+    )
+
+
 def test_mask_token_may_be_absent(tmp_path):
     params = drawn(ARCHS["mlp"])
     theirs = written(params, "hub")

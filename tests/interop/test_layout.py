@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from unclip import errors
 from unclip.files.tensors import Lazy
 from unclip.interop import layout
 from unclip.runtime.sharding import nest
@@ -131,6 +132,21 @@ def test_nothing_is_read_before_it_is_wanted():
     taken = layout.take(rules, lazy, abstract, what="x")
     with pytest.raises(AssertionError, match="read too early"):
         taken["a"]["kernel"].read()
+
+
+def test_what_a_training_puts_before_names_is_taken_off():
+    tensor = _lazy(_random(2))
+    names = lambda *given: sorted(layout.unwrapped(dict.fromkeys(given, tensor), ["a.w"], "x"))
+    assert names("a.w", "b.a.w", "optimizer_states.0.m") == ["a.w", "b.a.w"]
+    assert names("m.a.w", "m.b._orig_mod.w") == ["a.w", "b.w"]
+    assert names("_orig_mod.a._fsdp_wrapped_module.w") == ["a.w"]
+    # Optimisers' states go, other tensors stay for `take` to name.
+    assert names("x.y.a.w", "optimizer.state.0.exp_avg", "loss.w") == ["a.w", "loss.w"]
+    assert names("other.w") == ["other.w"]
+    with pytest.raises(errors.ConfigError, match=r"x holds 2 networks, below 'm\.', 'ema\.'"):
+        names("m.a.w", "ema.a.w")
+    with pytest.raises(errors.ConfigError, match=r"x holds a\.w twice"):
+        names("a.w", "_orig_mod.a.w")
 
 
 def test_constants_fill_leaves_the_format_does_not_have():

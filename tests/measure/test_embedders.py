@@ -1,6 +1,7 @@
 """CLIP and DINOv2 as judges: what they are shown, what they embed, and what they say of it."""
 
 import dataclasses
+import hashlib
 import json
 
 import jax
@@ -13,9 +14,11 @@ from unclip.cascade import bundle, runs
 from unclip.input.decode import image
 from unclip.input.decode.text import EOT, SOT, Tokenizer
 from unclip.interop import dinov2 as interop
-from unclip.interop import formats
+from unclip.interop import formats, published
 from unclip.measure import embedders
 from unclip.models import clip as clip_model
+from unclip.models import dinov2 as dinov2_model
+from unclip.models.transformer import stack_blocks
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -162,11 +165,13 @@ def test_length_is_kept(clip_bundle):
 
 def test_what_an_extractor_says(clip_bundle):
     extractor = embedders.clip_extractor(clip_bundle, "cmmd")
-    assert extractor.id == "clip.16px8-w16-l1-d24.cmmd"
+    network = extractor.provenance["network_sha256"]
+    assert extractor.id == f"clip.16px8-w16-l1-d24-{network[:8]}.cmmd"
     recorded = json.loads((clip_bundle / "model.json").read_text())["parts"]["clip"]["sha256"]
     assert json.loads(json.dumps(extractor.provenance)) == {
         "weights_sha256": recorded, "weights_sha256_of": "file of the bundle's part",
         "source": clip_bundle.name, "dtype": "float32", "preprocess": "cmmd", "size": 16,
+        "network_sha256": network,
     }  # fmt: skip
     # Half of a CLIP is enough for its features; the rest is not moved to a device.
     assert "text" not in extractor.params
@@ -179,6 +184,66 @@ def test_names_are_those_of_presets():
     one = clip_model.CLIP(**clip_model.PRESETS["ViT-L/14"])
     other = dataclasses.replace(one, activation="gelu")
     assert embedders.clip_name(other) == "224px14-w1024-l24-d768"
+
+
+def test_equal_ids_mean_equal_networks(clip_params, tmp_path):
+    """Whatever holds the weights; another weight, activation or number of heads is another id."""
+    ids = {}
+    other = jax.tree.map(np.copy, clip_params)
+    other["vision"]["position"][0, 0] += 1
+    for name, arch, params in (
+        ("same", ARCH, clip_params),
+        ("trained", ARCH | {"dtype": "bfloat16", "remat": "full"}, clip_params),
+        ("folded", ARCH | {"fold": True}, stack_blocks(clip_params)),
+        ("weight", ARCH, other),
+        ("gelu", ARCH | {"activation": "gelu"}, clip_params),
+        ("heads", ARCH | {"vision_heads": 4}, clip_params),
+    ):
+        bundle.write(tmp_path / name, {"clip": bundle.Part("clip", arch, params)})
+        part = bundle.read_part(tmp_path / name, "clip")
+        ids[name] = embedders.clip_id(part)
+        assert embedders.clip_extractor(tmp_path / name).id == f"{ids[name]}.openai"
+    assert ids["same"] == ids["trained"] == ids["folded"]
+    assert len(set(ids.values())) == 4
+
+
+def test_only_published_weights_bear_their_name(clip_params, tmp_path, monkeypatch):
+    """A file that is known by its sha256 gives its name to the part, until that is changed."""
+    preset = {
+        f.name: getattr(clip_model.CLIP(**ARCH), f.name)
+        for f in dataclasses.fields(clip_model.CLIP)
+        if f.name in ARCH or f.name == "activation"
+    }
+    monkeypatch.setitem(clip_model.PRESETS, "ViT-T/8", preset)
+    folder = tmp_path / "hf"
+    formats.write("hf-clip", {"clip": bundle.Part("clip", ARCH, clip_params)}, folder)
+    file = folder / "model.safetensors"
+    own = embedders.clip_extractor(folder).id
+    assert own.startswith("clip.ViT-T-8-") and own.endswith(".openai")
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    monkeypatch.setitem(published.FILES, sha256, "ViT-T/8")
+    assert embedders.clip_extractor(folder).id == "clip.ViT-T-8.openai"
+    part = formats.read("hf-clip", [folder])["clip"]
+    assert part.settings == {"loss": "softmax"}  # what the task of training takes
+    bundle.write(tmp_path / "kept", {"clip": part})
+    kept = bundle.read_part(tmp_path / "kept", "clip")
+    assert embedders.clip_id(kept) == "clip.ViT-T-8"
+    bundle.write(tmp_path / "rounded", {"clip": kept}, dtype="bfloat16")
+    assert embedders.clip_extractor(tmp_path / "rounded").id.startswith("clip.ViT-T-8-")
+    kept.params["logit_scale"] = kept.params["logit_scale"] + 1  # trained further
+    assert embedders.clip_id(kept).startswith("clip.ViT-T-8-")
+    # The published tensors with another activation are another network.
+    config = json.loads((folder / "config.json").read_text())
+    for tower in ("text_config", "vision_config"):
+        config[tower]["hidden_act"] = "gelu"
+    (folder / "config.json").write_text(json.dumps(config))
+    assert embedders.clip_extractor(folder).id.startswith("clip.16px8-w16-l1-d24-")
+
+
+def test_names_in_the_table_are_presets():
+    known = {*clip_model.PRESETS, *dinov2_model.PRESETS}
+    assert set(published.FILES.values()) <= known
+    assert all(len(bytes.fromhex(name)) == 32 for name in published.FILES)
 
 
 def test_a_run_is_read_too(run_of):
@@ -283,7 +348,8 @@ def test_captions_that_are_none(encoder):
 
 def test_dinov2(dinov2_bundle):
     extractor = embedders.dinov2_extractor(dinov2_bundle)
-    assert extractor.id == "dinov2.70px14-w16-l1.bicubic224.hub"
+    network = extractor.provenance["network_sha256"]
+    assert extractor.id == f"dinov2.70px14-w16-l1-{network[:8]}.bicubic224.hub"
     assert extractor.outputs == {"cls": 16} and extractor.provenance["interpolation"] == "hub"
     shown = extractor.prepare(PICTURES[1])["image"]
     squashed = Image.fromarray(PICTURES[1]).resize((224, 224), Image.Resampling.BICUBIC)
@@ -304,4 +370,5 @@ def test_dinov2_with_registers_reads_positions_its_own_way(tmp_path):
     part = bundle.Part("dinov2", {"class": "DINOv2"} | arch, drawn(interop.shapes(arch)))
     bundle.write(tmp_path, {"dinov2": part})
     extractor = embedders.dinov2_extractor(tmp_path)
-    assert extractor.id == "dinov2.70px14-w16-l1-r2.bicubic224.antialias"
+    network = extractor.provenance["network_sha256"]
+    assert extractor.id == f"dinov2.70px14-w16-l1-r2-{network[:8]}.bicubic224.antialias"

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from unclip.cascade import bundle
 from unclip.input.samples import BadSample
 from unclip.measure import embedders, features, inception_extractor
 from unclip.measure.features import extract
-from unclip.measure.picture_set import ArrayPictures, PictureSet
+from unclip.measure.picture_set import ArrayPictures, PictureSet, content_hash
 from unclip.models import bilinear
 from unclip.runtime import distributed
 
@@ -207,7 +208,7 @@ def test_asked_to_stop():
 WORKER = """
 import hashlib, sys
 sys.path.insert(0, sys.argv[3])
-from test_features import Conv, Mixed, extract
+from test_features import Conv, Mixed, content_hash, extract
 from unclip import errors
 from unclip.runtime import distributed
 import numpy as np
@@ -218,6 +219,11 @@ for name in found.rows:
     digest.update(found.rows[name].tobytes())
     digest.update(np.float64(found.moments[name].outer).round(6).tobytes())
 assert found.moments["sum"].count == 35
+some = Mixed(37, damaged=(3, 30))
+for i in range(10 * int(sys.argv[2]), 15, 2):  # what one process has read, none reads again
+    if i not in some.bad:
+        some.digest(i)
+content = content_hash(some)
 class Broken(Mixed):
     def read(self, i):
         if i == 30:  # the second process's
@@ -226,7 +232,8 @@ class Broken(Mixed):
 try:
     extract(Conv(), Broken(37), batch_size=5)
 except errors.DataError as error:
-    print("FOUND", digest.hexdigest(), error, *(float(x).hex() for x in found.moments["sum"].total))
+    total = [float(x).hex() for x in found.moments["sum"].total]
+    print("FOUND", digest.hexdigest(), content, error, *total)
 """
 
 
@@ -253,6 +260,7 @@ def test_two_processes_find_what_one_finds():
     lines = [next(x for x in out.splitlines() if x.startswith("FOUND")) for out, _ in texts]
     assert lines[0] == lines[1] and "shard is gone" in lines[0]
     one = extract(Conv(), Mixed(37, damaged=(3, 30)))
+    assert lines[0].split()[2] == content_hash(Mixed(37, damaged=(3, 30)))
     totals = np.array([float.fromhex(x) for x in lines[0].split()[-6:]])
     assert _relative(totals, one.moments["sum"].total) < 1e-12
 
@@ -280,7 +288,12 @@ def published(tmp_path_factory):
 def test_where_the_weights_come_from(published, tmp_path):
     folder, part = published
     found = inception_extractor.inception_extractor(folder, "clean")
-    assert found.id == "inception2015.pil-bicubic.float"
+    assert re.fullmatch(r"inception2015-[0-9a-f]{8}\.pil-bicubic\.float", found.id)
+    known = bundle.Part("inception", part.arch, part.params)
+    known.settings = {"source": "x.pth", "sha256": inception_extractor.PUBLISHED}
+    bundle.write(tmp_path / "known", {"inception": known})
+    named = inception_extractor.inception_extractor(tmp_path / "known", "clean")
+    assert named.id == "inception2015.pil-bicubic.float"
     assert found.provenance["weights_sha256"] == "12" * 32
     assert not found.provenance["weights_known"]
     assert found.outputs == {

@@ -1,8 +1,10 @@
 """Metrics by name: the plumbing from pictures to keyed values, on small substitutes for
 networks."""
 
+import dataclasses
 import io
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -84,8 +86,9 @@ def clip(tmp_path_factory):
 def test_fid_is_the_formula_and_its_key_says_what_it_is_of(sets):
     result = measure(*sets, ["fid", "fid-clean", "sfid"], inception="w", protocol="coco.seed0")
     fid, clean, sfid = result.values
-    assert fid["key"] == "fid/stand-in.tf1/coco.seed0/N=26"
-    assert clean["key"] == "fid-clean/stand-in.clean/coco.seed0/N=26"
+    real = f"real={pictures.content_hash(sets[0])[:8]}"
+    assert fid["key"] == f"fid/stand-in.tf1/coco.seed0/{real}/N=26"
+    assert clean["key"] == f"fid-clean/stand-in.clean/coco.seed0/{real}/N=26"
     assert (fid["n_real"], fid["n_fake"]) == (30, 26)
     np.testing.assert_allclose(fid["value"], frechet(rows(REAL), rows(FAKE)), rtol=1e-5)
     np.testing.assert_allclose(sfid["value"], frechet(rows(REAL)[:, :2], rows(FAKE)[:, :2]),
@@ -100,11 +103,12 @@ def test_each_metric_gives_its_values_and_settings(sets):
     result = measure(*sets, names, inception="w", seed=3)
     keys = [value["key"] for value in result.values]
     head = "stand-in.tf1"
+    tail = f"real={pictures.content_hash(sets[0])[:8]}/N=26"
     assert keys == [
-        f"fid-infinity/{head}/points=15.seed=3/N=26", f"is/{head}/splits=10.seed=2020/N=26",
-        f"is-openai/{head}/split_size=5000/N=26", f"kid/{head}/subsets=100x26.seed=2020/N=26",
-        f"precision/{head}/k=3/N=26", f"recall/{head}/k=3/N=26", f"f_score/{head}/k=3/N=26",
-        f"density/{head}/k=5/N=26", f"coverage/{head}/k=5/N=26",
+        f"fid-infinity/{head}/points=15.seed=3/{tail}", f"is/{head}/splits=10.seed=2020/N=26",
+        f"is-openai/{head}/split_size=5000/N=26", f"kid/{head}/subsets=100x26.seed=2020/{tail}",
+        f"precision/{head}/k=3/{tail}", f"recall/{head}/k=3/{tail}", f"f_score/{head}/k=3/{tail}",
+        f"density/{head}/k=5/{tail}", f"coverage/{head}/k=5/{tail}",
     ]  # fmt: skip
     by_name = {value["metric"]: value for value in result.values}
     logits = rows(FAKE) / 5
@@ -186,8 +190,11 @@ def test_text_metrics_compare_each_picture_with_its_own_caption(clip):
     assert values["clip_score"]["value"] == pytest.approx(hessel.mean(), abs=1e-5)
     low, high = values["clip_cosine"]["interval"]
     assert low < values["clip_cosine"]["value"] < high
-    assert values["clip_cosine"]["key"] == f"clip_cosine/{extractor.id}/N=26"
-    assert values["r_precision"]["key"] == f"r_precision/{extractor.id}/candidates=5.seed=2/N=26"
+    tail = "captions=[0-9a-f]{8}/N=26"
+    assert re.fullmatch(f"clip_cosine/{extractor.id}/{tail}", values["clip_cosine"]["key"])
+    settings = "candidates=5.seed=2"
+    key = values["r_precision"]["key"]
+    assert re.fullmatch(f"r_precision/{extractor.id}/{settings}/{tail}", key)
     assert values["fd-clip"]["key"].startswith("fd-clip/clip.") and values["fd-clip"]["value"] > 0
     assert result.provenance["captions_sha256"]
     # The order of the captions matters, and a list that is given goes before the set's own.
@@ -230,6 +237,87 @@ def test_unreadable_pictures_are_refused_or_counted(damaged, clip):
     whole = pictures.ArrayPictures(FAKE[kept], captions=[f"picture {i}" for i in kept])
     want = measure(None, whole, ["clip_cosine"], clip=clip)
     assert result.values == want.values
+
+
+# ============================================================ keys
+
+
+def keys(*sets, metrics=("fid",), **options):
+    return [value["key"] for value in measure(*sets, metrics, inception="w", **options).values]
+
+
+def test_equal_keys_mean_equal_references(sets, tmp_path):
+    """By content: not by where pictures lie or what they are called, nor by the user's word."""
+    real, fake = sets
+    first = keys(real, fake, protocol="mine")
+    for folder, change in (("a", 0), ("b", 0), ("c", 1)):
+        (tmp_path / folder).mkdir()
+        for i, array in enumerate(REAL):
+            array = array ^ np.uint8(change * (i == 7))
+            Image.fromarray(array).save(tmp_path / folder / f"{folder}{i:02}.png")
+    opened = [pictures.open_pictures(tmp_path / name) for name in "abc"]
+    one, same, other = (keys(each, fake, protocol="mine") for each in opened)
+    assert one == same != other
+    assert keys(real, pictures.ArrayPictures(FAKE[::-1].copy()), protocol="mine") == first
+    fewer = pictures.First(real, 29)
+    assert keys(fewer, fake, protocol="mine") != first
+    # A file of statistics has the pictures' fingerprint; another tool's has that of its numbers.
+    saved = measure(real, None, ["fid"], inception="w")
+    write_statistics(tmp_path / "real.npz", saved.statistics)
+    assert keys(read_statistics(tmp_path / "real.npz"), fake, protocol="mine") == first
+    theirs = []
+    for shift in (0, 1e-3):
+        found = saved.statistics["pool3"]
+        np.savez(tmp_path / "theirs.npz", mu=found.mean + shift, sigma=found.covariance)
+        theirs += keys(read_statistics(tmp_path / "theirs.npz"), fake)
+    assert len({*theirs, *first}) == 3
+    # What a protocol's id names already is not said again.
+    assert keys(real, fake, protocol="p", named=("real",)) == ["fid/stand-in.tf1/p/N=26"]
+    with pytest.raises(errors.ConfigError, match="unknown part of a protocol's id 'reel'"):
+        keys(real, fake, named=("reel",))
+
+
+def test_the_way_pictures_were_cropped_is_in_the_key(sets):
+    real, fake = (pictures.Prepared(each, 6, "box") for each in sets)
+    (key,) = keys(real, fake)
+    assert key.startswith("fid/stand-in.tf1/crop6-box/real=")
+    assert keys(None, fake, metrics=["is-openai"]) == [
+        "is-openai/stand-in.tf1/split_size=5000/crop6-box/N=26"
+    ]
+    # The reference's own preparation is part of its fingerprint.
+    (other,) = keys(pictures.Prepared(sets[0], 6), fake)
+    assert other != key
+
+
+def test_captions_are_in_the_keys_of_what_reads_them(clip):
+    fake = pictures.ArrayPictures(FAKE)
+    measured = lambda texts, name: measure(None, fake, [name], clip=clip, captions=texts).values[0][
+        "key"
+    ]
+    plain = [f"picture {i}" for i in range(26)]
+    both = [[text, "another"] for text in plain]
+    other = ["picture x", *plain[1:]]
+    assert measured(plain, "clip_cosine") == measured(both, "clip_cosine")
+    assert measured(plain, "clip_cosine") != measured(other, "clip_cosine")
+    third = [[text, "a third"] for text in plain]
+    assert measured(both, "ref_clip_score") != measured(third, "ref_clip_score")
+
+
+def test_statistics_of_before_have_no_hash_in_their_extractors_name(clip, tmp_path):
+    real, fake = pictures.ArrayPictures(REAL), pictures.ArrayPictures(FAKE)
+    saved = measure(real, None, ["fd-clip"], clip=clip).statistics["z_i"]
+    about = dict(saved.provenance)
+    del about["network_sha256"]
+    about["extractor"] = re.sub("-[0-9a-f]{8}[.]", ".", about["extractor"])
+    for weights, sound in ((about["weights_sha256"], True), ("0" * 64, False)):
+        old = dataclasses.replace(saved, provenance=about | {"weights_sha256": weights})
+        write_statistics(tmp_path / "old.npz", {"z_i": old})
+        file = read_statistics(tmp_path / "old.npz")
+        if sound:
+            assert measure(file, fake, ["fd-clip"], clip=clip).values[0]["value"] > 0
+            continue
+        with pytest.raises(errors.ConfigError, match="was measured with weights_sha256 0000"):
+            measure(file, fake, ["fd-clip"], clip=clip)
 
 
 # ============================================================ statistics

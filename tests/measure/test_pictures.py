@@ -1,7 +1,6 @@
-"""Sets of pictures from each source, what is noted of their files, and captions by name."""
+"""Sets of pictures from each source, and what is noted of their files."""
 
 import io
-import json
 import tarfile
 
 import numpy as np
@@ -13,7 +12,7 @@ from unclip.input.samples import BadSample
 from unclip.input.shards.collection import open_shards
 from unclip.input.shards.folder import index_folder
 from unclip.input.tfds import records
-from unclip.measure import captions, pictures
+from unclip.measure import pictures
 from unclip.measure.picture_set import (
     ALPHA,
     DEEP,
@@ -246,6 +245,25 @@ def test_a_prepared_data_set(shards, tmp_path, monkeypatch):
 # ============================================================ views
 
 
+def test_content_is_told_by_what_was_read_already(tmp_path, monkeypatch):
+    """Equal bytes in equal order are equal sets, whatever their names; no file is read twice."""
+    for folder, names in (("one", "abc"), ("two", "xyz")):
+        for name, array in zip(names, PICTURES):
+            save(tmp_path / folder / f"{name}.png", array)
+    one, two = (pictures.open_pictures(tmp_path / name) for name in ("one", "two"))
+    content = pictures.content_hash(one)
+    assert pictures.content_hash(two) == content and one.fingerprint != two.fingerprint
+    assert pictures.content_hash(pictures.First(one, 2)) != content
+    assert pictures.content_hash(pictures.Prepared(one, 4)) != content
+    # A picture that cannot be read is a part of what the set is, and does not hinder.
+    (tmp_path / "two" / "y.png").unlink()
+    assert pictures.content_hash(pictures.open_pictures(tmp_path / "two")) != content
+    for i in range(3):
+        one.read(i)
+    monkeypatch.setattr(pictures.FolderPictures, "data", None)
+    assert pictures.content_hash(one) == content
+
+
 def test_the_first_of_a_set():
     base = pictures.ArrayPictures(PICTURES, names=list("abcd"), captions=list("wxyz"))
     first = pictures.First(base, 2)
@@ -280,87 +298,3 @@ def test_notes_are_seen_through_views(tmp_path):
 
 
 # ============================================================ captions
-
-
-def named(*names):
-    return pictures.ArrayPictures(np.zeros((len(names), 2, 2, 3), np.uint8), names=names)
-
-
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("c.jsonl", '{"file": "a.png", "caption": "one"}\n\n{"name": "b", "text": "two"}\n'),
-        ("c.json", '{"b": "two", "a": ["one"]}'),
-        ("c.csv", 'file_name,caption\nb.png,two\na.png,"one"\n'),
-        ("c.tsv", "image\tprompt\na\tone\nb\ttwo\n"),
-        (
-            "c.json",
-            json.dumps(
-                {
-                    "images": [{"id": 7, "file_name": "a.png"}, {"id": 3, "file_name": "b.png"}],
-                    "annotations": [
-                        {"image_id": 3, "caption": "two"},
-                        {"image_id": 7, "caption": "one"},
-                    ],
-                }
-            ),
-        ),
-    ],
-)
-def test_caption_files(tmp_path, name, text):
-    (tmp_path / name).write_text(text)
-    found = captions.read_captions(tmp_path / name)
-    assert captions.match(found, named("a.png", "b.png"), name) == [["one"], ["two"]]
-
-
-def test_several_captions_of_a_picture_stay_in_order(tmp_path):
-    (tmp_path / "c.csv").write_text("file,caption\na.png,one\na.png,uno\n")
-    found = captions.read_captions(tmp_path / "c.csv")
-    assert captions.match(found, named("a.png"), "c") == [["one", "uno"]]
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "error", "message"),
-    [
-        ("c.txt", "one", ConfigError, "expected .jsonl"),
-        ("c.json", "[1]", DataError, "expected an object"),
-        ("c.json", "{", DataError, "not JSON"),
-        ("c.json", '{"a": 3}', DataError, "'a' has the caption 3"),
-        ("c.json", '{"a": ""}', DataError, "'a' has the caption ''"),
-        ("c.json", "{}", DataError, "none there"),
-        ("c.jsonl", '{"file": "a"}', DataError, "line 1: expected a name"),
-        ("c.csv", "id,words\n1,one\n", DataError, "row 2: expected a name .* there is id, words"),
-        ("absent.csv", None, DataError, "cannot be read"),
-    ],
-)
-def test_wrong_caption_files_are_reported(tmp_path, name, text, error, message):
-    if text is not None:
-        (tmp_path / name).write_text(text)
-    with pytest.raises(error, match=message):
-        captions.read_captions(tmp_path / name)
-
-
-def test_captions_and_pictures_that_do_not_match_are_listed():
-    given = {"a.png": ["one"], "c.png": ["three"]}
-    with pytest.raises(ConfigError) as caught:
-        captions.match(given, named("a.png", "b.png"), "c.csv")
-    message = caught.value.message
-    assert "1 pictures without caption (b.png) and 1 captions without picture (c.png)" in message
-    # A name without extension that two pictures share belongs to neither.
-    with pytest.raises(ConfigError, match="2 pictures without caption"):
-        captions.match({"a": ["one"]}, named("a.png", "a.jpg"), "c.csv")
-
-
-def test_own_captions_are_all_or_none():
-    some = pictures.ArrayPictures(PICTURES[:2], names=["a", "b"], captions=["x", None])
-    with pytest.raises(ConfigError, match="1 of 2 pictures have no caption: b"):
-        captions.own(some)
-    assert captions.own(named("a")) is None
-
-
-def test_a_caption_that_cannot_be_read_is_one_line(tmp_path):
-    save(tmp_path / "a.png", PICTURES[0])
-    (tmp_path / "a.txt").write_bytes(b"\xff\xfe\xff")
-    with pytest.raises(DataError, match=r"a caption cannot be read: .*a\.txt") as caught:
-        captions.own(pictures.open_pictures(tmp_path))
-    assert "\n" not in str(caught.value)

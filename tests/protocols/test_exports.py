@@ -1,6 +1,7 @@
 """Layouts of GenEval and T2I-CompBench, and prompt files that cannot be trusted."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -41,7 +42,11 @@ def geneval(tmp_path):
 
 def test_geneval_layout(geneval, tmp_path):
     protocol = protocols.make(f"geneval:{geneval}", pictures=2)
-    assert protocol.id == "geneval.x2" and protocol.reference() is None
+    assert re.fullmatch(r"geneval-[0-9a-f]{8}\.x2", protocol.id) and protocol.reference() is None
+    other = geneval.with_name("other.jsonl")
+    other.write_text("".join(json.dumps(line | {"prompt": "a dog"}) + "\n" for line in LINES))
+    assert protocols.make(f"geneval:{other}", pictures=2).id != protocol.id
+    assert protocols.make(f"geneval:{geneval}", pictures=2, size=64).id == f"{protocol.id}.size64"
     assert protocol.prompts == [line["prompt"] for line in LINES for _ in range(2)]
     out = tmp_path / "out"
     written = protocol.export(out, pictures(4))

@@ -3,6 +3,8 @@
 import hashlib
 import io
 import json
+import re
+import shutil
 import tarfile
 
 import numpy as np
@@ -11,6 +13,7 @@ from PIL import Image
 
 from unclip import protocols
 from unclip.errors import ConfigError, DataError
+from unclip.measure import caption_files
 from unclip.measure.pictures import TfdsPictures
 from unclip.protocols import base, coco
 
@@ -60,6 +63,59 @@ def test_fewer_emoji_have_another_id():
         protocols.make("emoji-held-out", caption="keywords")
     with pytest.raises(ConfigError, match="size 4"):
         protocols.make("emoji-held-out", size=4)
+
+
+def test_other_shards_are_no_emoji(tmp_path):
+    """Shards by their content: a copy is the shipped set, another caption or picture is not."""
+    source = base.EMOJI / "held-out-0000.tar"
+    shutil.copy(source, tmp_path / "copy.tar")
+    make = lambda name, **settings: protocols.make(
+        "emoji-held-out", shards=str(tmp_path / name), **settings
+    )
+    assert make("copy.tar", count=5).id == "emoji-held-out.txt.first5.size64"
+    ids = set()
+    for name, change in (("a", b"another caption"), ("b", b"a third"), ("c", b"a third")):
+        with tarfile.open(source) as held, tarfile.open(tmp_path / f"{name}.tar", "w") as shard:
+            for number, member in enumerate(held):
+                data = held.extractfile(member).read()
+                data = change if number < 9 and member.name.endswith(".txt") else data
+                member.size = len(data)
+                shard.addfile(member, io.BytesIO(data))
+        protocol = make(f"{name}.tar")
+        assert re.fullmatch(r"held-out-[0-9a-f]{8}\.txt\.size64", protocol.id)
+        ids.add(protocol.id)
+    assert len(ids) == 2
+    # A part of the shipped set is not that set, though all of its pictures are shipped.
+    with tarfile.open(source) as held, tarfile.open(tmp_path / "part.tar", "w") as shard:
+        for member in list(held)[:30]:
+            shard.addfile(member, held.extractfile(member))
+    assert make("part.tar").id.startswith("held-out-")
+
+
+def test_other_objects_have_another_id(tmp_path):
+    """Of scenes and of the attacked pictures alike; a copy of the shipped folder is no other."""
+    for path in base.EMOJI.glob("train-*.tar"):
+        shutil.copy(path, tmp_path)
+    make = lambda name, **given: protocols.make(name, folder=str(tmp_path), size=16, **given).id
+    assert make("typographic", count=3) == "typographic.scene-objects.seed0.n3.size16"
+    with open(tmp_path / "train-0003.tar", "ab") as file:
+        file.write(bytes(512))
+    other = make("typographic", count=3)
+    marked = re.fullmatch(r"typographic\.scene-objects(-[0-9a-f]{8})\.seed0\.n3\.size16", other)
+    assert make("scenes", count=1) == f"scenes{marked[1]}.seed1.n1.size16"
+
+
+def test_other_reconstructed_pictures_have_another_id(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(tmp_path / f"{i}.png")
+    make = lambda **given: (
+        protocols.make("reconstruction", count=2, size=8, fit_count=2, **given).id
+    )
+    shipped, folder = make(), str(tmp_path)
+    assert make(pictures=str(base.EMOJI / "held-out-*.tar")) == shipped
+    found = {shipped, make(pictures=folder), make(fit=folder), make(pictures=folder, fit=folder)}
+    assert len(found) == 4 and all(".n2.d20-" in id for id in found)
 
 
 def test_text_protocols_draw_with_generate():
@@ -118,7 +174,8 @@ def test_the_pick_is_by_hash(val):
     for image, prompt in zip(order, protocol.prompts):
         k = int.from_bytes(digest(f"3/{image}/caption")[:8], "big") % (1 + image % 3)
         assert prompt == f"picture {image}, caption {k}"
-    assert protocol.id == "coco2014val-5.one-per-image.seed3.of12.crop256"
+    listed = protocol.provenance["captions_sha256"][:8]
+    assert protocol.id == f"coco2014val-5.one-per-image.seed3.of12.captions-{listed}.crop256"
     assert protocol.reference() is None and protocol.size == 256
     longer = make(annotations=val[0], count=9, seed=3)
     assert longer.prompts[:5] == protocol.prompts
@@ -192,10 +249,11 @@ def test_a_fixed_list_is_taken_as_it_is(tmp_path, name, text):
     "text, message",
     [
         ("image_id,text\n1,a\n1,b\n", "image ids come more than once: 1"),
-        ("image_id,text\nx,a\n", "entry 1: expected an image"),
-        ("image_id,text\n1,\n", "entry 1"),
-        ("image_id,text\n", "no captions"),
-        ("a,b\n1,2\n", "expected an image"),
+        ("image_id,text\nx,a\n", "row 2: expected an image"),
+        ("image_id,text\n1,\n", "row 2: the caption is empty"),
+        ("image_id,text\n1,a dog, asleep\n", "row 2: 3 fields"),
+        ("image_id,text\n", "none there"),
+        ("a,b\n1,2\n", "row 1: no name and no caption in the header"),
     ],
 )
 def test_damaged_lists(tmp_path, text, message):
@@ -210,7 +268,8 @@ def test_damaged_lists(tmp_path, text, message):
         (lambda v: v["images"].append(v["images"][0]), "image ids come more than once: 100"),
         (lambda v: v["annotations"].append(v["annotations"][0]), "annotation ids"),
         (lambda v: v["annotations"].append({"id": 1, "image_id": 7, "caption": "x"}), "image 7"),
-        (lambda v: v["annotations"].append({"id": 1, "caption": "x"}), "layout"),
+        (lambda v: v["annotations"].append({"id": 1, "caption": "x"}), "has no 'image_id'"),
+        (lambda v: v["images"].append({"id": "x", "file_name": "y"}), "expected a number as"),
         (lambda v: v.pop("images"), "layout"),
     ],
 )
@@ -220,6 +279,28 @@ def test_damaged_annotations(val, change, message):
     val[0].write_text(json.dumps(value))
     with pytest.raises(DataError, match=message):
         make(annotations=val[0], count=2)
+
+
+def test_karpathys_file_is_read_too(val, tmp_path):
+    """His file has every image of COCO, those of training among them, and ids as texts."""
+    value = json.loads(val[0].read_text())
+    images = [
+        {
+            "cocoid": str(image["id"]),
+            "filepath": "val2014" if image["id"] > 103 else "train2014",
+            "filename": image["file_name"],
+            "sentences": [
+                {"sentid": row["id"], "raw": row["caption"]}
+                for row in value["annotations"]
+                if row["image_id"] == image["id"]
+            ],
+        }
+        for image in value["images"]
+    ]
+    (tmp_path / "dataset_coco.json").write_text(json.dumps({"images": images}))
+    found = coco.read_annotations(tmp_path / "dataset_coco.json")
+    want = coco.read_annotations(val[0])
+    assert found == {image: texts for image, texts in want.items() if image > 103}
 
 
 def test_other_bad_input(val, tmp_path, monkeypatch):
@@ -235,7 +316,7 @@ def test_other_bad_input(val, tmp_path, monkeypatch):
         make(captions=val[0])
     with pytest.raises(DataError, match="cannot be read"):
         make(annotations=tmp_path / "none.json")
-    monkeypatch.setattr(coco, "MAX_BYTES", 10)
+    monkeypatch.setattr(caption_files, "MAX_BYTES", 10)
     with pytest.raises(DataError, match="larger than 10 bytes"):
         make(annotations=val[0])
 
@@ -284,7 +365,9 @@ def test_tfds_splits_are_in_the_id(monkeypatch, columns):
 
     monkeypatch.setattr(coco, "open_pictures", lambda spec: Fake())
     protocol = make(pictures=coco.KARPATHY, count=2, size=8)
-    assert protocol.id == "coco2014val-2.one-per-image.seed0.of2.tfds-restval+val+test.crop8"
+    head, _, tail = protocol.id.partition(protocol.provenance["captions_sha256"][:8])
+    assert head == "coco2014val-2.one-per-image.seed0.of2.captions-"
+    assert tail == ".tfds-restval+val+test.crop8"
     names = {int(key): prompt for key, prompt in zip(protocol.keys, protocol.prompts)}
     assert names == coco.pick({i: ["first", "second", "third"] for i in (5, 6)}, 2, 0)
     assert protocol.reference().read(1).shape == (8, 8, 3)

@@ -6,8 +6,9 @@ import pytest
 from tests.sweep.conftest import Judged, files_of, values_of
 from unclip import errors, protocols
 from unclip.files import images, lock
+from unclip.measure.picture_set import ArrayPictures
 from unclip.runtime import distributed
-from unclip.sweep import plan, report, store
+from unclip.sweep import plan, report, scoring, store
 
 
 def test_a_cell_says_everything(paint, tmp_path):
@@ -34,6 +35,49 @@ def test_a_cell_says_everything(paint, tmp_path):
     assert [row["score"] for row in record["kept"]["best"]] == sorted(scores)[::-1][:4]
     assert record["kept"]["worst"][0]["number"] == int(np.argmin(scores))
     assert not (folder / "lock.json").exists()
+
+
+def test_judges_by_clip_name_it_in_their_keys(paint, tmp_path, monkeypatch):
+    """Another model's CLIP is another judge; what pixels alone decide is the same for both."""
+    model, runner, _ = paint
+    own = Judged.judge
+    monkeypatch.setattr(Judged, "by_clip", ("seen",))
+    monkeypatch.setattr(
+        Judged, "judge", lambda self, *args, **kw: ({"five.seen": 1.0, **own(self, *args)[0]}, [])
+    )
+    monkeypatch.setattr(scoring.embedders, "clip_id", lambda part: f"clip.{part}")
+    keys = []
+    for name in ("one", "two"):
+        model.parts = {"clip": name}
+        job = runner(tmp_path / name, {"sweep.guidance": (1.0,)})
+        job.run(job.cells())
+        records, _ = store.read_cells(tmp_path / name)
+        keys.append({v["key"] for v in records[0]["values"]})
+    assert "five.seen/clip.one/five5/N=5" in keys[0] and "five.seen/clip.two/five5/N=5" in keys[1]
+    assert "bright/five5/N=5" in keys[0] & keys[1]
+
+
+def test_other_real_pictures_make_another_cell(paint, tmp_path, monkeypatch):
+    """Also under an id that does not say so: a finished cell is not taken for theirs."""
+    _, runner, _ = paint
+    ids = []
+    for value in (0, 0, 1):
+        real = ArrayPictures(np.full((5, 8, 8, 3), value, np.uint8))
+        monkeypatch.setattr(Judged, "reference", lambda self, real=real: real)
+        ids.append([cell.id for cell in runner(tmp_path).cells()])
+    assert ids[0] == ids[1] and not set(ids[0]) & set(ids[2])
+
+
+@pytest.mark.parametrize(
+    "reference, named", [("", {"real", "captions", "size"}), ("x.npz", {"captions", "size"})]
+)
+def test_what_the_protocols_id_says_is_not_said_again(paint, tmp_path, reference, named):
+    _, runner, _ = paint
+    if reference:
+        reference = str(tmp_path / reference)
+        np.savez(reference, mu=np.zeros(2), sigma=np.eye(2))
+    scorer = runner(tmp_path, {"reference": reference}).scorer
+    assert scorer._options["named"] == named
 
 
 @pytest.mark.parametrize("keep", ["grid", "none"])

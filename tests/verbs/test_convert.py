@@ -141,6 +141,24 @@ def test_a_truncated_source_leaves_no_bundle(hf_folder, tmp_path):
         formats.read("hf-clip", [source])
 
 
+def test_downloads_that_went_wrong_are_told(convert, hf_folder, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 123\n"
+    (source / "config.json").write_bytes((hf_folder / "config.json").read_bytes())
+    (source / "model.safetensors").write_text(pointer)
+    (tmp_path / "html.safetensors").write_text("<!DOCTYPE html><html>")
+    for kind, path, message in (
+        ("hf-clip", source, "it is a Git LFS pointer, not the file"),
+        ("open-clip", tmp_path / "html.safetensors", "it is a web page"),
+    ):
+        code, _, err = convert("--from", kind, path, "--out", tmp_path / "out")
+        assert code == 74 and message in err and len(err.splitlines()) == 1
+    (source / "config.json").write_text(pointer)
+    code, _, err = convert("--from", "hf-clip", source, "--out", tmp_path / "out")
+    assert code == 74 and "config.json is a Git LFS pointer" in err
+
+
 def test_every_format_has_its_reader():
     places = [*formats.FROM.values(), *formats.TO.values()]
     assert all(callable(formats.function(place)) for place in places)

@@ -1,6 +1,7 @@
 """`unclip metrics` as a user sees it: output, files, and every mistake in one line."""
 
 import json
+import re
 import struct
 import zlib
 
@@ -48,6 +49,7 @@ def files(tmp_path_factory):
     rows = [f"{i}.png,picture {i}" for i in range(10)]
     (folder / "captions.csv").write_text("\n".join(["file,caption", *rows]))
     (folder / "others.csv").write_text("file,caption\n0.png,zero\nx.png,none\n")
+    (folder / "cut.csv").write_text("file,caption\n0.png,a dog, running\n")
     (folder / "drawn").mkdir()
     for i in range(2):
         picture = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
@@ -72,7 +74,10 @@ def test_a_table_and_the_same_as_json(metrics, files):
     assert any(line.startswith("warning: 12 real and 10 fake pictures") for line in lines)
     found = json.loads((files / "out.json").read_text())
     keys = [value["key"] for value in found["values"]]
-    assert keys[0].startswith("fd-clip/clip.") and keys[0].endswith(".openai/N=10")
+    hex8 = "[0-9a-f]{8}"  # of the CLIP, which nobody published, of the pictures, of the captions
+    clip = rf"clip\.16px8-w64-l1-d8-{hex8}\.openai"
+    assert re.fullmatch(f"fd-clip/{clip}/real={hex8}/N=10", keys[0])
+    assert re.fullmatch(f"clip_score/{clip}/captions={hex8}/N=10", keys[1])
     assert f"{found['values'][0]['value']:.6g}" in lines[1] and keys[1] in lines[2]
     code, out, _ = metrics(*asked, "--json", "--batch_size", 7)
     printed = json.loads(out)
@@ -150,6 +155,7 @@ def test_mistakes_are_one_line(metrics, files):
         (score, 78, "clip_score needs the caption of every picture"),
         ((*score, "--captions", files / "others.csv"), 78, "9 pictures without caption (1.png"),
         ((*score, "--captions", files / "absent.csv"), 74, "cannot be read"),
+        ((*score, "--captions", files / "cut.csv"), 74, "row 2: 3 fields, the header has 2"),
         ((*fid, *fake, *real, "--inception", files / "absent.pth"), 74, "no such file or folder"),
         ((*fake, *real, "--metrics", "fd-clip", "--clip", files / "broken"), 70, "'0.png'"),
     ]

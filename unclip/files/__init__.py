@@ -11,6 +11,30 @@ from typing import Any
 from unclip import errors
 
 MAX_JSON_BYTES = 64 << 20
+# What a file is that was expected to be another, by its first bytes, in lower case.
+_MISTAKEN = {
+    b"version http": "a Git LFS pointer, not the file: fetch the file itself",
+    b"<!doctype": "a web page: the download went wrong",
+    b"<html": "a web page: the download went wrong",
+    b"<head": "a web page: the download went wrong",
+    b"<?xml": "an XML answer of a server: the download went wrong",
+    b"\x1f\x8b": "a gzip archive: unpack it first",
+    b"\x89hdf": "an HDF5 file",
+}
+
+
+def mistaken(head: bytes) -> str | None:
+    """What a file is that is no such file as expected, or None where nothing is known of it.
+
+    Args:
+      head: its first 512 bytes, or all where it has fewer.
+    """
+    if not head:
+        return "empty, 0 bytes: the download went wrong"
+    if not head.strip(b"\0"):
+        return "nothing but zeros at its beginning: the download was cut off"
+    plain = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    return next((what for start, what in _MISTAKEN.items() if plain.startswith(start)), None)
 
 
 @contextlib.contextmanager
@@ -51,11 +75,14 @@ def read_object(path: str | os.PathLike, max_bytes: int = MAX_JSON_BYTES) -> dic
     try:
         if path.stat().st_size > max_bytes:
             raise errors.DataError(f"{path} is larger than {max_bytes} bytes")
-        found = json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
+        found = json.loads(data.decode("utf-8"))
     except OSError as error:
         raise errors.DataError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
-        raise errors.DataError(f"{path} is damaged, no JSON: {error}") from error
+        what = mistaken(data[:512])
+        line = f"{path} is {what}" if what else f"{path} is damaged, no JSON: {error}"
+        raise errors.DataError(line) from error
     if not isinstance(found, dict):
         raise errors.DataError(f"{path} is damaged: expected a JSON object")
     return found

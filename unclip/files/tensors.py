@@ -35,6 +35,7 @@ DTYPES: dict[str, np.dtype] = {
     "I64": np.dtype(np.int64),
     "U64": np.dtype(np.uint64),
 }
+MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _RANK = {name: rank for rank, name in enumerate(DTYPES)}
 
@@ -98,7 +99,7 @@ def read(path: str | os.PathLike) -> tuple[dict[str, Lazy], dict[str, str]]:
         except OSError as error:
             raise errors.DataError(f"cannot read {path}: {error.strerror or error}") from error
         except (safetensors.SafetensorError, ValueError) as error:
-            raise errors.DataError(f"{path} is damaged: {error}") from error
+            raise errors.DataError(f"{path} {_what_is_wrong(path, error)}") from error
 
     def index(file):
         found = {}
@@ -112,6 +113,35 @@ def read(path: str | os.PathLike) -> tuple[dict[str, Lazy], dict[str, str]]:
         return found, dict(file.metadata() or {})
 
     return opened(index)
+
+
+def _what_is_wrong(path: pathlib.Path, error: Exception) -> str:
+    """Why a file could not be read as safetensors, as far as its beginning tells."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            head = file.read(512)
+            what = files.mistaken(head)
+            if head.startswith((b"PK\x03\x04", b"\x80")):
+                what = "a torch file: end its name in .bin or .pt"
+            elif head.startswith(b"{"):
+                what = "a JSON text"
+            if what is not None:
+                return f"is no safetensors file: it is {what}"
+            length = int.from_bytes(head[:8], "little")
+            if size < 8 or head[8:9] not in (b"{", b"") or length > MAX_HEADER_BYTES:
+                return f"is damaged: {error}"
+            wanted = 8 + length
+            if wanted <= size:
+                file.seek(8)
+                header = json.loads(file.read(length))
+                ends = [t["data_offsets"][1] for n, t in header.items() if n != "__metadata__"]
+                wanted += max(ends, default=0)
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        return f"is damaged: {error}"
+    if size < wanted:
+        return f"is damaged: cut short, {size} of {wanted} bytes: fetch it again"
+    return f"is damaged: {error}"
 
 
 def write(

@@ -17,7 +17,7 @@ from unclip import errors, files, tasks
 from unclip.cascade import bundle
 from unclip.files import tensors
 from unclip.input.decode import text
-from unclip.interop import layout, weights
+from unclip.interop import layout, published, weights
 from unclip.interop.layout import COPY, Rule, dense, norm
 from unclip.models import clip as model
 from unclip.models.transformer import unstack_blocks
@@ -27,6 +27,10 @@ HF_IGNORE = (
     "text_model.embeddings.position_ids",
     "vision_model.embeddings.position_ids",
 )
+MARKS = {
+    "text": "text_model.embeddings.token_embedding.weight",
+    "vision": "vision_model.embeddings.class_embedding",
+}
 # A source with one tower stores no temperature: OpenAI's CLIPs, like most, were trained up to this
 # cap.
 LOGIT_SCALE = np.float32(np.log(model.MAX_LOGIT_SCALE))
@@ -160,10 +164,12 @@ def read_hf(paths: list[pathlib.Path], options: dict) -> dict[str, bundle.Part]:
             what = f"a second {min(again)} tower" if again else f"a projection to {embed_dim}"
             raise errors.ConfigError(f"{path} holds {what}; expected towers of one CLIP")
         configs, width, scaled = configs | found, embed_dim, scaled or len(found) == 2
-        source |= weights.open_weights(path)
+        source |= layout.unwrapped(
+            weights.open_weights(path), [MARKS[side] for side in found], str(path)
+        )
     what = " and ".join(map(str, paths))
     part = hf_part(configs.get("text"), configs.get("vision"), width, source, what, scaled=scaled)
-    return {"clip": part}
+    return {"clip": stamped(part, weights.find(paths[0]) if len(paths) == 1 else None)}
 
 
 def hf_configs(config: Mapping[str, Any], what: str) -> tuple[dict[str, dict], int]:
@@ -222,6 +228,14 @@ def clip_part(
     taken = layout.take(rules, source, shapes(arch), what=what, ignore=ignore, constants=constants)
     loss = "sigmoid" if arch.get("logit_bias") else "softmax"
     return bundle.Part("clip", arch, taken, settings={"loss": loss})
+
+
+def stamped(part: bundle.Part, file: pathlib.Path | None) -> bundle.Part:
+    """A CLIP part that says so where its file is a published one."""
+    module = model.CLIP(**tasks.arguments(part.arch))
+    if file is not None:
+        part.extra |= published.stamp(file, module, part.params, model.PRESETS)
+    return part
 
 
 def shapes(arch: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,13 +17,15 @@ import jax.numpy as jnp
 from unclip import errors, files
 from unclip.cascade.bundle import Part
 from unclip.files import tensors
-from unclip.interop import layout, weights
+from unclip.interop import layout, published, weights
 from unclip.interop.layout import LINEAR, Rule, conv, dense, fused_dense, leading, norm
 from unclip.models import dinov2 as model
 
 MAX_LAYERS = 1000
 HEAD_WIDTH = 64  # of every published DINOv2
 MASK_TOKENS = ("mask_token", "embeddings.mask_token")
+# Transformers' layout and Meta's.
+MARKS = ("embeddings.patch_embeddings.projection.weight", "patch_embed.proj.weight")
 # transformers' defaults for fields that a config lacks (Dinov2Config, Dinov2WithRegistersConfig).
 _HF_DEFAULTS = dict(
     hidden_size=768, num_hidden_layers=12, num_attention_heads=12, mlp_ratio=4, hidden_act="gelu",
@@ -56,7 +58,8 @@ def read(paths: list[pathlib.Path], options: dict[str, Any]) -> dict[str, Part]:
     if len(paths) != 1:
         raise errors.ConfigError(f"given {len(paths)} paths; expected one file or folder")
     path = paths[0]
-    source = weights.open_weights(path)
+    file = weights.find(path) if path.is_dir() else path
+    source = layout.unwrapped(weights.open_weights(file), MARKS, str(path))
     if path.is_dir():
         arch = hf_arch(files.read_object(path / "config.json"), str(path))
         rules = hf_rules(arch)
@@ -64,7 +67,8 @@ def read(paths: list[pathlib.Path], options: dict[str, Any]) -> dict[str, Part]:
         arch = hub_arch(source, str(path))
         rules = hub_rules(arch)
     params = layout.take(rules, source, shapes(arch), what=str(path), ignore=MASK_TOKENS)
-    return {"dinov2": Part("dinov2", {"class": "DINOv2", **arch}, params)}
+    extra = published.stamp(file, model.DINOv2(**arch), params, model.PRESETS)
+    return {"dinov2": Part("dinov2", {"class": "DINOv2", **arch}, params, extra)}
 
 
 def hf_arch(config: Mapping[str, Any], what: str) -> dict[str, Any]:

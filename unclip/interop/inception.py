@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unclip import errors
+from unclip import errors, files
 from unclip.cascade.bundle import Part
 from unclip.files.tensors import Lazy
 from unclip.interop import layout, weights
@@ -25,6 +25,7 @@ from unclip.models.inception import BLOCKS, SIZE, Inception
 from unclip.runtime.sharding import tree_paths
 
 MAX_GRAPH_BYTES = 256 << 20
+MARK = "Conv2d_1a_3x3.conv.weight"
 # Our leaf of a batch norm -> the graph's and torch's.
 NORM = {
     "scale": ("gamma", "weight"),
@@ -62,7 +63,10 @@ def read(paths: list[pathlib.Path], options: dict[str, Any]) -> dict[str, Part]:
         raise errors.ConfigError(f"inception: expected one .pb or .pth file, given {given}")
     path = paths[0]
     graph = path.suffix == ".pb"
-    source = _read_graph(path) if graph else weights.open_weights(path)
+    if graph:
+        source = _read_graph(path)
+    else:
+        source = layout.unwrapped(weights.open_weights(path), (MARK,), str(path))
     pictures = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.uint8)
     abstract = jax.eval_shape(Inception().init, jax.random.key(0), pictures)["params"]
     rules = graph_rules(abstract) if graph else torch_rules(abstract)
@@ -137,11 +141,14 @@ def _read_graph(path: pathlib.Path) -> dict[str, Lazy]:
     try:
         if path.stat().st_size > MAX_GRAPH_BYTES:
             raise errors.DataError(f"{path} is larger than {MAX_GRAPH_BYTES} bytes")
-        graph = graph_pb2.GraphDef.FromString(path.read_bytes())
+        data = path.read_bytes()
+        graph = graph_pb2.GraphDef.FromString(data)
     except OSError as error:
         raise errors.DataError(f"cannot read {path}: {error.strerror or error}") from error
     except google.protobuf.message.DecodeError as error:
-        raise errors.DataError(f"{path} is not a TensorFlow graph: {error}") from error
+        what = files.mistaken(data[:512])
+        why = f"it is {what}" if what else error
+        raise errors.DataError(f"{path} is not a TensorFlow graph: {why}") from error
     found, unscaled = {}, set()
     for node in graph.node:
         # This operation always has a gamma as input, and an option whether it is applied.

@@ -18,6 +18,15 @@ from unclip.files.tensors import Lazy
 from unclip.runtime.sharding import nest, tree_paths
 
 Shape = tuple[int, ...]
+# Modules that torch puts around others while it compiles, shards or recomputes them.
+_WRAPPERS = {
+    "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module",
+}  # fmt: skip
+# What a checkpoint of a training holds beside the networks.
+_TRAINING = (
+    "optimizer", "optimizers", "optimizer_states", "optimizer_state_dict", "scaler", "scheduler",
+    "lr_scheduler", "lr_schedulers", "callbacks", "loops",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,6 +231,47 @@ def give(rules: Iterable[Rule], params: Mapping[str, Any]) -> dict[str, Lazy]:
 def prefixed(source: Mapping[str, Lazy], prefix: str) -> dict[str, Lazy]:
     """The tensors whose name starts with `prefix`, without it."""
     return {n.removeprefix(prefix): t for n, t in source.items() if n.startswith(prefix)}
+
+
+def unwrapped(source: Mapping[str, Lazy], marks: Iterable[str], what: str) -> dict[str, Lazy]:
+    """The tensors of a network under its own names, whatever a training put before them.
+
+    Compilers and data parallelism add segments (`_orig_mod.`, `module.`), a model that holds the
+    network adds the name it has there (`model.`, `backbone.`), a checkpoint its fields. The prefix
+    is what stands before a tensor that every such network has. States of optimisers are left out;
+    other tensors beside the network stay, for `take` to name.
+
+    Args:
+      marks: names of tensors of the bare network; the first that is found counts.
+      what: names the file in messages.
+
+    Raises:
+      ConfigError: several such networks in one file, or two tensors of one name.
+    """
+    plain: dict[str, Lazy] = {}
+    for name, tensor in source.items():
+        short = ".".join(word for word in name.split(".") if word not in _WRAPPERS)
+        if short in plain:
+            raise errors.ConfigError(f"{what} holds {short} twice, once as {name}")
+        plain[short] = tensor
+    marks, states = list(marks), tuple(f"{field}." for field in _TRAINING)
+    if any(mark in plain for mark in marks):
+        return {name: tensor for name, tensor in plain.items() if not name.startswith(states)}
+    for mark in marks:
+        prefixes = [name.removesuffix(mark) for name in plain if name.endswith(f".{mark}")]
+        if len(prefixes) > 1:
+            raise errors.ConfigError(
+                f"{what} holds {len(prefixes)} networks, below {', '.join(map(repr, prefixes))}; "
+                "expected one: save it alone"
+            )
+        for prefix in prefixes:
+            beside = {
+                name: tensor
+                for name, tensor in plain.items()
+                if not name.startswith((prefix, *states))
+            }
+            return beside | prefixed(plain, prefix)
+    return plain
 
 
 def _lazy(leaf: Any) -> Lazy:

@@ -15,11 +15,14 @@ from unclip import errors, files
 from unclip.cascade import bundle
 from unclip.files import tensors
 from unclip.interop import layout, weights
-from unclip.interop.clip import checked, clip_part, number, only, square
+from unclip.interop.clip import checked, clip_part, number, only, square, stamped
 from unclip.interop.layout import COPY, LINEAR, Rule, dense, norm
 from unclip.models import clip as model
 
 HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104, 1792: 112}  # of OpenCLIP's image towers; else 64
+# A folder of the hub often holds the same model for transformers, under the usual names.
+FILES = tuple(sorted(weights.FOLDER_FILES, key=lambda name: not name.startswith("open_clip")))
+MARKS = ("visual.conv1.weight", "logit_scale")
 # Numbers and masks beside the parameters, by the last part of their names.
 NOT_TRAINED = ("input_resolution", "context_length", "vocab_size", "attn_mask")
 # Tensors that only towers of another kind have, by the beginning of their names.
@@ -72,10 +75,12 @@ def read_openai(paths: list[pathlib.Path], options: dict) -> dict[str, bundle.Pa
       DataError: a file that cannot be read.
     """
     path = _one(paths)
-    source = _source(path, path)
+    file = weights.find(path) if path.is_dir() else path
+    source = _source(path, file)
     arch = shape_arch(source, str(path), {}) | {"activation": "quick_gelu"}
     arch = _preset(arch, options.get("preset"), str(path))
-    return {"clip": clip_part(arch, openai_rules(arch), source, str(path), _ignored(source))}
+    part = clip_part(arch, openai_rules(arch), source, str(path), _ignored(source))
+    return {"clip": stamped(part, file)}
 
 
 def read_open_clip(paths: list[pathlib.Path], options: dict) -> dict[str, bundle.Part]:
@@ -93,11 +98,10 @@ def read_open_clip(paths: list[pathlib.Path], options: dict) -> dict[str, bundle
       DataError: a file that cannot be read.
     """
     path = _one(paths)
-    # A folder of the hub often holds the same model for transformers, under the usual names.
-    named = [path / name for name in ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")]
     config = path / "open_clip_config.json"
     stated = open_clip_arch(files.read_object(config), str(config)) if config.is_file() else None
-    source = _source(path, next((file for file in named if file.is_file()), path))
+    file = weights.find(path, FILES) if path.is_dir() else path
+    source = _source(path, file)
     arch = stated or shape_arch(source, str(path), HEAD_WIDTHS) | {"activation": "gelu"}
     arch = _preset(arch, options.get("preset"), str(path))
     if "logit_bias" in source:
@@ -105,7 +109,7 @@ def read_open_clip(paths: list[pathlib.Path], options: dict) -> dict[str, bundle
     scale = source.get("logit_scale")
     scalar = layout.leading(1) if scale is not None and scale.ndim == 1 else COPY
     rules = openai_rules(arch, scalar)
-    return {"clip": clip_part(arch, rules, source, str(path), _ignored(source))}
+    return {"clip": stamped(clip_part(arch, rules, source, str(path), _ignored(source)), file)}
 
 
 def open_clip_arch(document: Mapping[str, Any], what: str) -> dict[str, Any]:
@@ -269,10 +273,7 @@ def _preset(arch: dict[str, Any], name: str | None, what: str) -> dict[str, Any]
 
 def _source(path: pathlib.Path, weights_file: pathlib.Path) -> dict[str, tensors.Lazy]:
     """The tensors of a file under OpenAI's names, without prefixes of wrappers and "text."."""
-    source = weights.open_weights(weights_file)
-    for wrapper in ("state_dict.", "module."):
-        if any(name.startswith(wrapper) for name in source):
-            source = layout.prefixed(source, wrapper)
+    source = layout.unwrapped(weights.open_weights(weights_file), MARKS, str(path))
     for beginning, what in OTHER_TOWERS.items():
         if any(name.startswith(beginning) for name in source):
             raise errors.ConfigError(

@@ -25,6 +25,7 @@ from unclip.models import t5
 
 BYTE_VOCABULARY = 384  # ByT5's embedding: 256 bytes, 3 special ids, 125 sentinels
 EXTRA_IDS = 100
+MARKS = ("shared.weight", "encoder.embed_tokens.weight")
 # feed_forward_proj of their config -> (activation, gated)
 FEED_FORWARD = {"relu": ("relu", False), "gated-gelu": ("gelu_tanh", True)}
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # kinds of sentencepiece's pieces
@@ -48,7 +49,7 @@ def read(paths: list[pathlib.Path], options: dict) -> dict[str, bundle.Part]:
     config = files.read_object(folder / "config.json")
     arch = architecture(config, str(folder))
     encoder = t5.T5Encoder(**arch)
-    source = weights.open_weights(folder)
+    source = layout.unwrapped(weights.open_weights(folder), MARKS, str(folder))
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     mask = jax.ShapeDtypeStruct((1, 2), bool)
     abstract = jax.eval_shape(encoder.init, jax.random.key(0), tokens, mask)["params"]
@@ -160,7 +161,11 @@ def _tokenizer(paths: list[pathlib.Path], config: dict, vocabulary: int) -> byte
         if path.stat().st_size > text.MAX_TOKENIZER_BYTES:
             raise errors.DataError(f"{path} is larger than {text.MAX_TOKENIZER_BYTES} bytes")
         try:
-            file = make(path.read_bytes())
+            data = path.read_bytes()
+            what = files.mistaken(data[:512])
+            if what is not None:
+                raise errors.DataError(f"it is {what}")
+            file = make(data)
             tokens, mask, _ = text.T5Tokenizer(file).encode(["a red fox"], 32)
         except errors.DataError as error:
             raise errors.DataError(f"{path}: {error}") from error

@@ -5,6 +5,8 @@ so that a cascade of 5 GB needs little memory.
 """
 
 import pathlib
+import re
+from collections.abc import Sequence
 
 from unclip import errors, files
 from unclip.files import tensors
@@ -24,27 +26,26 @@ FOLDER_FILES = (
     "diffusion_pytorch_model.bin.index.json",
     "open_clip_pytorch_model.bin",
 )
+# Weights of other frameworks, by what their files are called.
+OTHERS = (".msgpack", ".h5", ".onnx", ".gguf", ".tflite", ".npz")
 
 
 def open_weights(path: pathlib.Path) -> dict[str, tensors.Lazy]:
     """The tensors of a file, or of a folder laid out by transformers or diffusers, by name.
 
     Args:
-      path: a `.safetensors` or torch file, or a folder that holds one of `FOLDER_FILES`.
+      path: a `.safetensors` or torch file, or a folder, of which `find` chooses one.
 
     Raises:
       DataError: nothing there, or a file that cannot be read.
-      ConfigError: a file of another kind.
+      ConfigError: a file of another kind, or a folder of several variants.
     """
     path = pathlib.Path(path)
     if path.is_dir():
-        found = next((path / name for name in FOLDER_FILES if (path / name).is_file()), None)
-        if found is None:
-            raise errors.DataError(f"{path} holds no weights: expected {' or '.join(FOLDER_FILES)}")
-        return open_weights(found)
+        return open_weights(find(path))
     if not path.exists():
         raise errors.DataError(f"{path}: no such file")
-    if path.name.endswith(".index.json"):
+    if path.suffix == ".json" and ".index." in path.name:
         return _sharded(path)
     if path.suffix == ".safetensors":
         return tensors.read(path)[0]
@@ -52,6 +53,49 @@ def open_weights(path: pathlib.Path) -> dict[str, tensors.Lazy]:
         return open_torch(path)
     expected = ", ".join((".safetensors", *TORCH_SUFFIXES))
     raise errors.ConfigError(f"{path}: expected a folder or a file ending in {expected}")
+
+
+def find(folder: pathlib.Path, names: Sequence[str] = FOLDER_FILES) -> pathlib.Path:
+    """The file of weights in a folder: the first of `names`, else their only variant.
+
+    A variant is a file as transformers and diffusers name it for a precision or for training, such
+    as `model.fp16.safetensors`.
+
+    Raises:
+      DataError: none of them. ConfigError: several variants, between which only you can choose.
+    """
+    found = next((folder / name for name in names if (folder / name).is_file()), None)
+    if found is not None:
+        return found
+    there = sorted(path.name for path in folder.iterdir() if path.is_file())
+    variants: dict[str, str] = {}
+    for name in names:
+        for file in there:
+            variant = _variant(file, name)
+            if variant is not None:
+                variants.setdefault(variant, file)
+    if len(variants) > 1:
+        raise errors.ConfigError(
+            f"{folder} holds several variants of its weights: {', '.join(variants.values())}; "
+            "expected one: give a folder with only that file and the config"
+        )
+    for file in variants.values():
+        return folder / file
+    others = [name for name in there if name.endswith(OTHERS)]
+    hint = f"; {', '.join(others)} is of another framework, which is not read" if others else ""
+    raise errors.DataError(f"{folder} holds no weights: expected {' or '.join(names)}{hint}")
+
+
+def _variant(file: str, name: str) -> str | None:
+    """ "fp16" of model.fp16.safetensors or model.safetensors.index.fp16.json; None of others."""
+    stem, *ends = name.split(".")
+    for place in range(1, len(ends) + 1):
+        pattern = [stem, *ends]
+        pattern.insert(place, r"([A-Za-z][\w-]*)")
+        match = re.fullmatch(r"\.".join(pattern), file)
+        if match and match[1] not in ends and not re.search(r"-\d+-of-\d+$", match[1]):
+            return match[1]
+    return None
 
 
 def _sharded(index: pathlib.Path) -> dict[str, tensors.Lazy]:

@@ -5,105 +5,61 @@ one gives numbers that look right. So captions and pictures are matched by name 
 or picture without its counterpart is an error.
 """
 
-import csv
-import io
-import json
+import dataclasses
 import os
-import pathlib
+import posixpath
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from unclip.errors import ConfigError, DataError
 from unclip.input.samples import BadSample
+from unclip.measure import caption_files
 from unclip.measure.picture_set import PictureSet
+from unclip.measure.pictures import EXTENSIONS
 
-MAX_BYTES = 256 << 20
-NAMES = ("file", "name", "file_name", "filename", "image", "key")
-CAPTIONS = ("caption", "captions", "text", "prompt")
 _SHOWN = 8
 
 
 def read_captions(path: str | os.PathLike) -> dict[str, list[str]]:
-    """{name: captions} of a file.
+    """{name: captions} of a file; a name may come several times, its captions keep their order.
 
     Args:
-      path: `.jsonl`, an object per line with a name (one of `NAMES`) and a caption (one of
-        `CAPTIONS`); `.csv` or `.tsv` with such a header; `.json`, {name: caption or list of
-        captions} or COCO's {"images": …, "annotations": …}. A name may come several times.
+      path: a file as `caption_files` describes them.
 
     Raises:
-      DataError: it cannot be read, or holds none. ConfigError: another kind of file.
+      DataError: it cannot be read, or its rows are wrong. ConfigError: another kind of file.
     """
-    path = pathlib.Path(path)
-    readers = {".jsonl": _jsonl, ".json": _json, ".csv": _table, ".tsv": _table}
-    if path.suffix.lower() not in readers:
-        raise ConfigError(f"captions {path}: expected {', '.join(readers)}")
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise DataError(f"captions {path}: larger than {MAX_BYTES} bytes")
-        text = path.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"captions {path}: cannot be read: {error}") from error
     found: dict[str, list[str]] = {}
-    for name, value in readers[path.suffix.lower()](path, text):
-        values = value if isinstance(value, list) else [value]
-        if not name or not values or not all(isinstance(v, str) and v.strip() for v in values):
-            raise DataError(
-                f"captions {path}: {name!r} has the caption {value!r}; expected a text "
-                "or a list of texts"
-            )
-        found.setdefault(name, []).extend(v.strip() for v in values)
-    if not found:
-        raise DataError(f"captions {path}: none there")
+    rows = caption_files.read(path)
+    if isinstance(rows[0], caption_files.Image):
+        rows = _of_images(path, rows)
+    for row in rows:
+        found.setdefault(row.name, []).extend(row.captions)
     return found
 
 
-def _jsonl(path, text):
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            yield _pair(_parse(path, line, f"line {number}"), f"{path} line {number}")
-
-
-def _json(path, text):
-    value = _parse(path, text, "whole file")
-    if isinstance(value.get("images"), list) and isinstance(value.get("annotations"), list):
-        try:
-            names = {row["id"]: row["file_name"] for row in value["images"]}
-            return [(names[row["image_id"]], row["caption"]) for row in value["annotations"]]
-        except (LookupError, TypeError) as error:
-            raise DataError(f"captions {path}: COCO layout, but {error} is missing") from error
-    return value.items()
-
-
-def _parse(path, text, where) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"captions {path}, {where}: not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise DataError(f"captions {path}, {where}: expected an object")
-    return value
-
-
-def _table(path, text):
-    dialect = {"delimiter": "\t"} if path.suffix.lower() == ".tsv" else {}
-    try:
-        rows = list(csv.DictReader(io.StringIO(text, newline=""), **dialect))
-    except csv.Error as error:
-        raise DataError(f"captions {path}: {error}") from error
-    return [_pair(row, f"{path} row {number}") for number, row in enumerate(rows, 2)]
-
-
-def _pair(row: Mapping[str, Any], where: str) -> tuple[str, Any]:
-    name = next((row[field] for field in NAMES if row.get(field)), None)
-    caption = next((row[field] for field in CAPTIONS if row.get(field)), None)
-    if not isinstance(name, str) or caption is None:
-        raise DataError(
-            f"captions {where}: expected a name ({', '.join(NAMES)}) and a caption "
-            f"({', '.join(CAPTIONS)}); there is {', '.join(map(str, row))}"
-        )
-    return name, caption
+def _of_images(path, images: list[caption_files.Image]) -> list[caption_files.Row]:
+    """Rows of the images that have captions, by their files' names."""
+    images = [image for image in images if image.captions]
+    bare = [str(image.id) for image in images if image.file is None]
+    problems = [f"image {id} has no file name" for id in bare]
+    problems += [
+        f"image {image.id} ({image.file}): the caption is empty"
+        for image in images
+        if not all(text for _, text in image.captions)
+    ]
+    named = [image.file for image in images if image.file is not None]
+    if len(set(named)) < len(named) and not problems:  # folders may share names
+        images = [
+            dataclasses.replace(image, file=posixpath.join(image.folder, image.file))
+            for image in images
+        ]
+        problems += caption_files.twice("file names", [image.file for image in images])
+    if not images:
+        problems.append("none there")
+    caption_files.refuse(path, problems)
+    texts = [[text for _, text in image.captions] for image in images]
+    return [caption_files.Row("", i.file, t) for i, t in zip(images, texts)]
 
 
 def match(
@@ -111,7 +67,9 @@ def match(
 ) -> list[list[str]]:
     """The captions of every picture, in the set's order.
 
-    A name matches with or without the picture's extension.
+    Names are compared as they are; else without the extension of a picture on either side, where
+    no other picture or caption has that name too; and where no name of the whole list is found so,
+    without folders, if names still differ then.
 
     Args:
       captions: {name: captions}; pictures: N of them; what: where the captions are from.
@@ -120,25 +78,47 @@ def match(
       ConfigError: a picture without caption or a caption without picture; names of both.
     """
     names = [pictures.name(i) for i in range(len(pictures))]
-    stems = [os.path.splitext(name)[0] for name in names]
-    twice = {stem for stem, count in Counter(stems).items() if count > 1}
-    found = [
-        captions.get(name) or (None if stem in twice else captions.get(stem))
-        for name, stem in zip(names, stems)
-    ]
-    if all(found) and len(captions) == len(names):
-        return [list(texts) for texts in found]
-    bare = [name for name, texts in zip(names, found) if not texts]
-    spare = sorted(captions.keys() - set(names) - (set(stems) - twice))
+    given = {name: name for name in captions}
+    found = _paired(names, given)
+    if not any(found):
+        base = [_base(name) for name in names]
+        without = {_base(name): name for name in given}
+        if len(without) == len(given) and len(set(base)) == len(base):
+            found = _paired(base, without)
+    spare = sorted(captions.keys() - set(found))
+    bare = [name for name, caption in zip(names, found) if caption is None]
+    if not bare and not spare:
+        return [list(captions[name]) for name in found]
     unmatched = " and ".join(
         f"{len(some)} {kind} ({', '.join(some[:_SHOWN])}{', …' if len(some) > _SHOWN else ''})"
         for some, kind in ((bare, "pictures without caption"), (spare, "captions without picture"))
         if some
     )
-    raise ConfigError(
-        f"{what} and {pictures.source} do not match by name: "
-        f"{unmatched or 'some pictures have captions by two names'}"
-    )
+    raise ConfigError(f"{what} and {pictures.source} do not match by name: {unmatched}")
+
+
+def _paired(names: Sequence[str], given: Mapping[str, str]) -> list[str | None]:
+    """For each name the value of `given` under it, or under its stem where that is unambiguous."""
+    alone = {stem for stem, count in Counter(map(_stem, names)).items() if count == 1}
+    stems = Counter(map(_stem, given))
+    by_stem = {_stem(name): value for name, value in given.items() if stems[_stem(name)] == 1}
+    return [
+        given[name] if name in given
+        else by_stem.get(_stem(name)) if _stem(name) in alone
+        else None
+        for name in names
+    ]  # fmt: skip
+
+
+def _stem(name: str) -> str:
+    """A name without the extension of a picture; keys of shards may hold dots of their own."""
+    stem, extension = os.path.splitext(name)
+    return stem if extension.lower() in EXTENSIONS else name
+
+
+def _base(name: str) -> str:
+    """A name without its folders, which other systems divide by backslashes."""
+    return posixpath.basename(name.replace("\\", "/"))
 
 
 def own(pictures: PictureSet) -> list[list[str]] | None:

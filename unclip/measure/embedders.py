@@ -25,7 +25,7 @@ from unclip import errors, files, tasks
 from unclip.cascade import bundle, runs
 from unclip.input.decode.image import for_clip
 from unclip.input.decode.text import EOT, Tokenizer
-from unclip.interop import formats
+from unclip.interop import formats, published
 from unclip.models import clip as clip_model
 from unclip.models import dinov2 as dinov2_model
 from unclip.tasks.arrays import to_float
@@ -66,8 +66,8 @@ class Embedder:
 
     Attributes:
       id: names the network and how pictures are prepared; part of metric keys.
-      provenance: JSON-able: "weights_sha256" and what it is of, "source", "preprocess", "size",
-        "dtype".
+      provenance: JSON-able: "weights_sha256" and what it is of, "network_sha256"
+        (`published.network_hash`), "source", "preprocess", "size", "dtype".
       outputs: {name: width} of what `apply` gives.
       params: parameters in float32.
       size: side of the pictures that the network is shown.
@@ -115,7 +115,8 @@ def clip_extractor(
       dtype: of the computation; "bfloat16" is faster and changes embeddings by about 1 %.
 
     Returns:
-      An `Embedder` with an id like "clip.ViT-L-14.openai".
+      An `Embedder` with an id like "clip.ViT-L-14.openai", or "clip.ViT-L-14-1a2b3c4d.openai" for
+      weights that are not published ones: the beginning of their hash.
 
     Raises:
       ConfigError: no CLIP there, one without image tower, or an unknown name.
@@ -123,7 +124,7 @@ def clip_extractor(
     """
     if preprocess not in PREPROCESSES:
         raise errors.unknown("CLIP preprocess", preprocess, PREPROCESSES)
-    model, params, provenance = _open_clip(path, "vision", dtype)
+    model, params, provenance, name = _open_clip(path, "vision", dtype)
 
     def forward(params, images):
         pictures = clip_model.normalise(to_float(images))
@@ -131,7 +132,7 @@ def clip_extractor(
 
     provenance |= {"preprocess": preprocess, "size": model.image_size}
     return Embedder(
-        id=f"clip.{clip_name(model)}.{preprocess}{_suffix(dtype)}",
+        id=f"{name}.{preprocess}{_suffix(dtype)}",
         provenance=provenance,
         outputs={"z_i": model.embed_dim},
         params=params,
@@ -158,7 +159,8 @@ def dinov2_extractor(
       dtype: of the computation.
 
     Returns:
-      An `Embedder` with an id like "dinov2.ViT-L-14.bicubic224.hub".
+      An `Embedder` with an id like "dinov2.ViT-L-14.bicubic224.hub"; with the beginning of the
+      weights' hash, as `clip_extractor`'s, where they are not published ones.
 
     Raises:
       ConfigError: no DINOv2 there, or an unknown name.
@@ -173,14 +175,17 @@ def dinov2_extractor(
     if model.interpolation not in dinov2_model.INTERPOLATIONS:
         raise errors.unknown("interpolation", model.interpolation, dinov2_model.INTERPOLATIONS)
 
+    network = published.network_hash(model, part.params)
+    name = published.name_of(part, network) or f"{dinov2_model.name_of(model)}-{network[:8]}"
+
     def forward(params, images):
         pictures = dinov2_model.normalise(images)
         return {"cls": model.apply({"params": params}, pictures)}
 
     how = {"preprocess": "bicubic224", "size": DINOV2_SIZE, "interpolation": model.interpolation}
     return Embedder(
-        id=f"dinov2.{dinov2_model.name_of(model)}.bicubic224.{model.interpolation}{_suffix(dtype)}",
-        provenance=provenance | {"dtype": dtype} | how,
+        id=f"dinov2.{name}.bicubic224.{model.interpolation}{_suffix(dtype)}",
+        provenance=provenance | {"network_sha256": network, "dtype": dtype} | how,
         outputs={"cls": model.width},
         params=_float32(part.params),
         size=DINOV2_SIZE,
@@ -197,15 +202,15 @@ class CaptionEncoder:
       dtype: of the computation.
 
     Attributes:
-      id: like "clip.ViT-L-14"; provenance: JSON-able, as an `Embedder`'s; width: D.
+      id: like "clip.ViT-L-14", see `clip_id`; provenance: JSON-able, as an `Embedder`'s; width: D.
 
     Raises:
       ConfigError: no CLIP there, or one without text tower; DataError: it cannot be read.
     """
 
     def __init__(self, path: str | os.PathLike, *, dtype: str = "float32"):
-        self.model, self.params, self.provenance = _open_clip(path, "text", dtype)
-        self.id = f"clip.{clip_name(self.model)}{_suffix(dtype)}"
+        self.model, self.params, self.provenance, name = _open_clip(path, "text", dtype)
+        self.id = f"{name}{_suffix(dtype)}"
         self.width = self.model.embed_dim
         self._tokenizer = Tokenizer()
 
@@ -274,8 +279,32 @@ class CaptionEncoder:
         return [int(k) for k in np.flatnonzero(self.tokens(captions, prefix=prefix)[1])]
 
 
-def clip_name(model: clip_model.CLIP) -> str:
-    """A CLIP's name in ids: its preset's ("ViT-L-14"), or its sizes ("64px8-w128-l4-d128")."""
+def clip_id(part: bundle.Part) -> str:
+    """What keys call a CLIP: "clip.ViT-L-14" for published weights of that name.
+
+    Others have the beginning of their hash behind the name of their architecture, such as
+    "clip.ViT-L-14-1a2b3c4d": a CLIP trained here is not OpenAI's, whatever its size.
+    """
+    return _identified(part)[1]
+
+
+def _identified(part: bundle.Part) -> tuple[str, str]:
+    """(`published.network_hash`, id) of a CLIP."""
+    model = clip_model.CLIP(**tasks.arguments(part.arch))
+    network = published.network_hash(model, part.params)
+    return network, f"clip.{published.name_of(part, network) or clip_name(model, network)}"
+
+
+def clip_name(model: clip_model.CLIP, network: str = "") -> str:
+    """An architecture's name in ids: its preset's ("ViT-L-14"), or "64px8-w128-l4-d128" by sizes.
+
+    Args:
+      network: its `published.network_hash`, of which the beginning is put behind the name.
+    """
+    return f"{_sizes(model)}-{network[:8]}" if network else _sizes(model)
+
+
+def _sizes(model: clip_model.CLIP) -> str:
     for name, preset in clip_model.PRESETS.items():
         fields = {"vision_mlp_width": None} | preset
         if all(getattr(model, field) == value for field, value in fields.items()):
@@ -286,7 +315,7 @@ def clip_name(model: clip_model.CLIP) -> str:
 
 
 def _open_clip(path: str | os.PathLike, tower: str, dtype: str):
-    """(model, parameters of one tower, provenance) of the CLIP at a path."""
+    """(model, parameters of one tower, provenance, id) of the CLIP at a path."""
     part, provenance = _open(path, "clip")
     arch = tasks.arguments(part.arch) | {"dtype": _dtype(dtype), "remat": None}
     model = clip_model.CLIP(**arch | {"attention_impl": "xla"})
@@ -300,7 +329,8 @@ def _open_clip(path: str | os.PathLike, tower: str, dtype: str):
     kept = {name: tree for name, tree in part.params.items() if name in (tower, "logit_scale")}
     if model.logit_bias:
         kept["logit_bias"] = part.params["logit_bias"]
-    return model, _float32(kept), provenance | {"dtype": dtype}
+    network, id = _identified(part)
+    return model, _float32(kept), provenance | {"network_sha256": network, "dtype": dtype}, id
 
 
 def _open(path: str | os.PathLike, kind: str) -> tuple[bundle.Part, dict[str, Any]]:

@@ -21,7 +21,7 @@ from PIL import Image
 
 from unclip import errors
 from unclip.cascade import bundle
-from unclip.interop import formats
+from unclip.interop import formats, published
 from unclip.models import bilinear
 from unclip.models.inception import CLASSES, SIZE, SPATIAL_CHANNELS, Inception
 
@@ -41,8 +41,8 @@ HELP = (
     "inception-2015-12-05.tgz) and give that file, or the bundle that `unclip convert --from "
     "inception FILE --out BUNDLE` makes of it; the metric fd-clip needs neither"
 )
-# The sha256 of the published state dict begins with this, and by PyTorch's custom its name ends so.
-PUBLISHED = "6726825d"
+# sha256 of the published state dict; by PyTorch's custom its name ends in the first 8 digits.
+PUBLISHED = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,7 +50,9 @@ class InceptionExtractor:
     """FID's Inception in one mode, as an `measure.features.Extractor`.
 
     Attributes:
-      id: "inception2015." and how pictures are resized to 299 pixels.
+      id: "inception2015." and how pictures are resized to 299 pixels; "inception2015-1a2b3c4d." and
+        so on where the weights' file is not known to be the published one, by the beginning of
+        `published.network_hash`.
       provenance: "weights_sha256" and "weights_source" of the file they came from,
         "weights_known" where that is the published state dict, and "mode".
       params: float32.
@@ -124,11 +126,11 @@ def inception_extractor(path: str | os.PathLike, mode: str = "tf1") -> Inception
         part, stored = formats.read("inception", [path])["inception"], None
     source = str(part.settings.get("source", path.name))
     digest = str(part.settings.get("sha256", stored))
-    known = digest.startswith(PUBLISHED)
-    if PUBLISHED in source and not known:
+    known = digest == PUBLISHED
+    if PUBLISHED[:8] in source and not known:
         raise errors.DataError(
-            f"{path}: the sha256 of {source} begins with {digest[:8]}, not {PUBLISHED}: the file "
-            "is damaged or another; fetch it again"
+            f"{path}: the sha256 of {source} begins with {digest[:8]}, not {PUBLISHED[:8]}: the "
+            "file is damaged or another; fetch it again"
         )
     if any(leaf.dtype != np.float32 for leaf in jax.tree.leaves(part.params)):
         raise errors.ConfigError(
@@ -139,4 +141,9 @@ def inception_extractor(path: str | os.PathLike, mode: str = "tf1") -> Inception
     provenance = {
         "weights_sha256": digest, "weights_source": source, "weights_known": known, "mode": mode,
     }  # fmt: skip
-    return InceptionExtractor(f"inception2015.{MODES[mode][0]}", provenance, params, mode)
+    name = "inception2015"
+    if not known:
+        network = published.network_hash(Inception(), params)
+        provenance["network_sha256"] = network
+        name += f"-{network[:8]}"
+    return InceptionExtractor(f"{name}.{MODES[mode][0]}", provenance, params, mode)

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,11 +23,12 @@ from unclip.files.moments import Statistics, StatisticsFile
 from unclip.input.samples import BadSample
 from unclip.measure import captions as caption_files
 from unclip.measure import embedders, features
-from unclip.measure.pictures import PictureSet, describe_notes, listing_hash
+from unclip.measure.pictures import PictureSet, content_hash, describe_notes, listing_hash
 from unclip.runtime import collectives
 
 # Modes of extractors that a file of statistics does not name.
 USUAL = ("tf1", "openai", "hub")
+_HASH = re.compile(r"-[0-9a-f]{8}(?=\.)")  # of the weights, in an extractor's id
 _PROBES = 8
 _LISTED = 5
 
@@ -65,6 +67,7 @@ class Settings:
     candidates: int = 100
     bootstrap: int = 0
     protocol: str = ""
+    named: frozenset[str] = frozenset()
 
 
 class Measurement:
@@ -140,6 +143,23 @@ class Measurement:
             return counts.pop() if len(counts) == 1 else None
         return self._facts[which]["count"] if which in self._facts else None
 
+    def fingerprints(self, name: str) -> list[str]:
+        """The parts of a metric's key that say which pictures and captions it is of.
+
+        "crop64" how pictures were prepared, "captions=1a2b3c4d" and "real=1a2b3c4d" the captions
+        and the reference; without what the protocol's id names.
+        """
+        metric, named = self.metrics[name], self.settings.named
+        found = []
+        if self.fake is not None and "size" not in named:
+            found.append(self.fake.preparation)
+        if metric.captions and "captions" not in named:
+            texts = [texts if metric.captions > 1 else texts[:1] for texts in self.captions]
+            found.append(f"captions={_text_hash(texts)[:8]}")
+        if metric.real and "real" not in named:
+            found.append(f"real={self._real_hash(name)[:8]}")
+        return list(filter(None, found))
+
     def statistics(self, which: str, name: str) -> Statistics:
         """Mean and covariance of a side's features for a metric."""
         if which == "real" and isinstance(self.real, StatisticsFile):
@@ -200,13 +220,13 @@ class Measurement:
             "unclip": unclip.__version__,
             "jax": jax.__version__,
             "devices": f"{jax.device_count()} {jax.devices()[0].platform}",
-            "settings": dataclasses.asdict(self.settings) | {"allow": sorted(self.settings.allow)},
+            "settings": dataclasses.asdict(self.settings)
+            | {name: sorted(getattr(self.settings, name)) for name in ("allow", "named")},
             "extractors": {e.id: e.provenance for e in self._extractors.values()},
             "captions_sha256": None,
         }
         if self.captions:
-            text = json.dumps(self.captions, ensure_ascii=False)
-            found["captions_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+            found["captions_sha256"] = _text_hash(self.captions)
         if isinstance(self.real, StatisticsFile):
             found["real"] = {"source": str(self.real.path)} | {
                 name: one.provenance for name, one in self.real.statistics.items()
@@ -277,10 +297,16 @@ class Measurement:
             "source": pictures.source,
             "count": found.count,
             "listing_sha256": listing_hash(pictures),
+            "content_sha256": self._content_hash(which, pictures),
             "sizes": Counter({_size(size): n for size, n in found.sizes.items()}),
             "notes": notes,
             "unreadable": [[_printable(name), reason] for name, reason in bad],
         }
+
+    def _content_hash(self, which: str, pictures: PictureSet) -> str | None:
+        """Of the reference, where its key needs it."""
+        needed = which == "real" and "real" not in self.settings.named
+        return content_hash(pictures) if needed else None
 
     def _refuse_sizes(self, sizes: Mapping[str, Counter]) -> None:
         every = sum(sizes.values(), Counter())
@@ -336,11 +362,14 @@ class Measurement:
         # Other tools' files have the same names whichever way their pictures were resized.
         found = file.of(wanted if file.ours else self.metrics[name].output)
         theirs = found.provenance
+        # The network's own hash is of any container; files of older versions have that of the file.
+        network = "network_sha256" if "network_sha256" in theirs else "weights_sha256"
         for what, ours in (
             ("extractor", extractor.id),
-            ("weights_sha256", extractor.provenance.get("weights_sha256")),
+            (network, extractor.provenance.get(network)),
         ):
-            if ours and theirs.get(what, ours) != ours:
+            known = theirs.get(what, ours)
+            if ours and known != ours and (what != "extractor" or known != _HASH.sub("", ours)):
                 raise errors.ConfigError(
                     f"{file.path} was measured with {what} {theirs[what]}, {name} needs {ours}"
                 )
@@ -360,9 +389,20 @@ class Measurement:
             )
         return found
 
+    def _real_hash(self, name: str) -> str:
+        """sha256 (hex) of the reference's pictures, or of a metric's statistics of them."""
+        if not isinstance(self.real, StatisticsFile):
+            return self._facts["real"]["content_sha256"]
+        found = self._stored(name)
+        known = found.provenance.get("pictures", {}).get("content_sha256")
+        return (
+            known or hashlib.sha256(found.mean.tobytes() + found.covariance.tobytes()).hexdigest()
+        )
+
     def _source(self, which: str, name: str) -> dict[str, Any]:
         facts = self._facts[which]
-        pictures = {key: facts[key] for key in ("source", "listing_sha256", "notes")}
+        names = ("source", "listing_sha256", "content_sha256", "notes")
+        pictures = {key: facts[key] for key in names}
         pictures["sizes"] = dict(facts["sizes"].most_common(20))
         extractor = self.extractor(name)
         return extractor.provenance | {"extractor": extractor.id, "pictures": pictures}
@@ -392,6 +432,11 @@ def _signature(path: str) -> tuple:
     else:
         inside = sorted(entry.path for entry in os.scandir(path))
     return tuple((name, (s := os.stat(name)).st_mtime_ns, s.st_size) for name in inside)
+
+
+def _text_hash(texts: list[list[str]]) -> str:
+    """sha256 (hex) of lists of captions in order."""
+    return hashlib.sha256(json.dumps(texts, ensure_ascii=False).encode()).hexdigest()
 
 
 def _probe(pictures: PictureSet) -> Counter:

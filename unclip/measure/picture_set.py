@@ -8,13 +8,16 @@ noted, because a Fréchet distance depends on it.
 import hashlib
 import io
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from PIL import BmpImagePlugin, Image, TiffImagePlugin
 
-from unclip.errors import ConfigError
+from unclip.errors import ConfigError, UnclipError
 from unclip.files import picture as pictures
 from unclip.input.decode import image
+from unclip.input.samples import BadSample
+from unclip.runtime import collectives, distributed
 
 _PLUGINS = (BmpImagePlugin, TiffImagePlugin)  # imported once, as in `unclip.files.picture`
 MAX_BYTES = 64 << 20
@@ -37,13 +40,17 @@ class PictureSet:
       notes: uint8 [N], bits of `NOTES`, set as pictures are read.
       damaged: (name, reason) of samples that the source left out before numbering.
       left_out: names of files in the source that are not pictures of the set.
+      preparation: how pictures are changed before they are measured, as keys say it: "crop64".
     """
+
+    preparation = ""
 
     def __init__(self, source: str, count: int):
         self.source = source
         self.notes = np.zeros(count, np.uint8)
         self.damaged: list[tuple[str, str]] = []
         self.left_out: list[str] = []
+        self._digests: dict[int, str] = {}
 
     def __len__(self) -> int:
         return len(self.notes)
@@ -65,8 +72,62 @@ class PictureSet:
         """The caption that the source itself has for picture i, or None."""
         return None
 
+    def data(self, i: int) -> bytes:
+        """The bytes that picture i is made of: encoded, or its shape and pixels."""
+        picture = self.read(i)
+        return f"{picture.shape}".encode() + picture.tobytes()
+
+    def digest(self, i: int, *, read: bool = True) -> str | None:
+        """sha256 (hex) of `data(i)`; with `read` False None where that was not read so far."""
+        if read and i not in self._digests:
+            self._note(i, self.data(i))
+        return self._digests.get(i)
+
+    def _note(self, i: int, data: bytes) -> bytes:
+        self._digests[i] = hashlib.sha256(data).hexdigest()
+        return data
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digits that differ where the set does, as far as is seen without reading pictures."""
+        return content_hash(self)
+
     def _load(self, i: int) -> tuple[np.ndarray, int]:
         raise NotImplementedError
+
+
+def content_hash(pictures: PictureSet) -> str:
+    """sha256 (hex) of a set's pictures in order and of their preparation, whatever their names.
+
+    Every process of a job calls it. Pictures that one of them has read are not read again.
+    """
+    known = {i: pictures.digest(i, read=False) for i in range(len(pictures))}
+    found = _shared({i: digest for i, digest in known.items() if digest is not None})
+    missing = [i for i in known if i not in found]
+    mine = missing[distributed.process_index() :: distributed.process_count()]
+
+    def read(i: int) -> str:
+        try:
+            return pictures.digest(i)
+        except BadSample as error:
+            return error.reason  # in place of the picture that cannot be read
+
+    failure, own = None, {}
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            own = dict(zip(mine, pool.map(read, mine)))
+    except UnclipError as error:
+        failure = error
+    collectives.raise_together(failure)
+    found |= _shared(own)
+    lines = [pictures.preparation, *(found[i] for i in known)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _shared(own: dict[int, str]) -> dict[int, str]:
+    """The digests of all processes."""
+    parts = collectives.gather_objects([list(own), list(own.values())])
+    return {i: digest for part in parts for i, digest in zip(*part)}
 
 
 def listing_hash(pictures: PictureSet) -> str:
@@ -175,6 +236,16 @@ class _View(PictureSet):
         self.base = base
         self.notes = base.notes[:count]  # a view of the base's array, so both have the same notes
         self.damaged, self.left_out = base.damaged, base.left_out
+        self.preparation = base.preparation
+
+    def digest(self, i: int, *, read: bool = True) -> str | None:
+        """The base's."""
+        return self.base.digest(i, read=read)
+
+    @property
+    def fingerprint(self) -> str:
+        """The base's."""
+        return self.base.fingerprint
 
     def read(self, i: int) -> np.ndarray:
         """uint8 [H, W, 3] of picture i."""
@@ -214,6 +285,8 @@ class Prepared(_View):
             )
         super().__init__(base, f"{base.source} (centre square, {filter} {crop}x{crop})", len(base))
         self._crop, self._filter = crop, Image.Resampling[filter.upper()]
+        own = f"crop{crop}{'' if filter == 'bicubic' else '-' + filter}"
+        self.preparation = f"{base.preparation}.{own}" if base.preparation else own
 
     def read(self, i: int) -> np.ndarray:
         """uint8 [crop, crop, 3] of picture i."""

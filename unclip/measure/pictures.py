@@ -5,6 +5,7 @@
 
 import difflib
 import glob
+import hashlib
 import itertools
 import os
 import pathlib
@@ -28,6 +29,7 @@ from unclip.measure.picture_set import (
     First,
     PictureSet,
     Prepared,
+    content_hash,
     decode,
     describe_notes,
     listing_hash,
@@ -41,6 +43,7 @@ __all__ = [
     "Prepared",
     "ShardPictures",
     "TfdsPictures",
+    "content_hash",
     "describe_notes",
     "has_pictures",
     "listing_hash",
@@ -146,14 +149,29 @@ class FolderPictures(PictureSet):
         except (OSError, UnicodeDecodeError) as error:
             raise BadSample("caption", f"{path}: {error}") from error
 
-    def _load(self, i):
-        path = self.path(i)
+    def data(self, i: int) -> bytes:
+        """The file's bytes, `MAX_BYTES` and one at most."""
         try:
-            with open(path, "rb") as file:
-                data = file.read(MAX_BYTES + 1)
+            with open(self.path(i), "rb") as file:
+                return file.read(MAX_BYTES + 1)
         except OSError as error:
             raise BadSample("unreadable", f"{error.strerror}") from error
-        return decode(data, EXTENSIONS[path.suffix.lower()])
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of the files' names and sizes."""
+        digest = hashlib.sha256()
+        for i, name in enumerate(self._names):
+            try:
+                size = self.path(i).stat().st_size
+            except OSError:
+                size = -1  # reported when it is read
+            digest.update(f"{name}\t{size}\n".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
+
+    def _load(self, i):
+        data = self._note(i, self.data(i))
+        return decode(data, EXTENSIONS[self.path(i).suffix.lower()])
 
 
 class ShardPictures(PictureSet):
@@ -190,8 +208,17 @@ class ShardPictures(PictureSet):
         """The sample's first caption, or None."""
         return captions.first(self.collection.read(i), self._sources).strip() or None
 
+    def data(self, i: int) -> bytes:
+        """The encoded picture."""
+        return self.collection.read(i).image
+
+    @property
+    def fingerprint(self) -> str:
+        """The collection's: which samples there are."""
+        return self.collection.fingerprint
+
     def _load(self, i):
-        return decode(self.collection.read(i).image)
+        return decode(self._note(i, self.data(i)))
 
 
 def has_pictures(path: str | os.PathLike) -> bool:
@@ -270,5 +297,14 @@ class TfdsPictures(PictureSet):
         """The example's first caption that is not blank, or None."""
         return self.record(i).get("text", "").strip() or None
 
+    def data(self, i: int) -> bytes:
+        """The encoded picture."""
+        return self.record(i)["image"]
+
+    @property
+    def fingerprint(self) -> str:
+        """The collection's: which examples there are."""
+        return self.collection.fingerprint
+
     def _load(self, i):
-        return decode(self.record(i)["image"])
+        return decode(self._note(i, self.data(i)))

@@ -1,8 +1,8 @@
 """Sets of pictures compared by name: FID and related distances, fidelity, diversity, text fit.
 
-Such numbers have a meaning only together with the features, the resize, the number of pictures and
-the protocol, so a value's key contains all of these, and the result has warnings and provenance for
-whatever else can change it.
+Such numbers have a meaning only together with the features, the resize, the number of pictures, the
+reference, the captions and the protocol, so a value's key contains all of these: equal keys mean
+equal measurements. The result has warnings and provenance for whatever else can change it.
 """
 
 import dataclasses
@@ -30,6 +30,7 @@ from unclip.measure.measurement import Measurement, Metric, Settings
 from unclip.measure.picture_set import PictureSet
 
 ALLOW = ("corrupt", "sizes")
+NAMED = ("real", "captions", "size")
 ALIASES = {"prdc": ("pr", "dc"), "prdc-clip": ("pr-clip", "dc-clip")}
 KID_SUBSETS, KID_SIZE, KID_SEED = 100, 1000, 2020
 IS_SPLITS, IS_SEED, IS_SPLIT_SIZE = 10, 2020, 5000
@@ -111,6 +112,7 @@ def measure(
     candidates: int = 100,
     bootstrap: int = 0,
     protocol: str = "",
+    named: Iterable[str] = (),
 ) -> Result:
     """Measures pictures; every process of a job calls it and gets the same result.
 
@@ -130,6 +132,7 @@ def measure(
       bootstrap: resamples for the interval of Fréchet distances, 0 for none. It is computed where
         there are at least twice as many pictures as features; with fewer, bias exceeds noise.
       protocol: id of how prompts and reference were chosen; becomes part of every key.
+      named: of `NAMED`, what that id already identifies; keys have fingerprints of the others.
 
     Raises:
       ConfigError: an unknown metric, missing weights, captions or reference, pictures of several
@@ -139,9 +142,11 @@ def measure(
     names, allow = expand(metrics), frozenset(allow)
     for name in sorted(allow - set(ALLOW)):
         raise errors.unknown("--allow", name, ALLOW)
+    for name in sorted(set(named) - set(NAMED)):
+        raise errors.unknown("part of a protocol's id", name, NAMED)
     weights = {"inception": inception, "clip": clip, "dinov2": dinov2}
     check_needs(names, weights, real=real is not None, fake=fake is not None)
-    settings = Settings(batch_size, allow, seed, candidates, bootstrap, protocol)
+    settings = Settings(batch_size, allow, seed, candidates, bootstrap, protocol, frozenset(named))
     run = Measurement(
         real, fake, {name: METRICS[name] for name in names}, weights, captions, settings
     )
@@ -193,7 +198,8 @@ def _labelled(run: Measurement, name: str, row: dict[str, Any]) -> dict[str, Any
     if not math.isfinite(row["value"]):
         raise errors.NumericsError(f"{shown} is {row['value']}")
     count, protocol = run.count("fake"), run.settings.protocol
-    parts = (shown, run.extractor(name).id, detail, protocol, f"N={count}")
+    which = run.fingerprints(name)
+    parts = (shown, run.extractor(name).id, detail, protocol, *which, f"N={count}")
     real = run.count("real") if METRICS[name].real else None
     return {
         "metric": shown,

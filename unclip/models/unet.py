@@ -363,7 +363,8 @@ class UNet(nn.Module):
     """ADM U-Net. A fresh one returns zeros: every output layer starts at zero.
 
     Fields:
-      channels, multipliers: width of level i is channels × multipliers[i]; each level halves H, W.
+      channels, multipliers: width of level i is channels × multipliers[i], a whole number though
+        the multiplier may not be; each level halves H, W.
       blocks: residual blocks per level going down; one more going up.
       attention: one bool per level, finest first: attention after each of its residual blocks.
       mid_attention: attention between the two middle blocks.
@@ -383,7 +384,7 @@ class UNet(nn.Module):
     """
 
     channels: int = 320
-    multipliers: tuple[int, ...] = (1, 2, 3, 4)
+    multipliers: tuple[float, ...] = (1, 2, 3, 4)
     blocks: int = 3
     attention: tuple[bool, ...] = (False, True, True, True)
     mid_attention: bool = True
@@ -433,9 +434,9 @@ class UNet(nn.Module):
         reads = Reads(emb, context, context_mask, dropout_keys)
 
         x = space_to_depth(x, self.patch) if self.patch > 1 else x
-        x = _conv(style, self.channels * self.multipliers[0], 3, "conv_in")(x.astype(self.dtype))
+        widths = self.widths()
+        x = _conv(style, widths[0], 3, "conv_in")(x.astype(self.dtype))
         skips, top = [x], len(self.multipliers) - 1
-        widths = [self.channels * m for m in self.multipliers]
         for i, width in enumerate(widths):
             resample = "down" if i < top else None
             level = Level(style, width, self.blocks, self.attention[i], resample, name=f"down_{i}")
@@ -452,6 +453,10 @@ class UNet(nn.Module):
         x = _conv(full, self.out_channels * self.patch**2, 3, "conv_out", zero=True)(x)
         x = depth_to_space(x, self.patch) if self.patch > 1 else x
         return x
+
+    def widths(self) -> list[int]:
+        """The width of every level, finest first."""
+        return [round(self.channels * m) for m in self.multipliers]
 
     def _check(self, x, emb):
         if self.norm not in NORMS:

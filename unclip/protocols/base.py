@@ -1,6 +1,8 @@
 """The interface of every protocol, and views of picture sets that protocols share."""
 
 import hashlib
+import os
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +11,8 @@ from PIL import Image
 
 from unclip import errors
 from unclip.files import shipped
-from unclip.measure.picture_set import PictureSet
+from unclip.measure.picture_set import PictureSet, content_hash
+from unclip.measure.table import NAMED
 
 EMOJI = shipped.path("data", "emoji")
 
@@ -25,9 +28,14 @@ class EvaluationProtocol:
       provenance: JSON-able: hashes of lists, counts, seeds.
       mode: "text" (prompts through the cascade), "variations" or "reconstruct" (pictures of the
         protocol through the decoder, see `draw`).
+      named: of `measure.table.NAMED`, what the id identifies, so that keys need not say it again.
+      by_clip: last words of the judge's measures that the model's own CLIP decides; their keys name
+        it.
     """
 
     mode = "text"
+    named = NAMED
+    by_clip: tuple[str, ...] = ()
 
     def __init__(
         self, id: str, prompts: Sequence[str], keys: Sequence[str], size: int, provenance: dict
@@ -93,12 +101,43 @@ class EvaluationProtocol:
         return [int(row) for row in rows]
 
 
-def captions_hash(keys: Sequence[str], prompts: Sequence[str]) -> str:
+def captions_hash(keys: Sequence[Any], prompts: Sequence[str]) -> str:
     """sha256 (hex) of a caption list: "KEY<tab>CAPTION<newline>" a row, UTF-8, in order."""
     digest = hashlib.sha256()
     for key, prompt in zip(keys, prompts, strict=True):
         digest.update(f"{key}\t{prompt}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
+
+
+def mark(given: str, shipped: str) -> str:
+    """What stands behind a name in an id where content is not the shipped one: "-1a2b3c4d".
+
+    Args:
+      given, shipped: hashes (hex) of the content that is used, and of what comes with unclip.
+    """
+    return "" if given == shipped else f"-{given[:8]}"
+
+
+def content(prompts: Sequence[str], *pictures: PictureSet) -> str:
+    """sha256 (hex) of captions and sets of pictures, whatever their names."""
+    digest = hashlib.sha256(captions_hash(range(len(prompts)), prompts).encode())
+    for one in pictures:
+        digest.update(content_hash(one).encode())
+    return digest.hexdigest()
+
+
+def folder_mark(folder: str | os.PathLike | None) -> str:
+    """`mark` of a folder of emoji shards, by its files' bytes; None is that of data/emoji."""
+    if folder is None or pathlib.Path(folder).resolve() == EMOJI.resolve():
+        return ""
+    hashes = []
+    for place in (pathlib.Path(folder), EMOJI):
+        digest = hashlib.sha256()
+        for path in sorted(place.glob("train-*.tar")):
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        hashes.append(digest.hexdigest())
+    return mark(*hashes)
 
 
 def resized(pictures: np.ndarray, size: int) -> np.ndarray:
@@ -139,6 +178,16 @@ class Chosen(PictureSet):
     def caption(self, i: int) -> str:
         """The protocol's caption."""
         return self._captions[i]
+
+    def digest(self, i: int, *, read: bool = True) -> str | None:
+        """Of the picture chosen."""
+        return self.base.digest(self._numbers[i], read=read)
+
+    @property
+    def fingerprint(self) -> str:
+        """Which pictures of which set."""
+        lines = [self.base.fingerprint, *map(str, self._numbers)]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def _load(self, i):
         number = self._numbers[i]

@@ -2,26 +2,21 @@
 
 As in table 2 of arXiv 2204.06125. Papers differ in which captions, pictures and crop they use, so
 numbers can be compared only under one id. Here: one caption for each of `count` images; images and
-  captions are picked by SHA-256 of the seed and the
-image's id, so the list is the same on every machine and a shorter list is the beginning of a longer
-one; references are the same images, centre square resized with antialiasing. A fixed list, such as
-T2IBenchmark's, is used unchanged.
+captions are picked by SHA-256 of the seed and the image's id, so the list is the same on every
+machine and a shorter list is the beginning of a longer one; references are the same images, centre
+square resized with antialiasing. A fixed list, such as T2IBenchmark's, is used unchanged.
 """
 
-import csv
 import hashlib
-import io
-import json
 import os
-import pathlib
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from unclip import errors
+from unclip.measure import caption_files
 from unclip.measure.picture_set import PictureSet, Prepared
 from unclip.measure.pictures import ShardPictures, TfdsPictures, open_pictures
 from unclip.protocols import base
@@ -29,16 +24,20 @@ from unclip.protocols import base
 COUNT = 30_000
 IMAGES = 40_504  # in val2014; Karpathy's restval + val + test are the same images
 KARPATHY = "tfds:coco_captions:restval+val+test"
-MAX_BYTES = 256 << 20  # of an annotation file or a list; COCO's own have 32 MB
-IDS = ("image_id", "cocoid", "file_name", "filename", "file", "image", "name", "key")
-TEXTS = ("caption", "text", "prompt")
+FOLDER = "val2014"  # of the images in Karpathy's file
+IDS = tuple(dict.fromkeys(("image_id", "cocoid", *caption_files.NAMES)))
 FILTERS = ("bicubic", "box")
 _SHOWN = 5
 _NUMBER = re.compile(r"(\d{1,12})(?:\.\w+)?$")
 
 
 class Coco(base.EvaluationProtocol):
-    """A caption list and, where pictures are given, the same images as references."""
+    """A caption list and, where pictures are given, the same images as references.
+
+    The id names the captions by their hash; whose pictures they are compared with is in the keys.
+    """
+
+    named = ("captions", "size")
 
     def __init__(
         self,
@@ -70,9 +69,10 @@ def coco2014val_30k(
     """The protocol, from the files that are given.
 
     Args:
-      annotations: COCO's captions_val2014.json.
+      annotations: COCO's captions_val2014.json, or Karpathy's dataset_coco.json.
       captions: a fixed list in place of a picked one: .csv, .tsv or .jsonl with an image (one of
-        `IDS`; a file name's last number is the image's id) and a caption (one of `TEXTS`).
+        `IDS`; a file name's last number is the image's id) and a caption, see
+        `measure.caption_files`.
       pictures: the images: a folder, webdataset shards (keys or a JSON field image_id say which),
         or "tfds:coco_captions:restval+val+test". Without annotations and list, captions come from
         here too. None: no references (a statistics file can take their place).
@@ -115,7 +115,7 @@ def coco2014val_30k(
         chosen = pick(every, count or COUNT, seed)
         total = "" if len(every) == IMAGES else f".of{len(every)}"
         source = {"captions": source, "seed": seed, "images": len(every)}
-        made = f"one-per-image.seed{seed}{total}"
+        made = f"one-per-image.seed{seed}{total}.captions-{{sha}}"
     missing = [] if opened is None else [image for image in chosen if image not in numbers]
     if missing and (not allow_missing or len(missing) == len(chosen)):
         names = ", ".join(f"{image:012d}" for image in missing[:_SHOWN])
@@ -165,72 +165,59 @@ def pick(captions: Mapping[int, list[str]], count: int, seed: int) -> dict[int, 
 
 
 def read_annotations(path: str | os.PathLike) -> dict[int, list[str]]:
-    """{image id: captions in the order of their ids} of COCO's captions_*.json.
+    """{image id: captions in the order of their ids} of COCO's captions_*.json, or Karpathy's.
 
-    White space inside a caption becomes one space; a caption of white space alone is left out.
+    White space inside a caption becomes one space; a caption of white space alone is left out. Of
+    Karpathy's file, which holds training images too, those of val2014 are taken.
 
     Raises:
       DataError: unreadable, another layout, an id that comes twice, a caption of no image.
     """
-    try:
-        value = json.loads(_read(path))
-    except (ValueError, RecursionError) as error:
-        raise errors.DataError(f"{path}: not JSON ({error})") from error
-    try:
-        images = [int(row["id"]) for row in value["images"]]
-        rows = [
-            (int(row["image_id"]), int(row["id"]), _text(row["caption"]))
-            for row in value["annotations"]
-        ]
-    except (LookupError, TypeError, ValueError) as error:
-        raise errors.DataError(
-            f"{path}: not in the layout of COCO's captions_val2014.json: {error!r}"
-        ) from error
-    _once(path, "image", images)
-    _once(path, "annotation", [annotation for _, annotation, _ in rows])
-    known, found = set(images), defaultdict(list)
-    for image, _, text in sorted(rows):
-        if image not in known:
-            raise errors.DataError(f"{path}: a caption of image {image}, which is not listed")
-        if text:
-            found[image].append(text)
-    return dict(found)
+    images = caption_files.read_images(path)
+    if any(image.folder for image in images):
+        images = [image for image in images if image.folder == FOLDER]
+        if not images:
+            raise errors.DataError(f"captions {path}: no image has the filepath {FOLDER!r}")
+    caption_files.refuse(
+        path,
+        [
+            f"image {image.id!r} ({image.file}): expected a number as its id"
+            for image in images
+            if not isinstance(image.id, int)
+        ],
+    )
+    found = {}
+    for image in images:
+        captions = image.captions
+        if all(isinstance(id, int) for id, _ in captions):
+            captions = sorted(captions)
+        texts = [text for _, text in captions if text]
+        found |= {image.id: texts} if texts else {}
+    return found
 
 
 def read_list(path: str | os.PathLike) -> dict[int, str]:
     """{image id: caption} of a fixed list, in its order.
 
     Raises:
-      ConfigError: another kind of file. DataError: unreadable, an image twice, no caption.
+      ConfigError: another kind of file. DataError: unreadable, rows that are wrong, an image twice.
     """
-    kind = pathlib.Path(path).suffix.lower()
-    if kind not in (".csv", ".tsv", ".jsonl"):
-        raise errors.ConfigError(f"{path}: expected a list as .csv, .tsv or .jsonl")
-    text = _read(path)
-    try:
-        if kind == ".jsonl":
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-        else:
-            comma = "," if kind == ".csv" else "\t"
-            rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=comma))
-    except (ValueError, RecursionError, csv.Error) as error:
-        raise errors.DataError(f"{path}: {error}") from error
-    pairs = []
-    for number, row in enumerate(rows, 1):
-        row = row if isinstance(row, dict) else {}
-        name = next((row[field] for field in IDS if row.get(field) not in (None, "")), None)
-        match = _NUMBER.search(str(name))
-        caption = _text(next((row[field] for field in TEXTS if row.get(field)), ""))
-        if not match or not caption:
-            raise errors.DataError(
-                f"{path}, entry {number}: expected an image ({', '.join(IDS)}) that ends in its "
-                f"number and a caption ({', '.join(TEXTS)}); there is {str(row)[:80]}"
-            )
-        pairs.append((int(match[1]), caption))
-    _once(path, "image", [image for image, _ in pairs])
-    if not pairs:
-        raise errors.DataError(f"{path}: no captions")
-    return dict(pairs)
+    rows = caption_files.read_rows(path, IDS, (".csv", ".tsv", ".jsonl"))
+    numbers = [_NUMBER.search(row.name) for row in rows]
+    problems = [
+        f"{row.where}: expected an image that ends in its number, given {row.name[:60]!r}"
+        for row, number in zip(rows, numbers)
+        if not number
+    ]
+    problems += [
+        f"{row.where}: {len(row.captions)} captions; expected one"
+        for row in rows
+        if len(row.captions) > 1
+    ]
+    pairs = [(int(number[1]), row) for number, row in zip(numbers, rows) if number]
+    problems += caption_files.twice("image ids", [image for image, _ in pairs])
+    caption_files.refuse(path, problems)
+    return {image: _text(row.captions[0]) for image, row in pairs}
 
 
 # ============================================================ pictures by their image ids
@@ -240,7 +227,9 @@ def _image_numbers(pictures: PictureSet) -> dict[int, int]:
     """{image id: number in the set}; without pictures that have no number in their name."""
     found = [(_image_id(pictures, i), i) for i in range(len(pictures))]
     found = [(image, i) for image, i in found if image is not None]
-    _once(pictures.source, "picture", [image for image, _ in found])
+    problems = caption_files.twice("picture ids", [image for image, _ in found])
+    if problems:
+        raise errors.DataError(f"{pictures.source}: {problems[0]}")
     return dict(found)
 
 
@@ -279,34 +268,9 @@ def _tfds_captions(value: Any) -> list[str]:
     return [text for _, text in sorted(rows, key=lambda row: int(row[0]))]
 
 
-# ============================================================ reading
-
-
-def _read(path: str | os.PathLike) -> str:
-    try:
-        if os.stat(path).st_size > MAX_BYTES:
-            raise errors.DataError(f"{path}: larger than {MAX_BYTES} bytes")
-        return pathlib.Path(path).read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise errors.DataError(f"{path}: cannot be read: {error}") from error
-
-
 def _text(value: Any) -> str:
     if isinstance(value, np.ndarray):
         value = value.item()
     if isinstance(value, bytes):
         value = value.decode("utf-8", "replace")
     return " ".join(value.split()) if isinstance(value, str) else ""
-
-
-def _once(path: Any, what: str, ids: Iterable[int]) -> None:
-    seen, twice = set(), []
-    for one in ids:
-        twice += [one] if one in seen else []
-        seen.add(one)
-    if twice:
-        shown = ", ".join(map(str, twice[:_SHOWN]))
-        raise errors.DataError(
-            f"{path}: {len(twice)} {what} ids come more than once: {shown}"
-            f"{', …' if len(twice) > _SHOWN else ''}"
-        )

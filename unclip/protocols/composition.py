@@ -16,6 +16,7 @@ drawing. A fact holds or not; accuracies are shares of facts.
 at this size, and `chance` those for true pictures of other captions of the list.
 """
 
+import hashlib
 import itertools
 import pathlib
 from collections.abc import Sequence
@@ -67,7 +68,7 @@ class Scenes(base.EvaluationProtocol):
             raise errors.ConfigError(f"{count} scenes: expected 1 to {MAX_SCENES}")
         if size > MAX_SIDE:
             raise errors.ConfigError(f"scenes of {size} pixels: expected 16 to {MAX_SIDE}")
-        folder = base.EMOJI if folder is None else pathlib.Path(folder)
+        given, folder = folder, base.EMOJI if folder is None else pathlib.Path(folder)
         self._composer = Composer(folder, size=size, seed=seed, withheld=withheld)
         self._detector = Detector(self._composer.cutouts, min(size, JUDGED_SIDE))
         wanted, sizes = set(sizes), tuple(sizes)
@@ -79,10 +80,10 @@ class Scenes(base.EvaluationProtocol):
         self._numbers, scenes = numbers, list(zip(*scenes))
         prompts = [caption for caption, _ in scenes]
         self._records = [record for _, record in scenes]
-        name = "scenes-withheld" if withheld else "scenes"
+        name, marked = "scenes-withheld" if withheld else "scenes", base.folder_mark(given)
         kinds = [_kinds(record) for record in self._records]
         super().__init__(
-            ".".join([name, f"seed{seed}", f"n{count}", f"size{size}", *_dotted(sizes)]),
+            ".".join([name + marked, f"seed{seed}", f"n{count}", f"size{size}", *_dotted(sizes)]),
             prompts,
             [f"{index:08d}" for index in numbers],
             size,
@@ -190,6 +191,11 @@ class _ScenePictures(PictureSet):
     def caption(self, i: int) -> str:
         """The protocol's caption."""
         return self._protocol.prompts[i]
+
+    @property
+    def fingerprint(self) -> str:
+        """The protocol's id, which says all of how scenes are composed."""
+        return hashlib.sha256(self._protocol.id.encode()).hexdigest()
 
     def _load(self, i):
         return np.array(self._protocol._composer.scene(self._protocol._numbers[i])[0]), 0

@@ -11,6 +11,7 @@ from unclip.measure.pictures import ShardPictures
 from unclip.protocols import base
 
 CAPTIONS = ("txt", "name")
+SHIPPED = str(base.EMOJI / "held-out-*.tar")
 
 
 class EmojiHeldOut(base.EvaluationProtocol):
@@ -37,7 +38,7 @@ class EmojiHeldOut(base.EvaluationProtocol):
             raise errors.unknown("caption of emoji-held-out", caption, CAPTIONS)
         if not 8 <= size <= 1024:
             raise errors.ConfigError(f"emoji-held-out: size {size}, expected 8 to 1024")
-        pictures = ShardPictures(str(base.EMOJI / "held-out-*.tar") if shards is None else shards)
+        pictures = ShardPictures(SHIPPED if shards is None else shards)
         if count is not None and not 1 <= count <= len(pictures):
             raise errors.ConfigError(
                 f"emoji-held-out: count {count}, expected 1 to {len(pictures)}"
@@ -46,8 +47,16 @@ class EmojiHeldOut(base.EvaluationProtocol):
         keys = [pictures.name(row) for row in rows]
         prompts = [_caption(pictures, row, caption) for row in rows]
         part = "" if count in (None, len(pictures)) else f".first{count}"
+        self._reference = Prepared(base.Chosen(pictures, rows, keys, prompts), size)
+        name = "emoji-held-out"
+        if shards is not None:
+            shipped = ShardPictures(SHIPPED)
+            sets = (pictures, shipped) if len(pictures) == len(shipped) else (pictures,)
+            given, *known = (_content(one, rows, caption) for one in sets)
+            marked = base.mark(given, *known or [""])
+            name = f"held-out{marked}" if marked else name  # these may be no emoji at all
         super().__init__(
-            f"emoji-held-out.{caption}{part}.size{size}",
+            f"{name}.{caption}{part}.size{size}",
             prompts,
             keys,
             size,
@@ -57,11 +66,16 @@ class EmojiHeldOut(base.EvaluationProtocol):
                 "source": pictures.source,
             },
         )
-        self._reference = Prepared(base.Chosen(pictures, rows, keys, prompts), size)
 
     def reference(self) -> PictureSet:
         """The held-out pictures at `size`."""
         return self._reference
+
+
+def _content(pictures: ShardPictures, rows: range, caption: str) -> str:
+    """The hash of what the rows are drawn from and compared with."""
+    prompts = [_caption(pictures, row, caption) for row in rows]
+    return base.content(prompts, base.Chosen(pictures, rows, prompts, prompts))
 
 
 def _caption(pictures: ShardPictures, row: int, caption: str) -> str:

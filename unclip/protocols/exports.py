@@ -28,6 +28,7 @@ MAX_PROMPTS = 100_000
 MAX_PROMPT_CHARS = 2000
 MAX_NAME_BYTES = 255  # of a file, on the file systems in use
 MAX_PICTURES = 1000  # a prompt
+SIZE = 256  # which ids leave out
 # Characters that would lead out of the folder or are not allowed in a name, and "_", at which
 # T2I-CompBench cuts the prompt off.
 _NO_NAME = re.compile(r"[\x00-\x1f\x7f/\\_]")
@@ -49,7 +50,7 @@ class _Export(base.EvaluationProtocol):
         self.pictures = pictures
         numbers = [(i, k) for i in range(len(prompts)) for k in range(pictures)]
         super().__init__(
-            f"{id}.x{pictures}",
+            f"{id}-{base.content(prompts)[:8]}.x{pictures}{'' if size == SIZE else f'.size{size}'}",
             [prompts[i] for i, _ in numbers],
             [f"{i:05d}-{k:04d}" for i, k in numbers],
             size,
@@ -113,7 +114,7 @@ class GenEval(_Export):
       DataError: unreadable, too large, or a line in another layout.
     """
 
-    def __init__(self, prompts: str | None = None, pictures: int = 4, size: int = 256):
+    def __init__(self, prompts: str | None = None, pictures: int = 4, size: int = SIZE):
         self._metadata = read_geneval(prompts)
         texts = [_parsed(line)["prompt"].strip() for line in self._metadata]
         super().__init__("geneval", prompts, texts, pictures, size)
@@ -142,7 +143,7 @@ class T2ICompBench(_Export):
       DataError: unreadable, too large, or a prompt that cannot be a file name.
     """
 
-    def __init__(self, prompts: str | None = None, pictures: int = 10, size: int = 256):
+    def __init__(self, prompts: str | None = None, pictures: int = 10, size: int = SIZE):
         super().__init__("t2i-compbench", prompts, read_t2i_compbench(prompts), pictures, size)
 
     def path(self, row: int) -> pathlib.PurePosixPath:

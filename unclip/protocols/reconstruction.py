@@ -21,13 +21,14 @@ import numpy as np
 from unclip import errors
 from unclip.files import images
 from unclip.files.moments import Moments
-from unclip.measure.picture_set import PictureSet, Prepared
+from unclip.measure.picture_set import First, PictureSet, Prepared
 from unclip.measure.pictures import open_pictures
 from unclip.protocols import base, embedded
 from unclip.tasks import codes
 from unclip.tasks.arrays import unit
 
 DIMS = (20, 30, 40, 80, 120, 160, 200, 320)  # figure 7
+HELD_OUT, TRAINING = "held-out-*.tar", "train-*.tar"  # in data/emoji
 FULL = 0  # in `columns`: z_i itself
 MAX_PICTURES = 10_000
 
@@ -48,6 +49,7 @@ class Reconstruction(base.EvaluationProtocol):
     """
 
     mode = "reconstruct"
+    by_clip = ("explained", "cosine", "drawn_cosine")
 
     def __init__(
         self,
@@ -68,8 +70,8 @@ class Reconstruction(base.EvaluationProtocol):
                 f"reconstruction: size {size}, fit_count {fit_count}: expected 8 to 4096 pixels "
                 f"and 2 to {MAX_PICTURES} pictures to fit on"
             )
-        self._source = open_pictures(pictures or str(base.EMOJI / "held-out-*.tar"))
-        self._fit = open_pictures(fit or str(base.EMOJI / "train-*.tar"))
+        self._source = open_pictures(pictures or str(base.EMOJI / HELD_OUT))
+        self._fit = open_pictures(fit or str(base.EMOJI / TRAINING))
         self._fit_count = min(fit_count, len(self._fit))
         if not 1 <= count <= min(len(self._source), MAX_PICTURES):
             raise errors.ConfigError(
@@ -80,8 +82,10 @@ class Reconstruction(base.EvaluationProtocol):
         names = [self._source.name(i) for i in range(count)]
         self._reference = Prepared(base.Chosen(self._source, range(count), names, captions), size)
         words = [f"d{d}" if d else "full" for d in self.columns]
+        name = "reconstruction" + (self._mark(count) if pictures or fit else "")
+        parts = (name, f"n{count}", f"d{'-'.join(map(str, dims))}", f"fit{self._fit_count}")
         super().__init__(
-            f"reconstruction.n{count}.d{'-'.join(map(str, dims))}.fit{self._fit_count}.size{size}",
+            ".".join([*parts, f"size{size}"]),
             [caption for caption in captions for _ in self.columns],
             [f"{i:04d}-{word}" for i in range(count) for word in words],
             size,
@@ -174,6 +178,17 @@ class Reconstruction(base.EvaluationProtocol):
             cells += [*small[i * columns : (i + 1) * columns], self._reference.read(i)]
             labels += [*(f"{d}" if d else "full" for d in self.columns), "original"]
         return images.grid(cells, columns=columns + 1, labels=labels)
+
+    def _mark(self, count: int) -> str:
+        """`base.mark` of the pictures and of those that the PCA is fitted on."""
+        shipped = tuple(open_pictures(str(base.EMOJI / name)) for name in (HELD_OUT, TRAINING))
+        hashes = []
+        for source, fit in ((self._source, self._fit), shipped):
+            rows = range(min(count, len(source)))
+            captions = [source.caption(i) or source.name(i) for i in rows]
+            sets = First(source, count), First(fit, self._fit_count)
+            hashes.append(base.content(captions, *sets))
+        return base.mark(*hashes)
 
     def _embeddings(self, model: Any) -> tuple[codes.PCA, np.ndarray]:
         """(PCA with all components, z_i float32 [count, D]) under a model's CLIP."""

@@ -53,6 +53,7 @@ class Typographic(base.EvaluationProtocol):
     """
 
     mode = "variations"
+    by_clip = ("p_true", "p_pasted")
 
     def __init__(self, count: int = 32, seed: int = 0, size: int = 64, folder: str | None = None):
         cutouts = load_cutouts(base.EMOJI if folder is None else pathlib.Path(folder))
@@ -70,7 +71,7 @@ class Typographic(base.EvaluationProtocol):
         self.labels = list(zip(*turned))
         keys = [f"{row:04d}-{name.replace(' ', '-')}" for row, name in enumerate(names)]
         super().__init__(
-            f"typographic.scene-objects.seed{seed}.n{count}.size{size}",
+            f"typographic.scene-objects{base.folder_mark(folder)}.seed{seed}.n{count}.size{size}",
             names,
             keys,
             size,

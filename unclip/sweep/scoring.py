@@ -19,6 +19,7 @@ from unclip import errors
 from unclip.cascade.pipeline import UnCLIP
 from unclip.files import images
 from unclip.files.moments import StatisticsFile, read_statistics, write_statistics
+from unclip.measure import embedders
 from unclip.measure import pictures as picture_sets
 from unclip.measure import table as measure
 from unclip.protocols.base import EvaluationProtocol
@@ -66,7 +67,8 @@ class Scorer:
             )
         self.metrics = measure.expand(config["metrics"]) if config["metrics"] else []
         compared = [name for name in self.metrics if measure.METRICS[name].real]
-        if compared and not config["reference"] and protocol.reference() is None:
+        real = protocol.reference()
+        if compared and not config["reference"] and real is None:
             raise errors.ConfigError(
                 f"{compared[0]} compares with real pictures; protocol {protocol.id} has none: "
                 "--config.reference=STATISTICS.npz (unclip metrics --save_statistics)"
@@ -76,6 +78,7 @@ class Scorer:
             "protocol": {
                 "id": protocol.id,
                 "captions": digest([list(protocol.keys), list(protocol.prompts)]),
+                "pictures": "" if real is None else real.fingerprint,
                 "size": protocol.size,
             },
             "metrics": sorted(self.metrics),
@@ -144,7 +147,9 @@ class Scorer:
     def _options(self) -> dict[str, Any]:
         names = {"seed": "measure_seed", "candidates": "candidates", "bootstrap": "bootstrap"}
         options = {name: self.config[field] for name, field in names.items()}
-        return options | {"protocol": self.protocol.id}
+        # Statistics that are given stand in for the protocol's pictures, and may be of others.
+        named = set(self.protocol.named) - ({"real"} if self.config["reference"] else set())
+        return options | {"protocol": self.protocol.id, "named": named}
 
     @functools.cached_property
     def reference(self) -> StatisticsFile | None:
@@ -176,10 +181,15 @@ class Scorer:
             drawn = [pictures.read(i) for i in range(k, self.total, samples)]
             rounds.append(self.protocol.judge(np.stack(drawn), model))
         names = rounds[0][0]
+        by_clip = [name for name in names if name.rpartition(".")[2] in self.protocol.by_clip]
+        clip = embedders.clip_id(model.parts["clip"]) if by_clip else ""
+        key = lambda name: "/".join(
+            [name, *([clip] if name in by_clip else []), self.protocol.id, f"N={self.total}"]
+        )
         values = [
             {
                 "metric": name,
-                "key": f"{name}/{self.protocol.id}/N={self.total}",
+                "key": key(name),
                 "value": float(np.mean([judged[name] for judged, _ in rounds])),
                 "n_fake": self.total,
             }

@@ -193,6 +193,33 @@ def test_components_are_looked_up_in_every_folder(folder, tmp_path):
         karlo.read([tmp_path], {})
 
 
+def test_widths_need_not_be_multiples_of_the_first(tmp_path):
+    """8 and 12: the layout has a list of widths, and the network is made of them."""
+    arch = SMALL | dict(multipliers=(1, 1.5), attention=(False, False), out_channels=3)
+    part = make_part("upsampler_0", arch)
+    karlo.write({"upsampler_0": part}, tmp_path)
+    assert config_of(tmp_path, "super_res_first")["block_out_channels"] == [8, 12]
+    found = karlo.read([tmp_path], {})["upsampler_0"]
+    assert found.arch["multipliers"] == (1, 1.5) and equal(found.params, part.params)
+    assert found.params["unet"]["down_1"]["res_0"]["conv_1"]["kernel"].shape[-1] == 12
+    config = config_of(tmp_path, "super_res_first") | {"norm_num_groups": 8}
+    arch = karlo_config.upsampler_arch(config, "upsampler")
+    with pytest.raises(errors.ConfigError, match="groups=8 does not divide a layer of 12"):
+        upsampler_shapes(arch)
+
+
+def test_wrappers_of_a_training_are_taken_off(folder, found, tmp_path):
+    shutil.copytree(folder / "super_res_first", tmp_path / "super_res_first")
+    shutil.copytree(folder / "super_res_scheduler", tmp_path / "super_res_scheduler")
+    file = tmp_path / "super_res_first" / "diffusion_pytorch_model.safetensors"
+    held = {f"module._orig_mod.{name}": tensor for name, tensor in tensors.read(file)[0].items()}
+    # A module inside was compiled on its own, and diffusers' name says the precision.
+    held = {n.replace("down_blocks.1.", "down_blocks.1._orig_mod."): t for n, t in held.items()}
+    tensors.write(file.with_suffix(".fp16.safetensors"), held)
+    file.unlink()
+    assert equal(karlo.read([tmp_path], {})["upsampler_0"].params, found["upsampler_0"].params)
+
+
 @pytest.mark.parametrize(
     ("component", "option", "value"),
     [
@@ -205,7 +232,7 @@ def test_components_are_looked_up_in_every_folder(folder, tmp_path):
         ("decoder", "mid_block_type", "UNetMidBlock2DCrossAttn"),
         ("decoder", "down_block_types", ["DownBlock2D"] * 4),
         ("decoder", "up_block_types", ["ResnetUpsampleBlock2D"] * 4),
-        ("decoder", "block_out_channels", [8, 12, 24, 32]),
+        ("decoder", "block_out_channels", [8, 12.5, 24, 32]),
         ("decoder", "norm_eps", 1e-6),
         ("decoder", "encoder_hid_dim_type", "text_proj"),
         ("decoder", "attention_head_dim", "8"),
@@ -444,6 +471,20 @@ def test_karlos_own_files_are_read(original, original_folder):
     assert found["decoder"].arch["attention"] == (False, True)
     assert found["decoder"].settings["image_size"] == 64
     assert found["upsampler_0"].arch["scale_shift"] is False
+
+
+def test_karlos_own_files_under_other_prefixes(original, original_folder):
+    folder, content = original_folder
+    for file, change in (
+        ("prior-x.ckpt", lambda name: name.removeprefix("model.")),
+        ("decoder-x.ckpt", lambda name: f"module.{name}"),
+        ("improved-sr-x.ckpt", lambda name: name.replace(".", "._orig_mod.", 1)),
+    ):
+        content[file] = {change(name): value for name, value in content[file].items()}
+    content["prior-x.ckpt"]["cf_token"] = np.zeros(77, np.float32)
+    found = karlo.read([folder], {})
+    for kind, part in original[0].items():
+        assert equal(found[kind].params, part.params), kind
 
 
 def test_the_published_names_of_karlos_own_files(original):

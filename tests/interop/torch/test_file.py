@@ -376,7 +376,11 @@ def _bytes_of_zip():
         (b"\x1f\x8b\x08", "a gzip archive"),
         (bytes(257) + b"ustar" + bytes(250), "a tar archive"),
         (_bytes_of_zip(), "a zip archive without a data.pkl"),
-        (b"", "of an unknown kind"),
+        (b"", "empty, 0 bytes"),
+        (bytes(1000), "nothing but zeros"),
+        (b" \r\n<HTML><body>", "a web page"),
+        (b"\x40" + bytes(7) + b'{"w":{"dtype":', "a safetensors file"),
+        (b"nothing known", "of an unknown kind"),
     ],
 )
 def test_other_files_are_named(tmp_path, content, message):

@@ -119,8 +119,6 @@ def _unet_arch(options: Mapping[str, Any], where: str) -> dict[str, Any]:
     name = "block_out_channels"
     widths = [_size({name: w}, name, where) for w in _list(options, name, where)]
     channels = widths[0]
-    if any(width % channels for width in widths):
-        raise errors.ConfigError(f"{where}: {name}={widths}; expected multiples of the first")
     down, up = (
         [_choice({kind: given}, kind, known, where) for given in _list(options, kind, where)]
         for kind, known in (("down_block_types", _DOWN), ("up_block_types", _UP))
@@ -134,7 +132,7 @@ def _unet_arch(options: Mapping[str, Any], where: str) -> dict[str, Any]:
     shift = {"default": False, "scale_shift": True}
     return dict(
         channels=channels,
-        multipliers=tuple(width // channels for width in widths),
+        multipliers=multipliers(widths),
         blocks=_size(options, "layers_per_block", where, MAX_LAYERS),
         attention=tuple(down),
         out_channels=_choice(options, "out_channels", {3: 3, 6: 6}, where),
@@ -145,6 +143,12 @@ def _unet_arch(options: Mapping[str, Any], where: str) -> dict[str, Any]:
         dropout=_number(options, "dropout", where),
         dtype="float32",
     )
+
+
+def multipliers(widths: Sequence[int]) -> tuple[float, ...]:
+    """`models.unet.UNet.multipliers` of the levels' widths: whole numbers where they are."""
+    first = widths[0]
+    return tuple(width / first if width % first else width // first for width in widths)
 
 
 def scheduler(config: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -342,7 +346,7 @@ def _unet_config(module: unet.UNet, part: bundle.Part) -> dict[str, Any]:
         )
     return dict(
         sample_size=part.settings["image_size"],
-        block_out_channels=[module.channels * m for m in module.multipliers],
+        block_out_channels=module.widths(),
         layers_per_block=module.blocks,
         out_channels=module.out_channels,
         time_embedding_dim=module.time_dim,

@@ -106,7 +106,7 @@ def prior_part(folder: pathlib.Path, schedule: str = "prior_scheduler") -> bundl
     settings = karlo_config.prior_settings(*_scheduler(folder, schedule))
     params = layout.take(
         karlo_networks.prior_rules(arch["layers"]),
-        weights.open_weights(folder),
+        _tensors(folder),
         karlo_networks.prior_shapes(arch),
         what=str(folder),
     )
@@ -128,8 +128,8 @@ def decoder_part(folder: pathlib.Path | None, text_proj: pathlib.Path | None) ->
     size = karlo_config.image_size(config, where)
     found = _scheduler(folder, "decoder_scheduler")
     settings = karlo_config.decoder_settings(arch, size, *found)
-    source = {f"decoder.{n}": tensor for n, tensor in weights.open_weights(folder).items()}
-    source |= {f"text_proj.{n}": tensor for n, tensor in weights.open_weights(text_proj).items()}
+    source = {f"decoder.{n}": tensor for n, tensor in _tensors(folder).items()}
+    source |= {f"text_proj.{n}": tensor for n, tensor in _tensors(text_proj).items()}
     params = layout.take(
         karlo_networks.decoder_rules(len(arch["multipliers"]), arch["blocks"]),
         source,
@@ -164,7 +164,7 @@ def upsampler_parts(
             shapes = karlo_networks.upsampler_shapes(arch)
         params = layout.take(
             karlo_networks.unet_rules(len(arch["multipliers"]), arch["blocks"]),
-            weights.open_weights(folder),
+            _tensors(folder),
             shapes,
             what=str(folder),
         )
@@ -177,6 +177,12 @@ def _config(folder: pathlib.Path) -> tuple[dict[str, Any], str]:
     """A network's config.json, and what to call it in messages."""
     path = folder / "config.json"
     return files.read_object(path), str(path)
+
+
+def _tensors(folder: pathlib.Path) -> dict[str, tensors.Lazy]:
+    """A network's tensors under their own names."""
+    mark = karlo_networks.MARKS[folder.name]
+    return layout.unwrapped(weights.open_weights(folder), (mark,), str(folder))
 
 
 def _scheduler(folder: pathlib.Path, name: str) -> tuple[dict[str, Any], str]:

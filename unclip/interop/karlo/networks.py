@@ -20,6 +20,15 @@ from unclip.models import prior as prior_model
 from unclip.models import upsampler as upsampler_model
 from unclip.models.clip import CLIP
 
+# A tensor that only the network itself has, by the name of its folder.
+MARKS = {
+    "prior": "proj_in.weight",
+    "decoder": "conv_in.weight",
+    "text_proj": "clip_image_embeddings_project_to_time_embeddings.weight",
+    "super_res_first": "conv_in.weight",
+    "super_res_last": "conv_in.weight",
+}
+
 
 def _shapes(module, *args, **kwargs) -> dict[str, Any]:
     """The shapes of a module's parameters, nothing allocated."""

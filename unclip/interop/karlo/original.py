@@ -22,6 +22,7 @@ from unclip.interop import layout, openai_clip, weights
 from unclip.interop.karlo.config import (
     KARLO_CLAMP,
     decoder_settings,
+    multipliers,
     prior_settings,
     upsampler_settings,
 )
@@ -44,6 +45,7 @@ FILES = {
 # Buffers that Karlo's modules compute when they are made (the causal mask, the empty caption's
 # tokens and mask), and the statistics, which are read from their own file.
 BUFFERS = ("causal_mask", "cf_token", "cf_mask", "clip_mean", "clip_std")
+SR_MARK = "model_first_steps.time_embed.0.weight"
 HEAD = 64
 GROUPS = 32
 DECODER_SIZE, UPSAMPLER_SIZE = 64, 256
@@ -102,8 +104,16 @@ def _find(paths: list[pathlib.Path]) -> dict[str, pathlib.Path]:
     return found
 
 
+def _tensors(path: pathlib.Path, mark: str) -> dict[str, Lazy]:
+    """The tensors of the prior's or decoder's file below "model.", also of one saved without it."""
+    source = layout.unwrapped(weights.open_weights(path), (f"model.{mark}", mark), str(path))
+    if mark not in source:
+        return source
+    return {n if n in BUFFERS else f"model.{n}": tensor for n, tensor in source.items()}
+
+
 def _prior(path: pathlib.Path, statistics: pathlib.Path) -> bundle.Part:
-    source = weights.open_weights(path)
+    source = _tensors(path, "clip_img_proj.weight")
     get = lambda name, ndim: _shape(source, f"model.{name}", ndim, path)
     width, embed_dim = get("clip_img_proj.weight", 2)
     arch = dict(
@@ -143,7 +153,7 @@ def _statistics(path: pathlib.Path) -> dict[str, Lazy]:
 
 
 def _decoder(path: pathlib.Path) -> bundle.Part:
-    source = weights.open_weights(path)
+    source = _tensors(path, "clip_emb.weight")
     arch = _unet_arch(source, "model.", path)
     context_dim, text_width = _shape(source, "model.text_seq_proj.0.weight", 2, path)
     arch |= {"head_dim": HEAD, "context_dim": context_dim}
@@ -161,7 +171,8 @@ def _decoder(path: pathlib.Path) -> bundle.Part:
 
 
 def _upsamplers(path: pathlib.Path) -> dict[str, bundle.Part]:
-    source, rules, shapes, archs = weights.open_weights(path), [], {}, {}
+    source = layout.unwrapped(weights.open_weights(path), (SR_MARK,), str(path))
+    rules, shapes, archs = [], {}, {}
     for name, prefix in (
         ("upsampler_0", "model_first_steps."),
         ("upsampler_0_last", "model_last_step."),
@@ -213,11 +224,11 @@ def _unet_arch(source: Mapping[str, Lazy], prefix: str, path: pathlib.Path) -> d
     firsts = range(0, count, blocks + 1)[::-1]  # of a level, finest first
     time_dim, channels = get("time_embed.0.weight", 2)
     widths = [get(f"output_blocks.{n}.0.out_layers.3.weight", 4)[0] for n in firsts]
-    if not widths or any(width % channels for width in widths):
-        raise errors.ConfigError(f"{path}: widths {widths}; expected multiples of {channels}")
+    if not widths or widths[0] != channels:
+        raise errors.ConfigError(f"{path}: widths {widths}; expected them to begin with {channels}")
     return dict(
         channels=channels,
-        multipliers=tuple(width // channels for width in widths),
+        multipliers=multipliers(widths),
         blocks=blocks,
         attention=tuple(f"{out.format(n)}.1.qkv.weight" in source for n in firsts),
         mid_attention=f"{prefix}middle_block.1.qkv.weight" in source,

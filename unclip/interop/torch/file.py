@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from unclip import errors
+from unclip import errors, files
 from unclip.files.tensors import Lazy
 from unclip.interop.torch.pickle import (
     MAX_STEPS,
@@ -40,15 +40,6 @@ MAX_PICKLE_BYTES = 64 << 20
 MAX_DEPTH = 64
 MAGIC = 0x1950A86A20F9469CFC6C  # of the stream layout
 PROTOCOL = 1001
-
-# What a file that is not torch's is, by its first bytes.
-KNOWN = {
-    b"version http": "a Git LFS pointer, not the file: fetch the file itself",
-    b"\x1f\x8b": "a gzip archive: unpack it first",
-    b"\x89HDF": "an HDF5 file",
-    b"<!DOCTYPE": "a web page: the download went wrong",
-    b"<html": "a web page: the download went wrong",
-}
 
 
 class _Bounded:
@@ -163,7 +154,9 @@ def _load(path: pathlib.Path) -> _Content:
             return _load_zip(path, file, size)
         if head.startswith(b"\x80"):
             return _load_stream(path, file, size)
-        what = next((text for start, text in KNOWN.items() if head.startswith(start)), None)
+        what = files.mistaken(head)
+        if head[8:10] == b'{"':
+            what = "a safetensors file: end its name in .safetensors"
         if head[257:262] == b"ustar":
             what = "a tar archive (torch before 0.2 wrote such): save it again with a newer torch"
         raise errors.DataError(f"{path} is not a torch file: it is {what or 'of an unknown kind'}")
