@@ -7,6 +7,7 @@ runs into a bundle; both accept a run's workdir and a bundle's folder alike.
 import hashlib
 import json
 import pathlib
+from typing import Any
 
 import numpy as np
 import safetensors
@@ -166,6 +167,21 @@ def describe_part(path: str | pathlib.Path, name: str) -> tuple[dict, dict]:
             f"{path} has no part {name!r}: it holds {', '.join(sorted(parts)) or 'nothing'}"
         )
     return parts[name]["arch"], tasks.current_names(parts[name]["settings"])
+
+
+def part_shapes(path: str | pathlib.Path, name: str) -> dict[str, Any]:
+    """{path of a parameter: leaf with .shape} of the part `name` of a RUN or a BUNDLE, not read.
+
+    Raises:
+      DataError: nothing to read there; ConfigError: it holds no such part.
+    """
+    _folder(path)
+    if is_run(path):
+        leaves = checkpoint.stored(pathlib.Path(path) / "checkpoints")[1]
+        branch = "ema/"
+        return {n.removeprefix(branch): v for n, v in leaves.items() if n.startswith(branch)}
+    part = bundle.read(path, [name], verify=False, lazy=True).parts[name]
+    return sharding.tree_paths(part.params)
 
 
 def settings_of(path: str | pathlib.Path) -> dict[str, dict]:

@@ -9,10 +9,11 @@ import jax
 from unclip import errors
 from unclip.cascade import runs
 from unclip.embeddings.store import Store
+from unclip.files import paths
 from unclip.runtime import distributed, flops, sharding
 from unclip.runtime.flops import readable_bytes as _bytes
 from unclip.training import data as inputs
-from unclip.training.plan import Plan, as_json, check_workdir, make_plan
+from unclip.training.plan import Plan, as_json, make_plan
 
 
 def examine(config, workdir: str) -> dict:
@@ -25,7 +26,7 @@ def examine(config, workdir: str) -> dict:
       "flops_per_step", "learning_rate", "data", "disk", "problems": [text]}. What a problem keeps
       from being known is None or empty.
     """
-    plan = make_plan(config)
+    plan = make_plan(config, workdir=paths.expanded(workdir))
     config = plan.config
     problems = [_line(problem) for problem in plan.problems]
     devices = jax.devices()
@@ -49,7 +50,7 @@ def examine(config, workdir: str) -> dict:
         "sharding": where,
         "leaves": leaves,
         "memory_per_device": memory,
-        "flops_per_step": None if plan.params is None else plan.flops(),
+        "flops_per_step": None if plan.params is None or plan.problems else plan.flops(),
         "learning_rate": _peak_rate(plan),
     }
     if limit and memory["total"] > limit:
@@ -57,11 +58,8 @@ def examine(config, workdir: str) -> dict:
             f"parameters and moments need {_bytes(memory['total'])} a device, which has "
             f"{_bytes(limit)}: raise mesh.fsdp, or use more devices"
         )
-    for name in ("metric_clip", "metric_inception"):
-        if config[name] and not pathlib.Path(config[name]).exists():
-            problems.append(f"{name} {config[name]}: no such file or folder")
     out["data"] = _data(plan, problems)
-    out["disk"] = _disk(plan, workdir, problems)
+    out["disk"] = _disk(plan, paths.expanded(workdir), problems)
     return out | {"problems": problems}
 
 
@@ -170,7 +168,6 @@ def _disk(plan: Plan, workdir: str, problems: list[str]) -> dict:
         problems.append(
             f"{copies} checkpoints need {_bytes(needed)}, {folder} has {_bytes(free)} free"
         )
-    _tried(problems, lambda: check_workdir(plan.config, pathlib.Path(workdir)))
     return {"folder": str(folder), "free_bytes": free, "needed_bytes": needed}
 
 

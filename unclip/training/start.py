@@ -16,14 +16,15 @@ from unclip import errors, files
 from unclip.cascade import bundle, runs
 from unclip.embeddings.job import Job, embed, embed_shards
 from unclip.embeddings.store import Store
+from unclip.files import paths
 from unclip.models.unet import fold_params, unfold_params
-from unclip.runtime import checkpoint, distributed, flops, sharding
+from unclip.runtime import checkpoint, distributed, flops, optim, sharding
 from unclip.runtime.collectives import on_host
 from unclip.runtime.writer import MetricWriter
 from unclip.training import data as inputs
 from unclip.training.evaluators import choose
 from unclip.training.loop import Loop
-from unclip.training.plan import Plan, as_json, check_workdir, init_part, make_plan
+from unclip.training.plan import Plan, as_json, changes, check_workdir, init_part, make_plan
 
 
 def train(config: ConfigDict, workdir: str) -> None:
@@ -32,22 +33,24 @@ def train(config: ConfigDict, workdir: str) -> None:
     Raises:
       ConfigError, DataError, NumericsError, Stopped: see `unclip.errors`.
     """
+    workdir = paths.expanded(workdir)
     if config.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
-    plan = make_plan(config)
+        jax.config.update("jax_compilation_cache_dir", paths.expanded(config.compilation_cache))
+    plan = make_plan(config, workdir=workdir)
     plan.check()
     config, folder = plan.config, pathlib.Path(workdir)
     with checkpoint.Checkpointer(
         folder / "checkpoints", save_every_steps=config.save_steps, keep=config.keep
     ) as saver:
-        write_config(config, folder)
+        latest = saver.latest()
+        if latest is not None and latest > config.total_steps:
+            return _say(f"nothing to do: {latest} of {config.total_steps} steps")
         prepared = Prepared(plan, folder)
         task, data, held_out = prepared.task, prepared.data, prepared.held_out
         frozen = task.frozen()
         fingerprint = "streaming" if data is None else data.fingerprint
         state, position = restored(plan, saver, workdir, fingerprint)
         first = int(state["step"])
-        print_parameters(plan)
 
         rows = {
             "process_index": distributed.process_index(),
@@ -78,8 +81,59 @@ def train(config: ConfigDict, workdir: str) -> None:
                 fingerprint=fingerprint,
                 needed_flops=needed,
             )
+            loop.recall(first)
+            if first < config.total_steps:
+                print_parameters(plan)
+                if first:
+                    _say(*resumed_lines(plan, folder, first))
+                # Only now can nothing refuse this start any more.
+                write_config(config, folder)
+            else:
+                left = ", ".join(evaluator.prefix for evaluator in loop.due(first))
+                done = f"{first} of {config.total_steps} steps"
+                _say(
+                    f"nothing to train: {done}; measures {left}"
+                    if left
+                    else f"nothing to do: {done}"
+                )
             loop.run(plan.make_step(task), state, first)
         saver.wait()
+
+
+def _say(*lines: str) -> None:
+    """Prints to standard error, in one process of the job."""
+    if distributed.is_main():
+        print(*lines, sep="\n", file=sys.stderr)
+
+
+def resumed_lines(plan: Plan, folder: pathlib.Path, first: int) -> list[str]:
+    """What a resume tells: where it goes on, what of the config is new, what jumps by that.
+
+    Args:
+      folder: the workdir, with the config of the start before; first: the step to go on from.
+    """
+    config = plan.config
+    lines = [f"resumed at step {first} of {config.total_steps}"]
+    try:
+        old = runs.run_config(folder)
+    except errors.DataError:  # lost or damaged: a checkpoint is enough to go on
+        return lines
+    changed = changes(old, as_json(config))
+    if changed:
+        shown = [f"{name} {was!r} -> {now!r}" for name, (was, now) in changed.items()]
+        lines.append("changed since the start before: " + ", ".join(shown))
+    try:
+        was = old["optim"]
+        fields = {name: was[name] for name in ("schedule", "warmup_steps", "end_fraction")}
+        rate = optim.make_learning_rate(was["learning_rate"], old["total_steps"], **fields)
+    except (errors.ConfigError, KeyError, TypeError):  # of another version
+        return lines
+    before, now = float(rate(first)), float(plan.learning_rate(first))
+    if abs(now - before) > 1e-6 * max(now, before):
+        peak = config.optim.learning_rate
+        part = f", {now / peak:.0%} of its peak" if peak else ""
+        lines.append(f"the learning rate jumps: {before:.3g} -> {now:.3g}{part}")
+    return lines
 
 
 def write_config(config: ConfigDict, folder: pathlib.Path) -> None:
@@ -107,8 +161,7 @@ def print_parameters(plan: Plan) -> None:
     trained = sum(leaf.size for leaf in jax.tree.leaves(plan.params))
     width = max(map(len, sizes))
     lines = [f"  {name:<{width}}  {count:>14,}" for name, count in sizes.items()]
-    if distributed.is_main():
-        print(*lines, f"{trained:,} trained parameters", sep="\n", file=sys.stderr)
+    _say(*lines, f"{trained:,} trained parameters")
 
 
 def restored(
@@ -121,7 +174,6 @@ def restored(
         return plan.init(jax.random.key(plan.config.seed), start), 0
     shapes = sharding.abstract(plan.state, plan.shardings)
     state, position, meta = saver.restore(None, shapes)
-    logging.info("resumed %s at step %d", workdir, int(state["step"]))
     if meta.get("data") not in (None, fingerprint):
         logging.warning("%s resumes with other shards than it began with", workdir)
     return state, position
@@ -239,14 +291,10 @@ class Prepared:
         embedded once and kept in the workdir, in a folder named by collection and CLIP.
 
         Raises:
-          ConfigError: a random crop, or embeddings of another CLIP.
+          ConfigError: embeddings of another CLIP.
           DataError: `config.embeddings` lacks some of the training shards.
         """
         config = self.config
-        if config.input.crop != "center":
-            raise errors.ConfigError(
-                "stored embeddings need input.crop='center': one z_i a picture"
-            )
         given = None
         if config.get("embeddings"):
             given = Store(config.embeddings)
