@@ -118,9 +118,11 @@ def judges(config: ConfigDict) -> Iterator[errors.UnclipError]:
             arch, _ = runs.describe_part(config.metric_clip, "clip")
             for tower in ("vision", "text"):
                 if not arch.get(f"{tower}_layers", True):
-                    raise errors.ConfigError(f"its CLIP has no {tower} tower; both are needed")
+                    raise errors.ConfigError(
+                        f"{config.metric_clip}: its CLIP has no {tower} tower; both are needed"
+                    )
         except errors.UnclipError as error:
-            yield type(error)(f"metric_clip {config.metric_clip}: {error.message}")
+            yield type(error)(f"metric_clip: {error.message}")
     if config.metric_inception and not pathlib.Path(config.metric_inception).exists():
         yield errors.DataError(
             f"metric_inception {config.metric_inception}: no such file or folder"

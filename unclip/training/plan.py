@@ -249,13 +249,15 @@ def sharding_rules(config: ConfigDict) -> sharding.Rules:
       ConfigError: no preset, and no tuple of (pattern, spec).
     """
     given = rules = config.sharding
-    if isinstance(rules, str) and rules.strip()[:1] in ("(", "["):  # from the command line
-        with contextlib.suppress(ValueError, SyntaxError):
-            rules = ast.literal_eval(rules)
-    if isinstance(rules, str):
-        if rules not in sharding.PRESETS:
-            raise errors.unknown("sharding", given, sharding.PRESETS)
-        return sharding.PRESETS[rules]
+    if isinstance(rules, str):  # a field of text, so a tuple comes as text too
+        if rules in sharding.PRESETS:
+            return sharding.PRESETS[rules]
+        if not rules.lstrip().startswith(("(", "[")):
+            raise errors.unknown("sharding", rules, sharding.PRESETS)
+        try:
+            rules = ast.literal_eval(rules.strip())
+        except (ValueError, SyntaxError):
+            rules = None
     pair = lambda rule: isinstance(rule, list | tuple) and rule and isinstance(rule[0], str)
     if not rules or not all(map(pair, rules)):
         raise errors.ConfigError(
