@@ -226,8 +226,28 @@ def check_fit(parts: dict[str, bundle.Part]) -> None:
             raise errors.ConfigError(f"the decoder reads {read} features a token, T5 gives {given}")
     if "clip" not in parts:
         return
-    width = parts["clip"].arch["embed_dim"]
-    for name in ("prior", "decoder"):
-        own = parts[name].arch.get("embed_dim", width) if name in parts else width
-        if own != width:
-            raise errors.ConfigError(f"{name} has {own}-dimensional z_i, CLIP gives {width}")
+    clip = parts["clip"].arch
+    for name in sorted({"prior", "decoder"} & parts.keys()):
+        own = _widths(parts[name])
+        for what, field in (("z_i", "embed_dim"), ("hidden states", "text_width")):
+            if field == "text_width" and not clip.get("text_layers"):
+                continue  # a CLIP without that tower gives none
+            if own.get(field, clip[field]) != clip[field]:
+                raise errors.ConfigError(
+                    f"{name} has {own[field]}-dimensional {what}, CLIP gives {clip[field]}: expected "
+                    f"the CLIP that the {name} was trained with"
+                )
+
+
+# Layers of a decoder's `text_proj` -> the field of CLIP that they are as wide as.
+_READS = {"image_time": "embed_dim", "text_time": "embed_dim", "text_tokens": "text_width"}
+
+
+def _widths(part: bundle.Part) -> dict[str, int]:
+    """{field of CLIP: its value} as a part reads it, by its architecture or else its parameters."""
+    found = {name: part.arch[name] for name in _READS.values() if part.arch.get(name)}
+    for name, layer in part.params.get("text_proj", {}).items():
+        of_t5 = name == "text_tokens" and part.settings.get("text_encoder") == "t5"
+        if name in _READS and not of_t5:
+            found[_READS[name]] = layer["kernel"].shape[0]
+    return found

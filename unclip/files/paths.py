@@ -1,4 +1,4 @@
-"""Paths as people write them."""
+"""Paths as people write them: at home, and several in a word."""
 
 import os
 from collections.abc import Mapping
@@ -21,3 +21,18 @@ def expanded(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: expanded(item) for name, item in value.items()}
     return value
+
+
+def listed(text: str) -> list[str]:
+    """The parts of a text between its commas, blanks around them left out.
+
+    Commas in brackets of any kind are no separators: `a-{0,1}.tar,b.tar` is two parts.
+    """
+    found, depth = [""], 0
+    for sign in text:
+        depth += (sign in "([{") - (sign in ")]}")
+        if sign == "," and depth <= 0:
+            found.append("")
+        else:
+            found[-1] += sign
+    return [part.strip() for part in found if part.strip()]

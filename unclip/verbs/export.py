@@ -10,7 +10,7 @@ exponential moving average unless `--noema`.
 from absl import flags
 
 from unclip import errors
-from unclip.cascade import bundle, runs
+from unclip.cascade import bundle, pipeline, runs
 
 _CLIP = flags.DEFINE_string("clip", None, "RUN or BUNDLE of CLIP")
 _PRIOR = flags.DEFINE_string("prior", None, "RUN or BUNDLE of the prior")
@@ -42,6 +42,13 @@ def main(argv):
         raise errors.ConfigError(
             "nothing to export: give --clip, --t5, --prior, --decoder or --upsampler"
         )
+    if _LAST.value and "upsampler_0" not in wanted:
+        raise errors.ConfigError("--upsampler_last is a net of the first --upsampler, not given")
+    if flags.FLAGS["ema"].present and not any(map(runs.is_run, wanted.values())):
+        raise errors.ConfigError(
+            "--ema and --noema have no effect: a BUNDLE holds one set of parameters"
+        )
+    bundle.check_out(_OUT.value)
     parts = {}
     for name, path in wanted.items():
         part = runs.open_part(path, name, ema=_EMA.value)
@@ -53,3 +60,5 @@ def main(argv):
     meta = {"sources": {name: str(path) for name, path in wanted.items()}, "ema": _EMA.value}
     digest = bundle.write(_OUT.value, parts, meta, dtype=_DTYPE.value)
     print(f"{_OUT.value}: model {digest}, parts {', '.join(parts)}")
+    for mode, lacks in pipeline.lacking(parts).items():
+        print(f"  --mode {mode}: {f'no, it has {lacks}' if lacks else 'yes'}")

@@ -42,6 +42,7 @@ def main(argv):
     """Reads the flags, draws, writes; prints the folder and the files."""
     if len(argv) > 1:
         raise errors.ConfigError(f"unexpected argument {argv[1]!r}; a caption goes into --prompt")
+    _refuse_idle()
     asked = _PROMPT.value if _MODE.value == "text" else _IMAGE.value
     if not asked:
         flag = "prompt" if _MODE.value == "text" else "image"
@@ -78,7 +79,7 @@ def main(argv):
     with progress.progress(len(asked) * _N.value, "drawing", "img") as bar:
         for group in groups:
             if _MODE.value == "variations":
-                settings.pop("prior", None)
+                settings.pop("prior", None)  # empty, see _refuse_idle
                 draw, group = model.variations, images.read_image(group[0])
             else:
                 draw = model.generate
@@ -94,6 +95,25 @@ def main(argv):
     if len(pictures) > 1:
         paths.append(images.save_grid(pictures, _OUT.value, _N.value))
     print("\n".join(map(str, paths)))
+
+
+def _refuse_idle():
+    """Refuses flags that the mode does not read."""
+    mode = _MODE.value
+    idle = {
+        "text": {"image": "draws from --prompt"},
+        "variations": {
+            "prompt": "draws from --image alone",
+            **dict.fromkeys(("prior_steps", "prior_guidance", "candidates"), "uses no prior"),
+        },
+    }[mode]
+    wrong = [
+        f"--{name} has no effect: --mode {mode} {why}"
+        for name, why in idle.items()
+        if flags.FLAGS[name].present
+    ]
+    if wrong:
+        raise errors.ConfigError("; ".join(wrong))
 
 
 def _given(**settings) -> dict:

@@ -26,6 +26,7 @@ from unclip.input.shards import folder as index_folder
 from unclip.input.shards.folder import Entry
 from unclip.input.shards.index import ShardIndex, Span
 from unclip.input.shards.walk import NOT_TARS
+from unclip.input.storage import address
 from unclip.input.storage.address import shown
 from unclip.input.storage.storage import Storage
 from unclip.input.tfds import records
@@ -45,10 +46,10 @@ def open_shards(
     """Opens shards: by their index where there is one, or by walking their headers.
 
     Args:
-      patterns: paths, globs, brace ranges and addresses, see `Storage.expand`; a folder that
-        `unclip index` wrote stands for all its shards. Shards beside which lies such a folder,
-        named `index`, are opened by it. Or "tfds:NAME:SPLIT", prepared data sets; what is returned
-        is a `records.RecordCollection` then.
+      patterns: paths, globs, brace ranges, addresses and lists of them, see `Storage.expand`; a
+        folder that `unclip index` wrote stands for all its shards. Shards beside which lies such a
+        folder, named `index`, are opened by it. Or "tfds:NAME:SPLIT", prepared data sets; what is
+        returned is a `records.RecordCollection` then.
       text: a sample needs a caption: KEY.txt, or `caption` in KEY.json. False: a picture is enough.
       caption: the JSON field that stands in for a missing KEY.txt.
       storage: how shards are read; None: the defaults.
@@ -64,18 +65,20 @@ def open_shards(
         tar or has no captions at all; or there is no complete sample.
     """
     patterns = [patterns] if isinstance(patterns, str | os.PathLike) else list(patterns)
-    prepared = [os.fspath(pattern).startswith("tfds:") for pattern in patterns]
+    entries = [address.entries(os.fspath(pattern)) for pattern in patterns]
+    prepared = [part.startswith("tfds:") for parts in entries for part in parts]
     if any(prepared):
         if not all(prepared):
             raise ConfigError(
                 f"{patterns}: tars and prepared data sets (tfds:) cannot be mixed; "
                 "`unclip index --to_array_record` makes one of the other"
             )
-        return records.RecordCollection(patterns, text=text, caption=caption)
+        specs = [part for parts in entries for part in parts]
+        return records.RecordCollection(specs, text=text, caption=caption)
     if not patterns:
         raise ConfigError("no shards given: expected paths, globs or ranges such as a-{00..07}.tar")
     opener = _Opener(storage or Storage(), text, caption)
-    groups = [opener.find(os.fspath(pattern)) for pattern in patterns]
+    groups = [[shard for part in parts for shard in opener.find(part)] for parts in entries]
     found = list(itertools.chain.from_iterable(groups))
     with ThreadPoolExecutor(8, thread_name_prefix="index-shards") as pool:
         shards = list(pool.map(opener.open, found))
