@@ -19,6 +19,7 @@ from unclip import errors, tasks
 from unclip.cascade import runs
 from unclip.files import images
 from unclip.runtime import checkpoint, distributed
+from unclip.training import checks
 from unclip.training.evaluators.held_out import HeldOutLoss
 from unclip.training.loop import Loop
 from unclip.training.plan import as_json, frozen_part, make_plan
@@ -316,6 +317,22 @@ def test_another_optimiser_is_refused_by_the_field_that_changed(over, tiny_confi
     with pytest.raises(errors.ConfigError, match=r"optim\.weight_decay was 0\.2, now 0\.0"):
         train(tiny_config("clip", change), str(over))
     assert (over / "config.json").read_bytes() == before
+
+
+def test_another_clip_is_told_by_its_flag(run_of, tiny_config, monkeypatch):
+    """Its widths are others: no list of tensors says that as well."""
+    monkeypatch.setattr(checks, "trace", lambda *_: None)
+    change = {"clip": "random", "total_steps": 4}
+    folder = run_of("decoder")
+    resumed = make_plan(tiny_config("decoder", change), workdir=folder).problems
+    assert len(resumed) == 1 and f"clip was {run_of('clip')!r}, now 'random'" in resumed[0].message
+    begun = make_plan(tiny_config("decoder", change | {"init_from": folder})).problems
+    assert len(begun) == 1 and "of other widths than --config.clip=random" in begun[0].message
+    change |= {"init_from": run_of("upsampler_0")}
+    assert (
+        "'upsampler', not 'decoder'"
+        in make_plan(tiny_config("decoder", change)).problems[0].message
+    )
 
 
 def test_what_a_run_leaves(whole, decoder_config):

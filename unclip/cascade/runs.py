@@ -234,8 +234,8 @@ def check_fit(parts: dict[str, bundle.Part]) -> None:
                 continue  # a CLIP without that tower gives none
             if own.get(field, clip[field]) != clip[field]:
                 raise errors.ConfigError(
-                    f"{name} has {own[field]}-dimensional {what}, CLIP gives {clip[field]}: expected "
-                    f"the CLIP that the {name} was trained with"
+                    f"{name} has {own[field]}-dimensional {what}, CLIP gives {clip[field]}: "
+                    f"expected the CLIP that the {name} was trained with"
                 )
 
 

@@ -399,9 +399,9 @@ def check_init_from(config: ConfigDict, params: Any) -> None:
         return
     table = checkpoint.difference(shapes, sharding.tree_paths(params))
     if table:
-        frozen = "".join(f" --config.{n}={config[n] or '…'}" for n in needs(config))
-        reads = f"; it was trained with other frozen parts than{frozen}" if frozen else ""
-        raise errors.ConfigError(f"init_from {config.init_from} is another model{reads}:", table)
+        frozen = " ".join(f"--config.{part}={config[part]}" for part in needs(config))
+        why = f": it was trained with frozen parts of other widths than {frozen}" if frozen else ":"
+        raise errors.ConfigError(f"init_from {config.init_from} is another model{why}", table)
 
 
 def _on_command_line(value: Any) -> str:
