@@ -124,6 +124,22 @@ def run_app(main: Callable[[list[str]], Any]) -> NoReturn:
     sys.exit(0)
 
 
+def refuse_idle(idle: Mapping[str, str]) -> None:
+    """Refuses flags that were given and would have no effect.
+
+    Args:
+      idle: {flag: why it has none}; a flag that was not given may stand in it.
+
+    Raises:
+      ConfigError: names all of them.
+    """
+    wrong = [
+        f"--{name} has no effect: {why}" for name, why in idle.items() if flags.FLAGS[name].present
+    ]
+    if wrong:
+        raise errors.ConfigError("; ".join(wrong))
+
+
 @contextlib.contextmanager
 def _readers_may_leave() -> Iterator[None]:
     """Ends as SIGPIPE would, quietly, when nobody reads our output any more (`unclip … | head`)."""

@@ -9,7 +9,7 @@ exponential moving average unless `--noema`.
 
 from absl import flags
 
-from unclip import errors
+from unclip import cli, errors
 from unclip.cascade import bundle, pipeline, runs
 
 _CLIP = flags.DEFINE_string("clip", None, "RUN or BUNDLE of CLIP")
@@ -44,10 +44,8 @@ def main(argv):
         )
     if _LAST.value and "upsampler_0" not in wanted:
         raise errors.ConfigError("--upsampler_last is a net of the first --upsampler, not given")
-    if flags.FLAGS["ema"].present and not any(map(runs.is_run, wanted.values())):
-        raise errors.ConfigError(
-            "--ema and --noema have no effect: a BUNDLE holds one set of parameters"
-        )
+    if not any(map(runs.is_run, wanted.values())):
+        cli.refuse_idle({"ema": "a BUNDLE holds one set of parameters"})
     bundle.check_out(_OUT.value)
     parts = {}
     for name, path in wanted.items():

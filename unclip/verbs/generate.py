@@ -11,7 +11,7 @@ import warnings
 
 from absl import flags
 
-from unclip import errors
+from unclip import cli, errors
 
 MODES = ("text", "variations")
 
@@ -107,13 +107,7 @@ def _refuse_idle():
             **dict.fromkeys(("prior_steps", "prior_guidance", "candidates"), "uses no prior"),
         },
     }[mode]
-    wrong = [
-        f"--{name} has no effect: --mode {mode} {why}"
-        for name, why in idle.items()
-        if flags.FLAGS[name].present
-    ]
-    if wrong:
-        raise errors.ConfigError("; ".join(wrong))
+    cli.refuse_idle({name: f"--mode {mode} {why}" for name, why in idle.items()})
 
 
 def _given(**settings) -> dict:
