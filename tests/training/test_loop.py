@@ -20,6 +20,7 @@ from unclip.cascade import runs
 from unclip.files import images
 from unclip.runtime import checkpoint, distributed
 from unclip.training import checks
+from unclip.training.checkup import examine
 from unclip.training.evaluators.held_out import HeldOutLoss
 from unclip.training.loop import Loop
 from unclip.training.plan import as_json, frozen_part, make_plan
@@ -287,17 +288,22 @@ def test_a_start_with_nothing_to_do_says_so(over, tiny_config, capsys, change, s
     assert (over / "config.json").read_bytes() == before
 
 
-def test_a_resume_says_what_jumps(over, tiny_config, capsys):
+def test_a_resume_says_what_jumps(over, tiny_config, capsys, monkeypatch):
     """A cosine that had come down to 0 at step 2 is at half of its peak in a run of four."""
+    monkeypatch.setattr(Loop, "run", lambda self, step_fn, state, first: state)
     changes = {"total_steps": 4, "optim.schedule": "cosine", "optim.learning_rate": 1e-3}
     old = json.loads((over / "config.json").read_text())
     old["optim"] |= {"schedule": "cosine", "learning_rate": 1e-3}
     (over / "config.json").write_text(json.dumps(old))
+    expected = [
+        "resumed at step 2 of 4",
+        "changed since the start before: total_steps 2 -> 4",
+        "the learning rate jumps: 0 -> 0.0005, 50% of its peak",
+    ]
+    assert examine(tiny_config("clip", changes), str(over))["resume"] == expected
     train(tiny_config("clip", changes), str(over))
-    said = capsys.readouterr().err.splitlines()
-    assert "resumed at step 2 of 4" in said
-    assert "changed since the start before: total_steps 2 -> 4" in said
-    assert "the learning rate jumps: 0 -> 0.0005, 50% of its peak" in said
+    said = capsys.readouterr().err
+    assert "\n".join(expected) + "\n" in said
     assert json.loads((over / "config.json").read_text())["total_steps"] == 4
 
 

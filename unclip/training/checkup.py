@@ -10,10 +10,11 @@ from unclip import errors
 from unclip.cascade import runs
 from unclip.embeddings.store import Store
 from unclip.files import paths
-from unclip.runtime import distributed, flops, sharding
+from unclip.runtime import checkpoint, distributed, flops, sharding
 from unclip.runtime.flops import readable_bytes as _bytes
 from unclip.training import data as inputs
 from unclip.training.plan import Plan, as_json, make_plan
+from unclip.training.start import resumed_lines
 
 
 def examine(config, workdir: str) -> dict:
@@ -23,8 +24,9 @@ def examine(config, workdir: str) -> dict:
       {"stage", "preset", "known": as in configs/known.py, "devices", "mesh",
       "parameters": {part: count}, "trained_parameters",
       "sharding": {part: bytes a device}, "leaves", "memory_per_device": {kind: bytes},
-      "flops_per_step", "learning_rate", "data", "disk", "problems": [text]}. What a problem keeps
-      from being known is None or empty.
+      "flops_per_step", "learning_rate", "data", "disk", "resume": [what a start would say of the
+      run that is there], "problems": [text]}. What a problem keeps from being known is None or
+      empty.
     """
     plan = make_plan(config, workdir=paths.expanded(workdir))
     config = plan.config
@@ -60,6 +62,7 @@ def examine(config, workdir: str) -> dict:
         )
     out["data"] = _data(plan, problems)
     out["disk"] = _disk(plan, paths.expanded(workdir), problems)
+    out["resume"] = _resume(plan, pathlib.Path(paths.expanded(workdir)))
     return out | {"problems": problems}
 
 
@@ -171,6 +174,17 @@ def _disk(plan: Plan, workdir: str, problems: list[str]) -> dict:
     return {"folder": str(folder), "free_bytes": free, "needed_bytes": needed}
 
 
+def _resume(plan: Plan, folder: pathlib.Path) -> list[str]:
+    """What a start in this workdir would say of the run that is there."""
+    there = checkpoint.steps(folder / "checkpoints")
+    if not there or plan.learning_rate is None:
+        return []
+    total = plan.config.total_steps
+    if there[-1] >= total:
+        return [f"nothing to do: {there[-1]} of {total} steps"]
+    return resumed_lines(plan, folder, there[-1])
+
+
 def _known(known: dict) -> list[str]:
     """A line for every figure of `config.known`, with its source."""
     published = [
@@ -212,6 +226,7 @@ def text(found: dict, *, leaves: bool = False) -> str:
         f"disk        {_bytes(disk['free_bytes'])} free in {disk['folder']}, "
         f"checkpoints need {_bytes(disk['needed_bytes'])}"
     )
+    lines += [f"resume      {line}" for line in found["resume"]]
     if leaves:
         lines += [f"  {r['path']} {r['shape']} {r['dtype']} {r['spec']}" for r in found["leaves"]]
     lines += [f"problem     {problem}" for problem in found["problems"]] or ["no problems found"]
