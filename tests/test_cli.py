@@ -23,6 +23,7 @@ CONFIG = config_flags.DEFINE_config_file("config")
 COUNT = flags.DEFINE_integer("count", 4, "how many pictures")
 MODE = flags.DEFINE_enum("mode", "text", ["text", "variations"], "what to make")
 FAIL = flags.DEFINE_string("fail", "", "how to fail")
+STEPS = flags.DEFINE_multi_integer("steps", [], "of every stage")
 OUT = flags.DEFINE_multi_string("out", [], "folders")
 PROMPT = flags.DEFINE_multi_string("prompt", [], "captions")
 
@@ -153,6 +154,11 @@ CASES = {
         ["--config=decoder.py", "--config.total_steps=x"],
         78,
         ["--config.total_steps=x: expected a whole number"],
+    ),
+    "bad_integers": (
+        ["--steps=8,4"],
+        78,
+        ["--steps=8,4: expected a whole number; repeat the flag for several"],
     ),
     "field_number": (
         ["--config=decoder.py", "--config.optim.lr=fast"],

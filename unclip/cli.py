@@ -247,7 +247,9 @@ def _flag_error(error: flags.Error, own: Mapping[str, flags.Flag]) -> errors.Con
     for said, expected in _EXPECTED.items():
         if said in message:
             place = message.partition(said)[0].rstrip("(' :")
-            return errors.ConfigError(f"{place}: expected {expected}")
+            several = isinstance(own.get(place.strip("-").partition("=")[0]), flags.MultiFlag)
+            once = "; repeat the flag for several" if several else ""
+            return errors.ConfigError(f"{place}: expected {expected}{once}")
     return errors.ConfigError(message)
 
 
