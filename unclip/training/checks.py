@@ -26,6 +26,7 @@ RANGES = {
     **dict.fromkeys(("eval_steps", "sample_steps", "metric_steps"), _NOT_NEGATIVE),
     **dict.fromkeys(("eval_examples", "sample_examples", "metric_examples"), _NOT_NEGATIVE),
     "ema": _FRACTION,
+    "input.cache_gib": (1 / 64, math.inf, "a number of GiB of at least 0.016"),
     "input.threads": _COUNT,
     "input.workers": _NOT_NEGATIVE,
     "input.streams": _NOT_NEGATIVE,
@@ -36,22 +37,42 @@ RANGES = {
     **dict.fromkeys(("task.image_drop", "task.text_drop"), _FRACTION),
     **dict.fromkeys(("task.clamp", "task.min_snr", "task.vlb_weight"), _NOT_NEGATIVE),
     **dict.fromkeys(("task.scale", "task.range_sigmas", "task.z_scale"), _NOT_NEGATIVE),
-    **dict.fromkeys(("task.image_size", "task.factor"), _COUNT),
-    "task.crop": _NOT_NEGATIVE,
 }
 
 
 def numbers(config: ConfigDict) -> list[errors.ConfigError]:
-    """The numbers of a config that are outside their range."""
+    """The numbers of a config that are outside their range.
+
+    Each is set to the nearest that is inside, so that the rest can be looked at.
+    """
     found = []
     for name, (least, greatest, expected) in RANGES.items():
-        value = config
-        for step in name.split("."):
-            value = value.get(step) if isinstance(value, ConfigDict) else None
+        *parents, leaf = name.split(".")
+        node = config
+        for parent in parents:
+            node = node.get(parent, {})
+        value = node.get(leaf)
         if value is None:  # of another stage
             continue
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not (number and least <= value <= greatest and math.isfinite(value)):
+            found.append(errors.ConfigError(f"--config.{name}={value}: expected {expected}"))
+            node[leaf] = type(value)(greatest if number and math.inf > value > least else least)
+    return found
+
+
+def sizes(config: ConfigDict) -> list[errors.ConfigError]:
+    """The sizes of networks and pictures that there are none of."""
+    found = []
+    fields = {f"arch.{name}": value for name, value in config.arch.items()}
+    for name in ("image_size", "factor", "crop"):
+        fields[f"task.{name}"] = config.task.get(name)
+    for name, value in fields.items():
+        least = 0 if name.endswith(("_layers", ".crop")) or isinstance(value, float) else 1
+        values = value if isinstance(value, tuple) else (value,)
+        numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+        if value == () or any(not least <= number < math.inf for number in numbers):
+            expected = "one or more" if value == () else f"at least {least}"
             found.append(errors.ConfigError(f"--config.{name}={value}: expected {expected}"))
     return found
 

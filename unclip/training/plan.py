@@ -171,6 +171,8 @@ def make_plan(
     config = _expanded(config)
     attempt(lambda: follow_init(config))
     problems += checks.numbers(config)
+    no_network = checks.sizes(config)
+    problems += no_network
     mesh = attempt(lambda: sharding.make_mesh(as_json(config.mesh), devices))
     rules = attempt(lambda: sharding_rules(config))
     parts = {}
@@ -189,12 +191,14 @@ def make_plan(
             part = attempt(lambda name=name, preset=preset: frozen_part(preset, name))
         if part is not None:
             parts[name] = part
-    task = attempt(lambda: make_task(config, parts))
-    if task is None:  # the rest is looked at with the stage's own settings of drawing
+    task = None if no_network else attempt(lambda: make_task(config, parts))
+    if (
+        task is None and not no_network
+    ):  # the rest is looked at with the stage's own settings of drawing
         with contextlib.suppress(errors.UnclipError):
             task = make_task(_without_draw(config), parts)
     tx = rate = params = state = where = None
-    ill_sized = checks.widths(config)
+    ill_sized = [] if no_network else checks.widths(config)
     if task is not None:
         ill_sized += checks.transforms(config, task)
     problems += ill_sized
