@@ -128,6 +128,8 @@ def test_the_first_stages_alone(six, model):
         ({"stages": 2, "upsamplers": [{}, {"steps": 2}]}, "for 2 upsamplers, of which 1 run"),
         ({"upsamplers": [{}] * 3}, "for 3 upsamplers, of which 2 run: they would"),
         ({"embed": "text", "prior": {"steps": 9}}, r"prior \(steps\) would have no effect"),
+        ({"stages": 2, "noise": {"upsampler_1": 0}}, "noise of 'upsampler_1' would have no effect"),
+        ({"embed": "text", "noise": {"prior": 0}}, "noise of 'prior' would have no effect"),
         ({"decoder": {"sampler": "euler"}}, "unknown sampler 'euler'"),
         ({"upsamplers": [{"steps": 0}]}, "sampling steps 0"),
     ],
@@ -138,9 +140,15 @@ def test_what_would_have_no_effect_is_refused(model, monkeypatch, arguments, sai
     with pytest.raises(errors.ConfigError, match=said):
         model.generate("a red dot", **arguments)
     arguments.pop("embed", None)
-    if arguments.keys() <= {"stages", "decoder", "upsamplers"}:
+    if "prior" not in arguments:
         with pytest.raises(errors.ConfigError, match=said):
             model.variations(np.zeros((8, 8, 3), np.uint8), **arguments)
+
+
+def test_a_model_at_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    with pytest.raises(errors.DataError, match="/home/me/none is no bundle"):
+        UnCLIP.load("~/none")
 
 
 def test_what_parts_lack(parts):

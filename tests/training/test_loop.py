@@ -247,7 +247,7 @@ def test_a_shorter_run_measures_nothing_of_the_longer(measured, measured_clip):
 
 
 def test_the_last_state_is_saved_before_it_is_measured(
-    tiny_config, run_of, shards, tmp_path, monkeypatch
+    tiny_config, run_of, shards, tmp_path, monkeypatch, capsys
 ):
     """What fails in the last evaluation costs no step, and the same command does it again."""
     config = tiny_config("clip", {"input.held_out": (shards["held_out"],), "metric_examples": 0})
@@ -263,6 +263,7 @@ def test_the_last_state_is_saved_before_it_is_measured(
     assert_same_state(run_of("clip"), tmp_path)
     assert not series(tmp_path, "held_out/loss")
     train(config, str(tmp_path))
+    assert "2 of 2 steps: measures held_out" in capsys.readouterr().err.splitlines()
     assert list(series(tmp_path, "held_out/loss")) == [2]
     assert [line["step"] for line in lines(tmp_path) if "loss" in line] == [1, 2]
     assert_same_state(run_of("clip"), tmp_path)

@@ -447,7 +447,8 @@ class UnCLIP:
                 f"settings of the prior ({', '.join(prior)}) would have no effect: this decoder "
                 f"{why}"
             )
-        self._running(stages, decoder, upsamplers)
+        drawn = ["prior"] * (embed == "prior" and not unread) + ["decoder"]
+        _check_noise(noise, [*drawn, *self._running(stages, decoder, upsamplers)])
         chosen = {"decoder": decoder or {}}
         if unread:
             embed = None
@@ -499,7 +500,7 @@ class UnCLIP:
         if task.embedding == "text" or not task.model.use_z_i:
             read = "was trained on z_t (embedding='text')" if task.model.use_z_i else "reads none"
             raise errors.ConfigError(f"variations need a decoder of z_i; this one {read}")
-        self._running(stages, decoder, upsamplers)
+        _check_noise(noise, ["decoder", *self._running(stages, decoder, upsamplers)])
         z_i = self.embed_image(for_clip(image, self._tasks["clip"].model.image_size)[None])
         seeds = _seeds(seed, n)
         drawn = self.decode(
@@ -532,6 +533,15 @@ class UnCLIP:
             for setting, value in (self._tasks[name].draw | chosen.get(name, {})).items():
                 out.setdefault(setting, {})[name] = value
         return out
+
+
+def _check_noise(noise: Noise | None, running: Sequence[str]) -> None:
+    """Refuses noise of stages that do not draw."""
+    for name in noise or {}:
+        if name in STAGE_TAGS and name not in running:
+            raise errors.ConfigError(
+                f"noise of {name!r} would have no effect: here {', '.join(running)} draw"
+            )
 
 
 def lacking(parts: Mapping[str, bundle.Part]) -> dict[str, str]:

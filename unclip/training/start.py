@@ -82,20 +82,17 @@ def train(config: ConfigDict, workdir: str) -> None:
                 needed_flops=needed,
             )
             loop.recall(first)
+            done = f"{first} of {config.total_steps} steps"
             if first < config.total_steps:
                 print_parameters(plan)
                 if first:
                     _say(*resumed_lines(plan, folder, first))
                 # Only now can nothing refuse this start any more.
                 write_config(config, folder)
+            elif left := first == config.total_steps and loop.due(first):
+                _say(f"{done}: measures {', '.join(evaluator.prefix for evaluator in left)}")
             else:
-                left = ", ".join(evaluator.prefix for evaluator in loop.due(first))
-                done = f"{first} of {config.total_steps} steps"
-                _say(
-                    f"nothing to train: {done}; measures {left}"
-                    if left
-                    else f"nothing to do: {done}"
-                )
+                return _say(f"nothing to do: {done}")
             loop.run(plan.make_step(task), state, first)
         saver.wait()
 
