@@ -62,7 +62,9 @@ class _Conditioned(base.Stage):
         """
         clip = self.clip.model
         wanted = {"embed_dim": clip.embed_dim}
-        if getattr(model, "text_width", None):
+        # A CLIP without that tower still serves variations, where no prior draws.
+        reads = bool(getattr(model, "text_width", None) and clip.text_layers)
+        if reads:
             wanted["text_width"] = clip.text_width
         wrong = [
             f"arch.{name} is {getattr(model, name)}, the CLIP has {value}: "
@@ -70,7 +72,7 @@ class _Conditioned(base.Stage):
             for name, value in wanted.items()
             if getattr(model, name) != value
         ]
-        if model.context > clip.context and getattr(model, "text_width", None):
+        if reads and model.context > clip.context:
             wrong.append(
                 f"arch.context is {model.context}, the CLIP reads {clip.context} tokens: "
                 f"--config.arch.context={clip.context}"
