@@ -83,8 +83,12 @@ class Plan:
         first, *others = self.problems
         if not others:
             raise first
-        lines = "\n".join(f"  {' '.join(problem.message.split())}" for problem in self.problems)
-        raise type(first)(f"{len(self.problems)} problems stand in the way of this run:", lines)
+        lines = []
+        for problem in self.problems:
+            lines.append(f"  {' '.join(problem.message.split())}")
+            lines += [f"  {line}" for line in problem.table.splitlines()]
+        text = f"{len(self.problems)} problems stand in the way of this run:"
+        raise type(first)(text, "\n".join(lines))
 
     @property
     def ways(self) -> int:
@@ -223,9 +227,10 @@ def make_plan(
             attempt(lambda: checks.trace(task, params))
     if workdir is not None:
         attempt(lambda: check_workdir(config, pathlib.Path(workdir), state))
+    told = {str(problem): problem for problem in problems}  # two looks may find the same
     return Plan(
         config, mesh, rules, parts, task, tx, rate, params, state, where, data, held_out,
-        tuple(problems),
+        tuple(told.values()),
     )  # fmt: skip
 
 
