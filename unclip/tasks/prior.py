@@ -55,6 +55,38 @@ class _Conditioned(base.Stage):
     def needs(cls, arch, settings):
         return ("clip",)
 
+    def _fitting(self, model):
+        """`model`, if it fits the frozen CLIP.
+
+        Raises:
+          ConfigError: names the fields to set.
+        """
+        clip = self.clip.model
+        wanted = {"embed_dim": clip.embed_dim}
+        # A CLIP without that tower still serves variations, where no prior draws.
+        reads = bool(getattr(model, "text_width", None) and clip.text_layers)
+        if reads:
+            wanted["text_width"] = clip.text_width
+        wrong = [
+            f"arch.{name} is {getattr(model, name)}, the CLIP has {value}: "
+            f"--config.arch.{name}={value}"
+            for name, value in wanted.items()
+            if getattr(model, name) != value
+        ]
+        if reads and model.context > clip.context:
+            wrong.append(
+                f"arch.context is {model.context}, the CLIP reads {clip.context} tokens: "
+                f"--config.arch.context={clip.context}"
+            )
+        if getattr(model, "codes", 0) > clip.embed_dim:
+            wrong.append(
+                f"arch.codes is {model.codes}, z_i has {clip.embed_dim} components: "
+                f"--config.arch.codes={clip.embed_dim} at most"
+            )
+        if wrong:
+            raise errors.ConfigError("the prior does not fit its CLIP: " + "; ".join(wrong))
+        return model
+
     @property
     def context(self) -> int:
         """Of captions, tokens."""
@@ -174,7 +206,7 @@ class DiffusionPriorTask(_Conditioned, base.Diffusion):
         if self.variance not in VARIANCES:
             raise errors.unknown("variance", self.variance, VARIANCES)
         self._set(
-            model=self.network(**self.arch),
+            model=self._fitting(self.network(**self.arch)),
             schedule=schedule.make(self.noise_schedule),
             clamp=self.clamp or None,
         )
@@ -347,7 +379,7 @@ class ARPriorTask(_Conditioned):
     )
 
     def __post_init__(self):
-        self._set(model=self.network(**self.arch))
+        self._set(model=self._fitting(self.network(**self.arch)))
 
     def init(self, key):
         model, clip = self.model, self.clip.model

@@ -14,7 +14,7 @@ from functools import partial
 
 from absl import flags
 
-from unclip import errors
+from unclip import cli, errors
 
 MODES = ("text", "variations")
 
@@ -54,6 +54,7 @@ def main(argv):
     """Reads the flags, draws, writes; prints the folder and the files."""
     if len(argv) > 1:
         raise errors.ConfigError(f"unexpected argument {argv[1]!r}; a caption goes into --prompt")
+    _refuse_idle()
     asked = _PROMPT.value if _MODE.value == "text" else _IMAGE.value
     if not asked:
         flag = "prompt" if _MODE.value == "text" else "image"
@@ -95,7 +96,7 @@ def main(argv):
     with progress.progress(len(asked) * _N.value, "drawing", "img") as bar:
         for group in groups:
             if _MODE.value == "variations":
-                settings.pop("prior", None)
+                settings.pop("prior", None)  # empty, see _refuse_idle
                 draw = partial(model.variations, name=os.path.basename(group[0]))
                 group = images.read_image(group[0])
             else:
@@ -113,6 +114,19 @@ def main(argv):
     if len(pictures) > 1:
         paths.append(images.save_grid(pictures, _OUT.value, _N.value, recipes=recipes))
     print("\n".join(map(str, paths)))
+
+
+def _refuse_idle():
+    """Refuses flags that the mode does not read."""
+    mode = _MODE.value
+    idle = {
+        "text": {"image": "draws from --prompt"},
+        "variations": {
+            "prompt": "draws from --image alone",
+            **dict.fromkeys(("prior_steps", "prior_guidance", "candidates"), "uses no prior"),
+        },
+    }[mode]
+    cli.refuse_idle({name: f"--mode {mode} {why}" for name, why in idle.items()})
 
 
 def _given(**settings) -> dict:
