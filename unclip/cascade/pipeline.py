@@ -580,7 +580,7 @@ class UnCLIP:
         seed, stages = given("seed", int), given("stages", int)
         shared = {
             "decoder": chosen.pop("decoder", {}),
-            "upsamplers": [chosen.pop(name, {}) for name in self.upsamplers],
+            "upsamplers": [chosen.pop(name, {}) for name in self.upsamplers[: max(stages, 1) - 1]],
             "stages": stages,
         }
         mode = given("mode", str)

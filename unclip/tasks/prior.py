@@ -64,7 +64,8 @@ class _Conditioned(base.Stage):
         clip = self.clip.model
         wanted = {"embed_dim": clip.embed_dim}
         # A CLIP without that tower still serves variations, where no prior draws.
-        reads = bool(getattr(model, "text_width", None) and clip.text_layers)
+        own = model.vocab_size  # reads the tokens itself
+        reads = bool(not own and model.text_width and clip.text_layers)
         if reads:
             wanted["text_width"] = clip.text_width
         wrong = [
@@ -273,23 +274,17 @@ class DiffusionPriorTask(_Conditioned, base.Diffusion):
         metrics = {"loss": loss, "cosine": base.mean(cosine, batch["valid"])}
         return loss, metrics | self.told(t, squared, batch["valid"], train=train)
 
-    def predict(self):
-        """Beside `sample`, `x0_error`: mean squared error of x_0 [B] at timesteps batch["t"]."""
-
-        def x0_error(params, frozen, batch, key):
-            sample_keys = keys.sample_keys(key, batch["sample"])
-            x_0, t = self.encode(frozen, self.image(frozen, batch)), batch["t"]
-            eps = keys.normal(sample_keys, x_0.shape[1:], NOISE)
-            x_t = gaussian.q_sample(self.schedule, x_0, t, eps)
-            captions = batch["tokens"], batch["text_mask"], jnp.zeros(len(t), bool)
-            conditions = self.conditions(frozen, *captions)
-            predicted = self.model.apply({"params": params}, x_t, t, **conditions)
-            options = {"parametrisation": "x0"}
-            return losses.l_simple(
-                self.schedule, x_0, t, eps, predicted.astype(jnp.float32), **options
-            )
-
-        return super().predict() | {"x0_error": x0_error}
+    def x0_error(self, params, frozen, batch, t, key):
+        """Mean squared error of x_0 a dimension, [B], at timesteps t int32 [B]."""
+        sample_keys = keys.sample_keys(key, batch["sample"])
+        x_0 = self.encode(frozen, self.image(frozen, batch))
+        eps = keys.normal(sample_keys, x_0.shape[1:], NOISE)
+        x_t = gaussian.q_sample(self.schedule, x_0, t, eps)
+        captions = batch["tokens"], batch["text_mask"], jnp.zeros(len(t), bool)
+        conditions = self.conditions(frozen, *captions)
+        predicted = self.model.apply({"params": params}, x_t, t, **conditions)
+        predicted = predicted.astype(jnp.float32)
+        return losses.l_simple(self.schedule, x_0, t, eps, predicted, parametrisation="x0")
 
     def sample(
         self,
