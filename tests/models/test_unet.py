@@ -247,6 +247,7 @@ def test_unet_equals_numpy(y, params, batch):
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_fresh_unet_returns_zeros_and_only_its_last_layer_learns_first(batch, value_and_grad):
     fresh = jax.jit(UNet(**TINY | SMALL).init)(jax.random.key(0), *batch)["params"]
     (_, y), grads = value_and_grad(**SMALL)(fresh, batch)
@@ -285,6 +286,7 @@ def test_fold_is_the_same_function(y, params, batch):
     jax.tree.map(np.testing.assert_array_equal, round_trip, params)
 
 
+@pytest.mark.slow
 def test_folding_and_remat_change_no_gradient(value_and_grad, small_params, batch):
     folded = unet.fold_params(small_params)
     assert {"fold_0_1"} == set(folded["down_0"])

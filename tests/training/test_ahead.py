@@ -265,6 +265,7 @@ def found():
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_the_report(found):
     report = found["fsdp"]
     assert set(report) == {

@@ -118,6 +118,7 @@ def found(shards, run_of, tmp_path_factory):
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_published_parameter_counts(found):
     decoder = found["decoder"]["parameters"]
     assert decoder["decoder/unet"] == 885_439_686

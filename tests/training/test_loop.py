@@ -527,6 +527,7 @@ def test_bad_settings_are_one_line(tiny_config, tmp_path, change, error, said):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_decoder_without_clip_says_how_to_give_one(tiny_config, tmp_path):
     with pytest.raises(errors.ConfigError, match=r"needs a trained CLIP: --config.clip=RUN"):
         train(tiny_config("decoder"), str(tmp_path / "run"))

@@ -99,6 +99,7 @@ def config_of(folder, name):
     return json.loads((folder / name / "config.json").read_text())
 
 
+@pytest.mark.slow
 def test_stages_of_a_conversion_know_the_clip_beside_them(folder):
     read = formats.read("karlo", [folder])
     space = bundle.tree_hash(read["clip"].params)

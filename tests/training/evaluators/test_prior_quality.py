@@ -161,6 +161,7 @@ def one(prior, batches):
     return figures(prior, batches)
 
 
+@pytest.mark.slow
 def test_every_sample_counts_once_on_any_mesh(prior, batches, one):
     eight = figures(prior, batches, 8)
     assert one == pytest.approx(eight, rel=1e-4, abs=1e-5)
