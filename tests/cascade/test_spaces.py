@@ -170,6 +170,7 @@ def resumable(run_of, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["prior", "decoder"])
+@pytest.mark.slow
 def test_a_run_is_not_resumed_with_another_clip(name, resumable, tiny_config, run_of, other_clip):
     folder = resumable(name)
     before = (folder / "config.json").read_bytes()

@@ -330,6 +330,7 @@ def test_bfloat16_computes_close_and_keeps_float32_outside(y, params, batch):
     assert 1e-5 < error < 0.05
 
 
+@pytest.mark.slow
 def test_dropout_needs_keys_and_an_rng(batch):
     x, t, emb, *_ = batch
     model = UNet(**TINY | dict(dropout=0.5, blocks=1, attention=(False, False), fold=True))

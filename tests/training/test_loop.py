@@ -129,6 +129,7 @@ def measured(measured_clip, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_each_evaluator_follows_its_own_steps(measured):
     assert sorted(series(measured, "held_out/loss")) == [2, 4]
     ranks = series(measured, "retrieval/text_to_image_median_rank")

@@ -360,6 +360,7 @@ def test_the_config_is_left_alone(tiny_config):
         plan.task.draw = {}
 
 
+@pytest.mark.slow
 def test_operations_are_those_whatever_runs_attention(tiny_config):
     """cuDNN's kernel is none that a trace sees into, and needs a GPU to be traced at all."""
     fields = {"clip": "random", "clip_preset": "emoji", "arch.dtype": "bfloat16"}
