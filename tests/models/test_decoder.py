@@ -117,6 +117,7 @@ def test_paper_is_3_5_billion():
     assert 3.5e9 < count(params) < 3.6e9
 
 
+@pytest.mark.slow
 def test_glide_is_the_paper_without_the_image():
     paper, glide = (abstract(n, 64, 1024, 256, 1024) for n in ("paper", "glide"))
     assert count(glide["unet"]) == count(paper["unet"])
@@ -131,6 +132,7 @@ def test_emoji_is_small():
     assert 2e6 < count(abstract("emoji", 16, 128, 32, 128)) < 4e6
 
 
+@pytest.mark.slow
 def test_folding_a_whole_decoder_gives_the_folded_shapes():
     small = dict(channels=64, groups=8, context_dim=64, text_heads=4, text_layers=3, vocab=20)
     small |= dict(multipliers=(1, 2), attention=(False, True))

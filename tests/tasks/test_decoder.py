@@ -130,6 +130,7 @@ def test_min_snr_zero_is_off(made, batch_of):
     assert float(mse[5.0]) == pytest.approx((np.minimum(snr, 5) / snr * each).mean(), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_guidance_one_is_the_conditional_model_alone(drawing):
     task, params, frozen, batch, z_i, sample_keys, run = drawing
     tokens, mask = batch["tokens"], batch["text_mask"]

@@ -8,6 +8,7 @@ STAGES = [("clip", ""), ("prior", ""), ("decoder", ""), ("upsampler", "")]
 
 
 @pytest.mark.parametrize(("stage", "kind"), STAGES)
+@pytest.mark.slow
 def test_losses_and_draws_leak_nothing(made, batch_of, stage, kind):
     task, params, frozen = made(stage, kind)
     batch = batch_of(task, 2)

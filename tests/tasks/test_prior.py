@@ -145,6 +145,7 @@ def drawing(made, batch_of):
     return task, frozen, batch, draw
 
 
+@pytest.mark.slow
 def test_the_candidate_nearer_to_the_caption_is_kept(drawing):
     task, frozen, batch, draw = drawing
     noise = np.float32(np.random.default_rng(1).standard_normal((4, 3 * 4, 8)))

@@ -206,6 +206,7 @@ def test_the_workdir_does_not_keep_what_is_known(run_of):
     assert "known" not in json.loads((pathlib.Path(run_of("clip")) / "config.json").read_text())
 
 
+@pytest.mark.slow
 def test_exit_codes(shards, tmp_path):
     """0 with problems listed, 78 with --strict."""
     command = [

@@ -118,6 +118,7 @@ def test_bad_samples_are_listed_and_counted(damaged_run):
     assert counted["input/substituted"] == 12  # of the 24 samples of one epoch
 
 
+@pytest.mark.slow
 def test_too_many_bad_samples_end_the_run_and_keep_what_was_learned(
     tiny_config, damaged, damaged_run, tmp_path
 ):

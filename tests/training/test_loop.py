@@ -649,6 +649,7 @@ def test_sigterm_saves_and_exits_with_75(flat, tmp_path):
     assert max(line["step"] for line in lines(workdir)) == step
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_loses_nothing(flat, run_of, tmp_path):
     """No file may grow beyond a limit: the checkpoint fails, the earlier ones stay whole."""
     workdir = tmp_path / "run"
