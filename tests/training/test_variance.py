@@ -49,6 +49,10 @@ def test_a_run_measures_once_and_its_part_draws_with_it(tiny_config, run_of, tmp
     written = file.stat().st_mtime_ns
     start.train(tiny_config("prior", changes), str(tmp_path / "prior"))
     assert file.stat().st_mtime_ns == written
+    # Trained on, it is another network.
+    start.train(tiny_config("prior", changes | {"total_steps": 3}), str(tmp_path / "prior"))
+    again = runs.read_prior_statistics(file)["x0_error"]
+    assert (again > 0).all() and not np.array_equal(again, measured)
 
     prior = runs.open_part(tmp_path / "prior", "prior")
     parts = {"clip": runs.open_part(run_of("clip"), "clip"), "prior": prior}

@@ -100,6 +100,7 @@ def train(config: ConfigDict, workdir: str) -> None:
             left = first == config.total_steps and loop.due(first)
             unmeasured = data is not None and prepared.unmeasured()
             if first < config.total_steps:
+                unmeasured = data is not None and prepared.forget()
                 print_parameters(plan)
                 if first:
                     _say(*resumed_lines(plan, folder, first))
@@ -306,6 +307,18 @@ class Prepared:
         names = self.plan.task.unmeasured
         kept = runs.read_prior_statistics(self.folder / runs.STATISTICS) if names else {}
         return any(not np.any(kept.get(name, 0)) for name in names)
+
+    def forget(self) -> bool:
+        """Marks what only a trained network has as not measured, as it is trained on.
+
+        Returns:
+          Whether there is such a thing.
+        """
+        zeros, path = self.plan.task.unmeasured, self.folder / runs.STATISTICS
+        if zeros and distributed.is_main():
+            kept = runs.read_prior_statistics(path)
+            runs.write_prior_statistics(path, kept | zeros, self.clip_hash)
+        return bool(zeros)
 
     def pairs(self):
         """Batches of (z_i, z_t) [b, D] of the training samples."""
