@@ -329,3 +329,19 @@ def test_timesteps_of_a_net_for_the_last_step(made, batch_of):
         task, params, frozen = made("upsampler", t_below=below)
         _, _, seen = spied(task, params, frozen, batch_of(task, 64), train=True, channels=3)
         assert seen["t"].min() == 0 and seen["t"].max() == furthest
+
+
+@pytest.mark.parametrize(
+    ("draw", "said"),
+    [
+        ({"guidance": "8"}, "decoder: guidance '8': expected a finite number"),
+        ({"guidance": None, "eta": float("nan")}, "guidance None: .*; decoder: eta nan: expected"),
+        ({"spacing": 5}, "spacing 5 has 5 steps: expected as many as steps=25"),
+        ({"spacing": "10,x"}, "unknown spacing '10,x'"),
+        ({"steps": 0, "sampler": "euler"}, "sampling steps 0: .*; unknown sampler 'euler'"),
+    ],
+)
+def test_what_no_draw_has_is_told_at_once(made, draw, said):
+    task, _, _ = made("decoder")
+    with pytest.raises(errors.ConfigError, match=said):
+        task.checked_draw(draw)

@@ -164,9 +164,10 @@ class Schedule:
             keep = np.maximum.accumulate(keep - np.arange(n)) + np.arange(n)
             # Ties pushed beyond the noisiest step are pushed back from there.
             return np.minimum(keep, most - np.arange(n)[::-1])
-        counts = [int(word) for word in spacing.split(",") if word.strip().isdigit()]
-        if not counts or len(counts) != len(spacing.split(",")):
-            raise errors.unknown("spacing", spacing, (*SPACINGS, "10,10,3,2,2"))
+        words = str(spacing).split(",")
+        if not all(word.strip().isdecimal() for word in words):
+            raise errors.unknown("spacing", str(spacing), (*SPACINGS, "10,10,3,2,2"))
+        counts = [int(word) for word in words]
         if sum(counts) != n:
             raise errors.ConfigError(
                 f"spacing {spacing!r} has {sum(counts)} steps: expected as many as steps={n}"

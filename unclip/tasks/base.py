@@ -381,12 +381,13 @@ def _checked_draw(
     for name, valid in choices.items():
         if draw[name] not in valid:
             wrong.append(errors.unknown(name, draw[name], valid))
-    for name in ("guidance", "temperature"):
-        value = draw.get(name)
-        if value is not None and not np.isfinite(value):
+    for name in ("guidance", "temperature", "top_p", "eta"):
+        value = draw.get(name, 1.0)
+        if not isinstance(value, int | float | np.number) or not np.isfinite(value):
             wrong.append(errors.ConfigError(f"{stage}: {name} {value!r}: expected a finite number"))
-    if not 0 < draw.get("top_p", 1.0) <= 1:
-        wrong.append(errors.ConfigError(f"{stage}: top_p {draw['top_p']!r}: expected (0, 1]"))
+            draw[name] = defaults[name]  # the rest is looked at with the stage's own
+        elif name == "top_p" and not 0 < value <= 1:
+            wrong.append(errors.ConfigError(f"{stage}: top_p {value!r}: expected (0, 1]"))
     candidates = draw.get("candidates", 1)
     if not isinstance(candidates, int | np.integer) or candidates < 1:
         wrong.append(errors.ConfigError(f"{stage}: candidates {candidates!r}: expected at least 1"))

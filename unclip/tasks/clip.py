@@ -129,8 +129,11 @@ class ClipTask(base.Stage):
                 f"a batch of {size} does not divide into {accumulate} times groups of "
                 f"sam_rows={rows}"
             )
-        shares = lambda leaf: leaf.reshape(accumulate, -1, rows, *leaf.shape[1:])
-        join = lambda leaf: leaf.reshape(size, *leaf.shape[3:])
+        # Groups are neighbours; share i holds groups i, i + accumulate, ... of every device.
+        shares = lambda leaf: jnp.swapaxes(
+            leaf.reshape(-1, accumulate, rows, *leaf.shape[1:]), 0, 1
+        )
+        join = lambda leaf: jnp.swapaxes(leaf, 0, 1).reshape(size, *leaf.shape[3:])
         parts = jax.tree.map(shares, {name: batch[name] for name in ("image", "tokens")})
         contrast = jax.value_and_grad(self.contrast, argnums=(0, 1, 2), has_aux=True)
 

@@ -177,7 +177,7 @@ class DiffusionPriorTask(_Conditioned, base.Diffusion):
       clamp: sampling clamps the predicted x_0 to +-clamp (Karlo 10, its diffusers port 5); 0 or
         None is off.
       variance: of sampling: "fixed_small" (Karlo), "fixed_large" or "analytic" (paper), see
-        `gaussian.analytic`.
+        `gaussian.with_analytic_variance`.
       timesteps: see `base.Diffusion`.
       draw: settings of `sample`: steps, spacing, guidance, sampler, eta, candidates.
       Other arguments: see `_Conditioned`.

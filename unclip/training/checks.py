@@ -33,7 +33,7 @@ RANGES = {
     "input.window_examples": _COUNT,
     "input.max_consecutive_bad": _COUNT,
     "input.max_bad_fraction": _FRACTION,
-    "optim.sam_rho": _NOT_NEGATIVE,
+    **dict.fromkeys(("optim.sam_rho", "optim.sam_rows", "metric_bits_examples"), _NOT_NEGATIVE),
     **dict.fromkeys(("task.image_drop", "task.text_drop"), _FRACTION),
     **dict.fromkeys(("task.clamp", "task.min_snr", "task.vlb_weight"), _NOT_NEGATIVE),
     **dict.fromkeys(("task.scale", "task.range_sigmas", "task.z_scale"), _NOT_NEGATIVE),

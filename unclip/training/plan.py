@@ -284,7 +284,7 @@ def sharding_rules(config: ConfigDict) -> sharding.Rules:
 
 def _check_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
     rows = config.optim.get("sam_rows", 0) if config.optim.sam_rho else 0
-    if rows and (rows < 0 or config.batch_size % (rows * config.accumulate)):
+    if rows and config.batch_size % (rows * config.accumulate):
         raise errors.ConfigError(
             f"batch_size {config.batch_size} is not a multiple of {rows * config.accumulate} "
             f"(optim.sam_rows {rows} x accumulate {config.accumulate})"

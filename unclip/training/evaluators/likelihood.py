@@ -33,8 +33,8 @@ class Likelihood:
         self.bound = jax.jit(bound, out_shardings=sharding.replicated(mesh))
 
     def run(self, state: dict, step: int) -> Iterator[tuple[str, float]]:
-        """ "likelihood/bits_per_dim", and of it "…/decoder_bits", the first step's, the likelihood
-        of the 256 levels, and "…/prior_bits", what noise keeps of the picture."""
+        """The whole bound, "likelihood/bits_per_dim"; of it the first step's term, which is the
+        likelihood of the 256 levels, and what noise keeps of the picture."""
         bound = lambda batch: self.bound(state["ema"], self.frozen, batch)
         found = passes.collect(self.batches, bound, self.mesh, step)
         names = {
