@@ -32,13 +32,8 @@ from unclip.tasks.clip import FrozenClip
 
 STAGE_TAGS = {"prior": 0, "decoder": 1, "upsampler_0": 2, "upsampler_1": 3}
 LAST = "_last"  # upsampler_0_last: a second network, for the last step of upsampler_0
-TRACED = (
-    "guidance",
-    "eta",
-    "temperature",
-    "top_p",
-    "noise_level",
-)  # settings of a draw that compile nothing
+# Settings of a draw that compile nothing.
+TRACED = ("guidance", "eta", "temperature", "top_p", "noise_level")
 EMBEDS = ("prior", "text", "none")  # where the decoder's z_i comes from
 FREE = ("dtype", "dropout", "remat", "attention_impl")  # in which the two networks may differ
 

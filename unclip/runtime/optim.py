@@ -275,26 +275,12 @@ def make_optimizer(
     Raises:
       ConfigError: a pattern matches nothing, everything is frozen, or a value out of range.
     """
-    check(
-        learning_rate=learning_rate,
-        total_steps=total_steps,
-        schedule=schedule,
-        warmup_steps=warmup_steps,
-        end_fraction=end_fraction,
-        b1=b1,
-        b2=b2,
-        eps=eps,
-        weight_decay=weight_decay,
-        clip_norm=clip_norm,
-    )
-    rate = make_learning_rate(
-        learning_rate,
-        total_steps,
-        schedule=schedule,
-        warmup_steps=warmup_steps,
-        end_fraction=end_fraction,
-    )
-    steps = [optax.scale_by_adam(b1=b1, b2=b2, eps=eps)]
+    shape = {"schedule": schedule, "warmup_steps": warmup_steps, "end_fraction": end_fraction}
+    adam = {"b1": b1, "b2": b2, "eps": eps}
+    decay = {"weight_decay": weight_decay, "clip_norm": clip_norm}
+    check(learning_rate=learning_rate, total_steps=total_steps, **shape, **adam, **decay)
+    rate = make_learning_rate(learning_rate, total_steps, **shape)
+    steps = [optax.scale_by_adam(**adam)]
     if clip_norm is not None:
         steps.insert(0, optax.clip_by_global_norm(clip_norm))
     if weight_decay:

@@ -201,9 +201,8 @@ def make_plan(
         if part is not None:
             parts[name] = part
     task = None if no_network else attempt(lambda: make_task(config, parts))
-    if (
-        task is None and not no_network
-    ):  # the rest is looked at with the stage's own settings of drawing
+    # The rest is looked at with the stage's own settings of drawing.
+    if task is None and not no_network:
         with contextlib.suppress(errors.UnclipError):
             task = make_task(_without_draw(config), parts)
     tx = rate = params = state = where = None
