@@ -23,6 +23,9 @@ CONFIG = config_flags.DEFINE_config_file("config")
 COUNT = flags.DEFINE_integer("count", 4, "how many pictures")
 MODE = flags.DEFINE_enum("mode", "text", ["text", "variations"], "what to make")
 FAIL = flags.DEFINE_string("fail", "", "how to fail")
+STEPS = flags.DEFINE_multi_integer("steps", [], "of every stage")
+OUT = flags.DEFINE_multi_string("out", [], "folders")
+PROMPT = flags.DEFINE_multi_string("prompt", [], "captions")
 
 def main(argv):
     if FAIL.value == "numerics":
@@ -39,6 +42,9 @@ def main(argv):
     if FAIL.value == "defect":
         raise RuntimeError("ours")
     print(COUNT.value, MODE.value, CONFIG.value and CONFIG.value.optim.lr)
+    print(*argv[1:], *OUT.value, *PROMPT.value)
+    if CONFIG.value and "input" in CONFIG.value:
+        print(CONFIG.value.input.to_dict())
     return 75 if FAIL.value == "stopped" else None
 
 if __name__ == "__main__":
@@ -60,7 +66,8 @@ def get_config(preset="emoji"):
         except KeyError:
             raise errors.unknown("preset", preset, ["emoji", "paper"])
     config = ml_collections.ConfigDict(dict(total_steps=10, name="a", size=(64, 64)))
-    config.optim = ml_collections.ConfigDict(dict(lr=0.1, beta=0.9))
+    config.optim = ml_collections.ConfigDict(dict(lr=0.1, beta=0.9, on=True))
+    config.input = ml_collections.ConfigDict(dict(shards=("x.tar",), parts=(), where={}))
     return config
 """
 
@@ -127,7 +134,7 @@ CASES = {
     "interrupt": (["--fail=interrupt"], 130, ["interrupted"]),
     "usage": (["--fail=usage"], 78, ["unclip draw: too many arguments"]),
     "unknown_flag": (["--cuont=3"], 78, ["'--cuont'", "did you mean '--count'"]),
-    "bad_integer": (["--count=many"], 78, ["--count=many", "invalid literal"]),
+    "bad_integer": (["--count=many"], 78, ["--count=many: expected a whole number"]),
     "bad_enum": (["--mode=txt"], 78, ["unknown --mode 'txt'", "did you mean 'text'"]),
     "no_file": (["--config=decodr.py"], 78, ["'decodr.py'", "did you mean decoder.py"]),
     "no_file_override": (["--config", "x.py", "--config.a=1"], 78, ["no config file 'x.py'"]),
@@ -135,15 +142,95 @@ CASES = {
     "field": (
         ["--config=decoder.py", "--config.optim.lrr=1"],
         78,
-        ["--config.optim.lrr", "did you mean --config.optim.lr?", "beta, lr"],
+        ["--config.optim.lrr", "did you mean --config.optim.lr?", "beta, lr, on"],
     ),
     "field_elsewhere": (
         ["--config=decoder.py", "--config.lr=1"],
         78,
-        ["did you mean --config.optim.lr?", "valid below --config: name, optim"],
+        ["did you mean --config.optim.lr?", "valid below --config: input, name, optim"],
     ),
     "field_below_leaf": (["--config=decoder.py", "--config.name.x=1"], 78, ["no such field"]),
-    "field_value": (["--config=decoder.py", "--config.total_steps=x"], 78, ["total_steps=x"]),
+    "field_value": (
+        ["--config=decoder.py", "--config.total_steps=x"],
+        78,
+        ["--config.total_steps=x: expected a whole number"],
+    ),
+    "bad_integers": (
+        ["--steps=8,4"],
+        78,
+        ["--steps=8,4: expected a whole number; repeat the flag for several"],
+    ),
+    "field_number": (
+        ["--config=decoder.py", "--config.optim.lr=fast"],
+        78,
+        ["--config.optim.lr=fast: expected a number"],
+    ),
+    "field_truth": (
+        ["--config=decoder.py", "--config.optim.on=x"],
+        78,
+        ["--config.optim.on=x: expected true or false"],
+    ),
+    "field_mapping": (
+        ["--config=decoder.py", "--config.input.where=food"],
+        78,
+        ["--config.input.where=food: expected fields and their values", "{'field': 'value'}"],
+    ),
+    "list": (["--config=decoder.py", "--config.size=32,16"], 0, ["4 text 0.1"]),
+    "list_of_words": (
+        ["--config=decoder.py", "--config.input.shards=a-{0,1}.tar, b.tar"],
+        0,
+        ["'shards': ('a-{0,1}.tar', 'b.tar')"],
+    ),
+    "list_range": (
+        ["--config=decoder.py", "--config.input.shards", "~/a-{000..010}.tar"],
+        0,
+        ["'shards': ('~/a-{000..010}.tar',)"],
+    ),
+    "list_in_python": (
+        ["--config=decoder.py", "--config.input.shards=('a,b.tar',)"],
+        0,
+        ["'shards': ('a,b.tar',)"],
+    ),
+    "list_in_parts": (
+        ["--config=decoder.py", "--config.input.shards=a,b", "--config.input.shards=c"],
+        0,
+        ["'shards': ('a', 'b', 'c')"],
+    ),
+    "list_of_none": (["--config=decoder.py", "--config.input.shards="], 0, ["'shards': ()"]),
+    "list_of_numbers": (
+        ["--config=decoder.py", "--config.input.parts=0.5,0.25"],
+        0,
+        ["'parts': (0.5, 0.25)"],
+    ),
+    "list_unquoted": (
+        ["--config=decoder.py", "--config.input.shards=(a.tar,b.tar)"],
+        78,
+        ["--config.input.shards=(a.tar,b.tar): expected a list such as x.tar or \"('x.tar',)\""],
+    ),
+    "list_half_quoted": (
+        ["--config=decoder.py", "--config.input.shards='a.tar,b.tar"],
+        78,
+        ["--config.input.shards='a.tar,b.tar: expected a list such as"],
+    ),
+    "list_of_another_kind": (
+        ["--config=decoder.py", "--config.size=wide"],
+        78,
+        ['--config.size=wide: expected a list such as 64,64 or "(64, 64)"'],
+    ),
+    "where": (
+        [
+            *("--config=decoder.py", "--config.input.where.group=food & drink,animals"),
+            *("--config.input.where.n", "3", "--config.input.where.alive=true"),
+        ],
+        0,
+        ["'where': {'alive': (True,), 'group': ('food & drink', 'animals'), 'n': (3,)}"],
+    ),
+    "home": (
+        ["--out=~/runs", "--out", "~", "--out=a~b", "--prompt=~/x", "~/pictures"],
+        0,
+        ["/home/me/pictures /home/me/runs /home/me a~b ~/x"],
+    ),
+    "config_at_home": (["--config=~/decodr.py"], 78, ["no config file '/home/me/decodr.py'"]),
     "field_alone": (["--config.optim.lr=1"], 78, ["wants --config=FILE before it"]),
     "field_first": (["--config.name=b", "--config=decoder.py"], 78, ["before a value"]),
     "named": (["--config=prior:emoji,x", "--config.optim.lr=0.5"], 0, ["4 text 0.5"]),
@@ -172,7 +259,7 @@ def outcomes(app_file):
     ran = subprocess.run(
         [sys.executable, "-c", RUNNER, str(listing)],
         cwd=app_file.parent,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HOME": "/home/me"},
         capture_output=True,
         text=True,
         timeout=60,

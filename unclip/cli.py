@@ -9,6 +9,7 @@ Exit codes: 0 done, 70 numerics, 74 input or output, 75 stopped and resumable, 7
 130 interrupted, 141 the reader of our output was closed.
 """
 
+import ast
 import contextlib
 import difflib
 import errno
@@ -26,7 +27,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 
 from unclip import __version__, errors
-from unclip.files import shipped
+from unclip.files import paths, shipped
 
 VERBS = {
     "train": "train one stage: clip, prior, decoder or an upsampler",
@@ -43,6 +44,9 @@ VERBS = {
     "doctor": "say what a config would run, and on what, before it runs",
 }
 _IO_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+# Mappings of a config whose names are the user's own.
+_USERS_NAMES = ("input.where", "input.held_out_where")
+_TEXT = ("prompt", "from_prompt", "labels")  # flags that are no paths
 _HELP = ("-h", "-help", "--help", "-?", "--helpshort")
 _VERSION = ("-version", "--version")
 
@@ -120,6 +124,22 @@ def run_app(main: Callable[[list[str]], Any]) -> NoReturn:
     sys.exit(0)
 
 
+def refuse_idle(idle: Mapping[str, str]) -> None:
+    """Refuses flags that were given and would have no effect.
+
+    Args:
+      idle: {flag: why it has none}; a flag that was not given may stand in it.
+
+    Raises:
+      ConfigError: names all of them.
+    """
+    wrong = [
+        f"--{name} has no effect: {why}" for name, why in idle.items() if flags.FLAGS[name].present
+    ]
+    if wrong:
+        raise errors.ConfigError("; ".join(wrong))
+
+
 @contextlib.contextmanager
 def _readers_may_leave() -> Iterator[None]:
     """Ends as SIGPIPE would, quietly, when nobody reads our output any more (`unclip … | head`)."""
@@ -174,9 +194,18 @@ def _parse(main: Callable, verb: str, argv: Sequence[str]) -> list[str]:
         found = _find_config(flag, value)
         configs.append((flag, found))
         argv[position] = argv[position].removesuffix(value) + found
-    sys.argv = argv  # ml_collections looks for --config and its overrides there
+    added = {}
     try:
-        return flags.FLAGS(argv)
+        for flag, found in configs:
+            argv, added[flag.name] = _overrides(argv, flag.name, flag.parser.parse(found))
+        sys.argv = argv  # ml_collections looks for --config and its overrides there
+        rest = flags.FLAGS(argv)
+        for flag, _ in configs:
+            _add_fields(flag.value, added[flag.name])
+        for flag in own.values():
+            if flag.name not in _TEXT and isinstance(flag.value, str | list):
+                flag.value = paths.expanded(flag.value)
+        return paths.expanded(rest)
     except errors.UnclipError:
         raise
     except Exception as error:  # config files are the user's Python and may raise anything
@@ -214,7 +243,23 @@ def _flag_error(error: flags.Error, own: Mapping[str, flags.Flag]) -> errors.Con
     enum = re.match(r"flag --([\w.]+)=(.*): value should be one of <(.*)>$", message, re.DOTALL)
     if enum:
         return errors.unknown(f"--{enum[1]}", enum[2], enum[3].split("|"))
-    return errors.ConfigError(message.removeprefix("flag "))
+    message = message.removeprefix("flag ")
+    for said, expected in _EXPECTED.items():
+        if said in message:
+            place = message.partition(said)[0].rstrip("(' :")
+            several = isinstance(own.get(place.strip("-").partition("=")[0]), flags.MultiFlag)
+            once = "; repeat the flag for several" if several else ""
+            return errors.ConfigError(f"{place}: expected {expected}{once}")
+    return errors.ConfigError(message)
+
+
+# How the libraries' parsers say what they do not take -> what they do take.
+_EXPECTED = {
+    "invalid literal for int()": "a whole number",
+    "could not convert string to float": "a number",
+    "Non-boolean argument to boolean flag": "true or false",
+    "Failed to parse": "fields and their values, such as \"{'field': 'value'}\"",
+}
 
 
 def _config_files(args: Sequence[str]) -> Iterator[tuple[flags.Flag, int, str]]:
@@ -238,7 +283,7 @@ def _find_config(flag: flags.Flag, value: str) -> str:
     """`shipped.find_config`, and what its file imports can be found."""
     # ml_collections reports a missing file only when a field is first used, with a long text.
     try:
-        found = shipped.find_config(value)
+        found = shipped.find_config(paths.expanded(value))
     except errors.ConfigError as error:
         raise errors.ConfigError(f"--{flag.name}: {error.message}") from error
     # Config files import their neighbours, and ours, as `configs.NAME`, wherever a command is run.
@@ -247,6 +292,85 @@ def _find_config(flag: flags.Flag, value: str) -> str:
         if root not in sys.path:
             sys.path.insert(0, root)
     return found
+
+
+def _overrides(argv: Sequence[str], name: str, config: Any) -> tuple[list[str], dict[str, tuple]]:
+    """(arguments, {new field: its values}): overrides that ml_collections would not understand.
+
+    A field that is a list takes `a,b`, `"('a', 'b')"` or the flag several times; it is passed on
+    as one Python tuple. A field that a mapping of the user's names does not have yet is taken out.
+    """
+    out, lists, added = [], {}, {}
+    rest = iter(enumerate(argv))
+    start = next(n for n, arg in enumerate(argv) if re.match(rf"--?{re.escape(name)}(=|$)", arg))
+    end = argv.index("--") if "--" in argv else len(argv)
+    for number, arg in rest:
+        match = re.fullmatch(rf"--?{re.escape(name)}\.([\w.]+)(?:=(.*))?", arg, re.DOTALL)
+        field = match[1] if match and start < number < end else ""
+        old = _value(config, field)
+        new = old is None and field.rpartition(".")[0] in _USERS_NAMES
+        if not isinstance(old, tuple) and not new:
+            out.append(arg)
+            continue
+        text = next(rest, (0, ""))[1] if match[2] is None else match[2]
+        values = _list(f"--{name}.{field}", text, old or ())
+        if new or field in added:
+            added[field] = added.get(field, ()) + values
+        elif field in lists:
+            lists[field] = lists[field][0], lists[field][1] + values
+        else:
+            lists[field] = len(out), values
+            out.append("")
+    for field, (place, values) in lists.items():
+        out[place] = f"--{name}.{field}={values!r}"
+    return out, added
+
+
+def _value(config: Any, field: str) -> Any:
+    """What a config has at a dotted name, None for nothing."""
+    for step in field.split("."):
+        if not hasattr(config, "keys") or step not in config:
+            return None
+        config = config[step]
+    return config
+
+
+def _list(flag: str, text: str, old: tuple) -> tuple:
+    """The values of a list on the command line.
+
+    Args:
+      old: the list that they replace, of whose kind they must be.
+
+    Raises:
+      ConfigError: names the flag and the forms that are understood.
+    """
+    example = old[:2] or ("a", "b")
+    expected = errors.ConfigError(
+        f'{flag}={text}: expected a list such as {",".join(map(str, example))} or "{example!r}"'
+    )
+    try:
+        values = ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError):
+        values = paths.listed(text)
+        bracketed = text.strip().startswith(("(", "[")) and "," in text
+        if bracketed or any(part[0] in "'\"" or part[-1] in "'\"" for part in values):
+            raise expected from None
+    if isinstance(values, set):  # {1,2} is a range of shards
+        values = paths.listed(text)
+    values = tuple(values) if isinstance(values, list | tuple) else (values,)
+    of = lambda kind, row: all(isinstance(value, kind) for value in row)
+    if old and any(of(kind, old) and not of(kind, values) for kind in (str, int | float)):
+        raise expected
+    return values
+
+
+def _add_fields(config: Any, added: Mapping[str, tuple]) -> None:
+    for field, values in added.items():
+        parent, _, leaf = field.rpartition(".")
+        node = _value(config, parent)
+        words = {"true": True, "false": False, "null": None}
+        with node.unlocked():
+            node[leaf] = tuple(words.get(v, v) if isinstance(v, str) else v for v in values)
 
 
 def _unknown_field(

@@ -47,6 +47,45 @@ def folder(tmp_path):
     return tmp_path / "m"
 
 
+def test_a_bundle_written_anew_leaves_nothing_of_the_old_one(folder):
+    """Nor of a writer that was killed; what is not ours stays."""
+    (folder / ".decoder.safetensors.0123456789ab.tmp").write_bytes(b"half")
+    (folder / "README.md").write_text("kept")
+    bundle.check_out(folder)
+    bundle.write(folder, {"prior": _prior()})
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("README.md", "model.json", "prior.safetensors")
+    ]
+    assert list(bundle.read(folder).parts) == ["prior"]
+
+
+@pytest.mark.parametrize(
+    ("there", "said"),
+    [
+        ({}, None),
+        ({"prior.safetensors": "cut short before model.json"}, None),
+        ({"config.json": "{}", "metrics.jsonl": ""}, r"\(config\.json, metrics\.jsonl\)"),
+        ({f"{n}.png": "" for n in range(5)}, r"\(0\.png, 1\.png, 2\.png and 2 more\)"),
+        ({"model.json": '{"layers": 3}'}, "no bundle: it has no format number"),
+    ],
+)
+def test_a_folder_that_holds_something_else_is_refused(tmp_path, there, said):
+    for name, text in there.items():
+        (tmp_path / name).write_text(text)
+    if said is None:
+        bundle.check_out(tmp_path)
+        return
+    with pytest.raises(errors.UnclipError, match=said):
+        bundle.check_out(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == set(there)
+
+
+def test_a_run_with_a_bundle_in_it_stays_a_run(folder):
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(errors.ConfigError, match="holds something else than a bundle"):
+        bundle.check_out(folder)
+
+
 def test_round_trip_is_exact(folder):
     read = bundle.read(folder)
     assert list(read.parts) == ["prior", "decoder"]

@@ -1,5 +1,6 @@
 """The cascade as a value: pictures that depend on their seed alone, recipes that repeat them."""
 
+import dataclasses
 import warnings
 
 import jax
@@ -8,7 +9,7 @@ import pytest
 
 from unclip import errors, tasks
 from unclip.cascade import bundle, runs
-from unclip.cascade.pipeline import STAGE_TAGS, UnCLIP
+from unclip.cascade.pipeline import STAGE_TAGS, UnCLIP, lacking
 from unclip.files import images
 from unclip.input.decode.image import for_clip
 from unclip.models.t5 import T5Encoder
@@ -186,6 +187,50 @@ def test_the_first_stages_alone(six, model):
         model.generate("a red dot", stages=0)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"stages": 4}, r"stages=4: expected 1 \(the decoder alone\) to 3; .* upsampler_1"),
+        ({"stages": 2, "upsamplers": [{}, {"steps": 2}]}, "for 2 upsamplers, of which 1 run"),
+        ({"upsamplers": [{}] * 3}, "for 3 upsamplers, of which 2 run: they would"),
+        ({"embed": "text", "prior": {"steps": 9}}, r"prior \(steps\) would have no effect"),
+        ({"stages": 2, "noise": {"upsampler_1": 0}}, "noise of 'upsampler_1' would have no effect"),
+        ({"embed": "text", "noise": {"prior": 0}}, "noise of 'prior' would have no effect"),
+        ({"decoder": {"sampler": "euler"}}, "unknown sampler 'euler'"),
+        ({"upsamplers": [{"steps": 0}]}, "sampling steps 0"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(model, monkeypatch, arguments, said):
+    """Before anything is drawn."""
+    monkeypatch.setattr(model, "_call", None)
+    with pytest.raises(errors.ConfigError, match=said):
+        model.generate("a red dot", **arguments)
+    arguments.pop("embed", None)
+    if "prior" not in arguments:
+        with pytest.raises(errors.ConfigError, match=said):
+            model.variations(np.zeros((8, 8, 3), np.uint8), **arguments)
+
+
+def test_a_model_at_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    with pytest.raises(errors.DataError, match="/home/me/none is no bundle"):
+        UnCLIP.load("~/none")
+
+
+def test_what_parts_lack(parts):
+    assert lacking(parts) == {"text": "", "variations": ""}
+    without = lambda *names: {n: part for n, part in parts.items() if n not in names}
+    assert lacking(without("prior")) == {"text": "no prior", "variations": ""}
+    assert lacking(without("clip")) == {"text": "no clip", "variations": "no clip"}
+    assert lacking(without("decoder")) == {"text": "no decoder", "variations": "no decoder"}
+    own = parts["decoder"]
+    part = dataclasses.replace(own, settings=own.settings | {"embedding": "text"})
+    assert lacking(without("prior") | {"decoder": part}) == {
+        "text": "",
+        "variations": "no decoder of z_i",
+    }
+
+
 def test_variations_share_the_embedding(model):
     picture = np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)
     drawn = model.variations(picture, n=2, seed=3, stages=1)
@@ -253,7 +298,6 @@ def test_a_missing_part_is_named(parts, keep, said):
     [
         ({"decoder": {"guidence": 1}}, "decoder setting 'guidence': did you mean 'guidance'"),
         ({"prior": {"threshold": 1}}, "unknown prior setting 'threshold'"),
-        ({"upsamplers": [{}, {}, {}]}, "settings for 3 upsamplers; this model has 2"),
         ({"n": 0}, "n=0"),
         ({"seed": -1}, "seed -1"),
         ({"seed": 2**32}, "seed 4294967296"),
@@ -314,6 +358,8 @@ def test_a_decoder_of_text_embeddings_needs_no_prior(parts):
     assert drawn.recipes[0]["embed"] == "text"
     with pytest.raises(errors.ConfigError, match=r"'text' or 'none'"):
         model.generate("a red dot", 1, embed="prior")
+    with pytest.raises(errors.ConfigError, match=r"prior \(guidance\) would have no effect"):
+        model.generate("a red dot", 1, prior={"guidance": 2.0})
     with pytest.raises(errors.ConfigError, match="variations need a decoder of z_i"):
         model.variations(drawn.images[0], 1)
 

@@ -212,17 +212,19 @@ def test_describe_counts_what_a_device_really_holds(params):
 
 def residual_block(mesh, rows, dtype):
     """(gradient of a residual block's loss, its parameters, its input), for a mesh or None."""
-    style = unet.Style(64, True, "group", 8, 1e-5, 0.0, True, dtype, None, False, "xla")
+    style = unet.Style(64, True, "group", 8, 1e-5, 0.0, dtype, None, False, "xla")
     block = unet.ResBlock(style, 96)
     x = jax.random.normal(jax.random.key(0), (rows, 8, 8, 96))
     emb = jax.random.normal(jax.random.key(1), (rows, 16))
-    params = block.init(jax.random.key(2), x, emb)["params"]
+    reads = lambda emb: unet.Reads(emb, None, None, None)
+    params = block.init(jax.random.key(2), x, reads(emb))["params"]
     params["conv_2"]["kernel"] = 0.02 * jnp.ones_like(params["conv_2"]["kernel"])
     if mesh is not None:
         where = sharding.shardings(params, mesh, sharding.FSDP)
         params = jax.tree.map(jax.device_put, params, where)
         x, emb = (jax.device_put(a, sharding.batch_sharding(mesh)) for a in (x, emb))
-    loss = lambda p, x, emb: jnp.mean(block.apply({"params": p}, x, emb).astype(jnp.float32) ** 2)
+    apply = lambda p, x, emb: block.apply({"params": p}, x, reads(emb)).astype(jnp.float32)
+    loss = lambda p, x, emb: jnp.mean(apply(p, x, emb) ** 2)
     return jax.jit(jax.grad(loss)), params, (x, emb)
 
 

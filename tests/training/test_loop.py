@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,9 +19,12 @@ from unclip import errors, tasks
 from unclip.cascade import runs
 from unclip.files import images
 from unclip.runtime import checkpoint, distributed
+from unclip.training import checks
+from unclip.training.checkup import examine
+from unclip.training.evaluators.held_out import HeldOutLoss
 from unclip.training.loop import Loop
 from unclip.training.plan import as_json, frozen_part, make_plan
-from unclip.training.start import initial_params, train, write_config
+from unclip.training.start import initial_params, resumed_lines, train, write_config
 
 ROOT = pathlib.Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("cheap_runs")
@@ -236,10 +240,106 @@ def test_an_evaluation_cut_short_is_done_after_the_resume(
 
 def test_a_shorter_run_measures_nothing_of_the_longer(measured, measured_clip):
     """The state is of step 4: under another number its figures would be wrong."""
-    before = lines(measured)
+    before, config = lines(measured), (pathlib.Path(measured) / "config.json").read_bytes()
     train(measured_clip(total_steps=3), measured)
     assert lines(measured) == before
-    write_config(measured_clip(), pathlib.Path(measured))
+    assert (pathlib.Path(measured) / "config.json").read_bytes() == config
+
+
+def test_the_last_state_is_saved_before_it_is_measured(
+    tiny_config, run_of, shards, tmp_path, monkeypatch, capsys
+):
+    """What fails in the last evaluation costs no step, and the same command does it again."""
+    config = tiny_config("clip", {"input.held_out": (shards["held_out"],), "metric_examples": 0})
+
+    def broken(self, state, step):
+        raise errors.DataError("a held-out shard is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HeldOutLoss, "run", broken)
+        with pytest.raises(errors.DataError, match="held-out shard is gone"):
+            train(config, str(tmp_path))
+    assert checkpoint.steps(tmp_path / "checkpoints") == [2]
+    assert_same_state(run_of("clip"), tmp_path)
+    assert not series(tmp_path, "held_out/loss")
+    train(config, str(tmp_path))
+    assert "2 of 2 steps: measures held_out" in capsys.readouterr().err.splitlines()
+    assert list(series(tmp_path, "held_out/loss")) == [2]
+    assert [line["step"] for line in lines(tmp_path) if "loss" in line] == [1, 2]
+    assert_same_state(run_of("clip"), tmp_path)
+
+
+@pytest.fixture
+def over(run_of, tmp_path):
+    """A copy of a CLIP's run, which is over after its two steps."""
+    return shutil.copytree(run_of("clip"), tmp_path / "over")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"optim.learning_rate": 0.5}, "nothing to do: 2 of 2 steps"),
+        ({"optim.learning_rate": 0.5, "total_steps": 1}, "nothing to do: 2 of 1 steps"),
+    ],
+)
+def test_a_start_with_nothing_to_do_says_so(over, tiny_config, capsys, change, said):
+    before = (over / "config.json").read_bytes()
+    train(tiny_config("clip", change), str(over))
+    assert said in capsys.readouterr().err.splitlines()
+    assert (over / "config.json").read_bytes() == before
+
+
+def test_a_resume_says_what_jumps(over, tiny_config, capsys, monkeypatch):
+    """A cosine that had come down to 0 at step 2 is at half of its peak in a run of four."""
+    monkeypatch.setattr(Loop, "run", lambda self, step_fn, state, first: state)
+    changes = {"total_steps": 4, "optim.schedule": "cosine", "optim.learning_rate": 1e-3}
+    old = json.loads((over / "config.json").read_text())
+    old["optim"] |= {"schedule": "cosine", "learning_rate": 1e-3}
+    (over / "config.json").write_text(json.dumps(old))
+    expected = [
+        "resumed at step 2 of 4",
+        "changed since the start before: total_steps 2 -> 4",
+        "the learning rate jumps: 0 -> 0.0005, 50% of its peak",
+    ]
+    assert examine(tiny_config("clip", changes), str(over))["resume"] == expected
+    train(tiny_config("clip", changes), str(over))
+    said = capsys.readouterr().err
+    assert "\n".join(expected) + "\n" in said
+    assert json.loads((over / "config.json").read_text())["total_steps"] == 4
+
+
+def test_an_unchanged_resume_says_that_alone(over, tiny_config):
+    config = tiny_config("clip", {"total_steps": 4})
+    write_config(config, over)
+    assert resumed_lines(make_plan(config), over, 2) == ["resumed at step 2 of 4"]
+
+
+def test_another_optimiser_is_refused_by_the_field_that_changed(over, tiny_config):
+    before = (over / "config.json").read_bytes()
+    change = {"optim.weight_decay": 0.0, "total_steps": 4, "log_steps": 0}
+    with pytest.raises(errors.ConfigError, match="2 problems") as caught:
+        train(tiny_config("clip", change), str(over))
+    assert "--config.log_steps=0: expected a number of at least 1" in caught.value.table
+    change.pop("log_steps")
+    with pytest.raises(errors.ConfigError, match=r"optim\.weight_decay was 0\.2, now 0\.0"):
+        train(tiny_config("clip", change), str(over))
+    assert (over / "config.json").read_bytes() == before
+
+
+def test_another_clip_is_told_by_its_flag(run_of, tiny_config, monkeypatch):
+    """Its widths are others: no list of tensors says that as well."""
+    monkeypatch.setattr(checks, "trace", lambda *_: None)
+    change = {"clip": "random", "total_steps": 4}
+    folder = run_of("decoder")
+    resumed = make_plan(tiny_config("decoder", change), workdir=folder).problems
+    assert len(resumed) == 1 and f"clip was {run_of('clip')!r}, now 'random'" in resumed[0].message
+    begun = make_plan(tiny_config("decoder", change | {"init_from": folder})).problems
+    assert len(begun) == 1 and "of other widths than --config.clip=random" in begun[0].message
+    change |= {"init_from": run_of("upsampler_0")}
+    assert (
+        "'upsampler', not 'decoder'"
+        in make_plan(tiny_config("decoder", change)).problems[0].message
+    )
 
 
 def test_what_a_run_leaves(whole, decoder_config):
@@ -394,9 +494,12 @@ def test_init_from_starts_with_those_parameters(run_of, tiny_config, tmp_path):
     assert int(got["step"]) == 1
 
 
-def test_init_from_another_model_lists_the_leaves(run_of, tiny_config):
+def test_init_from_another_model_names_the_fields(run_of, tiny_config, tmp_path):
     config = tiny_config("clip", {"init_from": run_of("clip"), "arch.embed_dim": 24})
-    plan = make_plan(config)
+    with pytest.raises(errors.ConfigError, match=r"expected --config\.arch\.embed_dim=16 "):
+        train(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    plan = make_plan(config, shapes_only=True)
     with pytest.raises(errors.ConfigError, match=r"text/proj/kernel \(16, 16\), the model has"):
         initial_params(config, plan.params)
 
@@ -544,8 +647,6 @@ def test_sigterm_saves_and_exits_with_75(flat, tmp_path):
 
 def test_a_full_disk_is_one_line_and_loses_nothing(flat, run_of, tmp_path):
     """No file may grow beyond a limit: the checkpoint fails, the earlier ones stay whole."""
-    import shutil
-
     workdir = tmp_path / "run"
     shutil.copytree(run_of("clip"), workdir)
     before = state_of(workdir)

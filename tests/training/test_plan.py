@@ -1,6 +1,7 @@
 """Steps of every stage: the same on any mesh, exact accumulation, skipped steps; clear refusals."""
 
 import dataclasses
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -230,6 +231,119 @@ def test_every_problem_is_told_at_once(tiny_config, tmp_path):
     one = make_plan(tiny_config("clip", {"input.shards": ("/nowhere/x.tar",)}))
     with pytest.raises(errors.DataError, match=r"x\.tar' is not there"):
         one.check()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        (
+            "upsampler",
+            {
+                "input.degradation": "bsrr",
+                "input.margin": 20.0,
+                "input.degradation_probability": 3.0,
+                "task.draw.sampler": "euler",
+                "optim.schedule": "cosin",
+                "optim.b2": 1.5,
+                "save_steps": 0,
+                "eval_steps": -3,
+                "ema": float("nan"),
+            },
+            [
+                "degradation 'bsrr': did you mean 'bsr'",
+                "margin 20.0: expected 1 to 8",
+                "degradation probability 3.0: expected 0 to 1",
+                "unknown sampler 'euler': valid: ddim",
+                "did you mean 'cosine'",
+                "b2 is 1.5",
+                "--config.save_steps=0: expected a number of at least 1",
+                "--config.eval_steps=-3",
+                "--config.ema=nan: expected a number from 0 to 1",
+            ],
+        ),
+        ("upsampler", {"task.factor": 3, "task.crop": 8}, ["crop 8 of 16 by factor 3"]),
+        (
+            "upsampler",
+            {
+                "task.factor": 0,
+                "arch.channels": 0,
+                "arch.multipliers": (),
+                "arch.dropout": float("nan"),
+                "batch_size": 0,
+                "accumulate": 0,
+                "total_steps": 0,
+                "optim.eps": 0.0,
+            },
+            [
+                "--config.task.factor=0: expected at least 1",
+                "--config.arch.channels=0: expected at least 1",
+                "--config.arch.multipliers=(): expected one or more",
+                "--config.arch.dropout=nan: expected at least 0",
+                "--config.batch_size=0",
+                "--config.accumulate=0",
+                "--config.total_steps=0: expected a number of at least 1",
+                "eps is 0.0, expected more than 0",
+            ],
+        ),
+        (
+            "upsampler",
+            {"task.image_size": 18, "arch.patch": 4},
+            ["--config.task.image_size=18: expected a multiple of 4"],
+        ),
+        ("upsampler", {"task.variance": "fixt_small"}, ["unknown variance 'fixt_small'"]),
+        ("upsampler", {"task.parametrisation": "x"}, ["unknown parametrisation 'x'"]),
+        ("clip", {"arch.patch_size": 7}, ["image_size=16: expected a multiple of arch.patch"]),
+        (
+            "clip",
+            {"sharding": "(('vision', 'fsdp')"},
+            ["expected data, fsdp, tensor, or", "('/kernel$', 'fsdp')"],
+        ),
+        ("clip", {"sharding": "(('visoin', 'fsdp'),)"}, ["'visoin' matches no parameter"]),
+        ("clip", {"metric_clip": "/nowhere/clip"}, ["metric_clip: /nowhere/clip: no such folder"]),
+        ("clip", {"metric_inception": "/nowhere/i"}, ["metric_inception /nowhere/i: no such"]),
+        ("prior", {"arch.embed_dim": 24}, ["--config.arch.embed_dim=16"]),
+        (
+            "prior",
+            {"arch.text_width": 8, "arch.context": 40},
+            ["--config.arch.text_width=16", "--config.arch.context=16"],
+        ),
+        ("clip", {"arch.dtype": "float33"}, ["data type 'float33' not understood"]),
+        ("decoder", {"arch.out_channels": 3}, ["needs --config.arch.out_channels=6, given 3"]),
+    ],
+)
+def test_what_costs_a_run_is_told_before_it(tiny_config, run_of, name, change, said):
+    """All of it, as flags to set."""
+    own = {"clip": run_of("clip")} if name in ("prior", "decoder") else {}
+    plan = make_plan(tiny_config(name, own | change))
+    told = "\n".join(problem.message for problem in plan.problems)
+    for words in said:
+        assert told.count(words) == 1, told
+
+
+def test_a_sharding_may_be_given_as_text(tiny_config):
+    """On the command line it cannot be given otherwise."""
+    config = tiny_config("clip", {"sharding": "(('vision/', 'fsdp'), ('.', 'replicate'))"})
+    plan = make_plan(config, shapes_only=True)
+    assert not plan.problems
+    assert plan.rules == (("vision/", "fsdp"), (".", "replicate"))
+
+
+def test_a_config_that_trains_nothing(tiny_config):
+    config = tiny_config("clip")
+    config.stage = "evaluate"
+    with pytest.raises(errors.ConfigError, match=r"stage 'evaluate' trains nothing; .*clip\.py"):
+        make_plan(config)
+
+
+def test_paths_of_a_config_may_begin_at_home(tiny_config, shards, run_of, monkeypatch):
+    """The shell leaves `~` alone behind `--config.clip=`."""
+    monkeypatch.setenv("HOME", str(pathlib.Path(shards["train"]).parent))
+    files = ("~/train-*.tar", "~/held-out-0000.tar")
+    change = {"input.shards": files[:1], "input.held_out": files[1:], "init_from": "~/none"}
+    plan = make_plan(tiny_config("clip", change))
+    assert (len(plan.data), len(plan.held_out)) == (24, 8)
+    folder = pathlib.Path(shards["train"]).parent
+    assert [problem.message.split(":")[0] for problem in plan.problems] == [f"{folder}/none"]
 
 
 def test_the_config_is_left_alone(tiny_config):

@@ -21,11 +21,11 @@ class Prior:
 
     schedule = np.zeros(50)
 
-    def predict(self):
-        return {"x0_error": lambda params, frozen, batch, key: batch["t"].astype(jnp.float32)}
+    def x0_error(self, params, frozen, batch, t, key):
+        return t.astype(jnp.float32)
 
 
-def test_every_timestep_is_met_and_keeps_its_own_error(monkeypatch):
+def test_every_timestep_is_met_and_keeps_its_own_error():
     from unclip.runtime import sharding
 
     mesh = sharding.make_mesh({"data": 1}, jax.devices()[:1])
@@ -40,7 +40,7 @@ def test_every_timestep_is_met_and_keeps_its_own_error(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_measures_once_and_its_part_draws_with_it(tiny_config, run_of, tmp_path, monkeypatch):
+def test_a_run_measures_once_and_its_part_draws_with_it(tiny_config, run_of, tmp_path):
     changes = {"clip": run_of("clip"), "task.variance": "analytic"}
     start.train(tiny_config("prior", changes), str(tmp_path / "prior"))
     file = pathlib.Path(tmp_path / "prior" / runs.STATISTICS)

@@ -110,11 +110,18 @@ def test_a_job_is_stopped_killed_and_resumed(embed, model, tars, tmp_path):
             "caption source",
         ),
         (("--model", "{model}", "--out", "{tars}/00001.tar", "{tars}/00000.tar"), 74, "00001.tar"),
+        (
+            ("--model", "{model}", "--out", "{out}", "--workers", "1", "--threads", "2", "x.tar"),
+            78,
+            "--threads has no effect: --workers decode in place of threads",
+        ),
+        (("--model=~/none", "--out={out}", "{tars}/0.tar"), 74, "/none: no such folder"),
     ],
 )
 def test_mistakes(arguments, code, message, embed, model, tars, tmp_path):
     words = [a.format(model=model, tars=tars, out=tmp_path / "out") for a in arguments]
     got, _, err = embed(*words)
+    assert "~" not in err
     assert got == code and message in err and len(err.strip().splitlines()) == 1, err
 
 

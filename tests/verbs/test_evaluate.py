@@ -215,6 +215,16 @@ def test_real_pictures_are_measured_once(done, config, monkeypatch):
     [
         (["--config=configs/evaluate.py:emoji", "--config.model=nowhere"], 74, "nowhere: no such"),
         (["--config=configs/clip.py:emoji"], 78, "expected configs/evaluate.py"),
+        (
+            ["--config=configs/evaluate.py:emoji", "--follow_timeout=9"],
+            78,
+            "--follow_timeout has no effect",
+        ),
+        (
+            ["--config=configs/evaluate.py:emoji", "--report_only", "--dry_run"],
+            78,
+            "--dry_run has no effect: --report_only draws nothing",
+        ),
     ],
 )
 def test_one_line_before_anything_is_drawn(evaluate, tmp_path, arguments, code, said):

@@ -48,6 +48,22 @@ def test_export_writes_the_averages(export, run_of, bundle_dir, tmp_path):
     assert set(written["parts"]) == set(bundle.describe(bundle_dir)["parts"])
     assert set(bundle.read_part(tmp_path, "prior").extra) == {"mean", "std"}
     assert written["meta"]["sources"]["clip"] == run_of("clip")
+    assert "--mode text: yes" in out and "--mode variations: yes" in out
+    # A smaller bundle in its place: nothing is left of the other parts.
+    parts = ("--clip", run_of("clip"), "--decoder", run_of("decoder"))
+    code, out, err = export(*parts, "--out", tmp_path)
+    assert code == 0, err
+    assert "--mode text: no, it has no prior" in out and "--mode variations: yes" in out
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("clip.safetensors", "decoder.safetensors", "model.json")
+    ]
+    code, _, err = export(*parts, "--out", run_of("prior"))
+    assert code == 78 and "holds something else than a bundle (" in err
+    code, _, err = export("--clip", bundle_dir, "--noema", "--out", tmp_path / "other")
+    assert code == 78 and "a BUNDLE holds one set of parameters" in err
+    code, _, err = export(*parts, "--upsampler_last", "x", "--out", tmp_path / "other")
+    assert code == 78 and "--upsampler_last is a net of the first --upsampler" in err
+    assert not (tmp_path / "other").exists()
 
 
 def test_export_refuses_another_clip_or_says_so(export, run_of, tmp_path):
@@ -101,8 +117,14 @@ def test_parts_that_do_not_fit(bundle_dir):
     with pytest.raises(errors.ConfigError, match="takes 16x16 pictures"):
         runs.check_fit(gap)
     parts["clip"].arch["embed_dim"] = 24
-    with pytest.raises(errors.ConfigError, match="prior has 16-dimensional z_i, CLIP gives 24"):
-        runs.check_fit(parts)
+    for name in ("prior", "decoder"):
+        said = f"{name} has 16-dimensional z_i, CLIP gives 24"
+        with pytest.raises(errors.ConfigError, match=said):
+            runs.check_fit({"clip": parts["clip"], name: parts[name]})
+    parts["clip"].arch |= {"embed_dim": 16, "text_width": 8}
+    said = "decoder has 16-dimensional hidden states, CLIP gives 8"
+    with pytest.raises(errors.ConfigError, match=said):
+        runs.check_fit({"clip": parts["clip"], "decoder": parts["decoder"]})
 
 
 def test_generate_writes_pictures_that_say_how(generate, bundle_dir, tmp_path):
@@ -154,6 +176,20 @@ def test_generate_writes_pictures_that_say_how(generate, bundle_dir, tmp_path):
         (("--prompt", "a red dot", "--prompt", " "), 78, "--prompt 2 of 2 is empty"),
         ((), 78, "needs at least one --prompt"),
         (("--mode", "variatons"), 78, "did you mean 'variations'"),
+        (
+            ("--mode", "variations", "--prior_steps", 9, "--candidates", 1, "--prompt", "a"),
+            78,
+            "--prompt has no effect: --mode variations draws from --image alone; --prior_steps has "
+            "no effect: --mode variations uses no prior; --candidates",
+        ),
+        (("--image", "a.png", "--prompt", "a"), 78, "--image has no effect: --mode text"),
+        (("--prompt", "a", "--stages", 9), 78, "stages=9: expected 1 (the decoder alone) to 3"),
+        (
+            ("--prompt", "a", "--stages", 1, "--upsampler_steps", 2),
+            78,
+            "settings for 1 upsamplers, of which 0 run with stages=1",
+        ),
+        (("--prompt", "a", "--sampler", "euler"), 78, "unknown sampler 'euler': valid: ddim"),
     ],
 )
 def test_generate_refuses_before_it_draws(generate, bundle_dir, tmp_path, arguments, code, said):

@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -45,6 +46,9 @@ KINDS = (
 SPACES = ("clip", "t5")  # parts in whose embedding space others work
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 MAX_JSON_BYTES = 16 << 20
+# Files of a bundle, and those that `files.replacing` leaves of one when the process is killed.
+_NAMES = "|".join(["model.json", *(f"{kind}.safetensors" for kind in KINDS)]).replace(".", r"\.")
+_OWN = re.compile(rf"({_NAMES})|\.({_NAMES})\.[0-9a-f]+\.tmp")
 
 
 @dataclasses.dataclass
@@ -114,8 +118,10 @@ def write(
 ) -> str:
     """Writes a bundle, part files first and `model.json` last, each atomically.
 
+    A bundle that is there is replaced, with all of its files.
+
     Args:
-      directory: the bundle's folder, made when missing.
+      directory: the bundle's folder, made when missing; see `check_out`.
       parts: part by name; a name equals its part's `kind`.
       meta: JSON-able facts about the whole (name, licence, data, commit).
       dtype: cast floating parameters to "float32" or "bfloat16"; None keeps each as it is. `extra`
@@ -161,7 +167,47 @@ def write(
     text = json.dumps(document, indent=2, sort_keys=True, allow_nan=False)
     with files.replacing(directory / "model.json") as temporary:
         temporary.write_text(text + "\n", encoding="ascii")
+    for path in directory.iterdir():
+        if _OWN.fullmatch(path.name) and path.name not in _files(parts):
+            try:
+                path.unlink()
+            except OSError as error:
+                raise errors.DataError(
+                    f"cannot remove {path}: {error.strerror or error}"
+                ) from error
     return model_hash
+
+
+def _files(parts: Iterable[str]) -> set[str]:
+    return {"model.json", *(f"{name}.safetensors" for name in parts)}
+
+
+def check_out(directory: str | os.PathLike) -> None:
+    """Refuses a folder for a new bundle that holds something else.
+
+    A folder that is missing or empty is taken, and one with a bundle, which `write` replaces: a
+    whole one, beside which other files may lie, or the files of one that was cut short.
+
+    Raises:
+      ConfigError: names some of what is there. DataError: it cannot be read, or is a file.
+    """
+    directory = pathlib.Path(directory)
+    try:
+        there = sorted(path.name for path in directory.iterdir())
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise errors.DataError(f"cannot write {directory}: {error.strerror or error}") from error
+    others = [name for name in there if not _OWN.fullmatch(name)]
+    if "model.json" in there:
+        describe(directory)  # a file of that name may be anybody's
+        others = ["config.json"] if "config.json" in others else []  # a run stays a run
+    if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        raise errors.ConfigError(
+            f"{directory} holds something else than a bundle ({', '.join(others[:3])}{more}): "
+            "give another --out, or an empty folder"
+        )
 
 
 def describe(directory: str | os.PathLike) -> dict[str, Any]:

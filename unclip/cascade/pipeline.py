@@ -23,6 +23,7 @@ import numpy as np
 from unclip import errors, tasks
 from unclip.cascade import bundle, spaces
 from unclip.files import images as image_files
+from unclip.files import paths
 from unclip.input.decode.image import for_clip
 from unclip.input.decode.text import Tokenizer
 from unclip.runtime import sharding
@@ -132,7 +133,7 @@ class UnCLIP:
           DataError: unreadable or damaged files; ConfigError: not a bundle, or its stages work in
             several embedding spaces (`cascade.spaces`).
         """
-        opened = bundle.read(directory)
+        opened = bundle.read(paths.expanded(directory))
         allowed = allow_mixed_spaces or opened.meta.get(spaces.RECORD, ())
         for line in spaces.check(opened.parts, allowed):
             warnings.warn(f"{directory}: several embedding spaces: {line}", stacklevel=2)
@@ -332,19 +333,34 @@ class UnCLIP:
         if z_i is not None:
             conditions["z_i"] = z_i
         shape = (len(seeds), *2 * (task.image_size,), 3)
+        names = self._running(stages, decoder, upsamplers)
         out = {"decoder": self._draw("decoder", conditions, seeds, decoder or {}, noise, shape)}
-        if len(upsamplers) > len(self.upsamplers):
-            raise errors.ConfigError(
-                f"settings for {len(upsamplers)} upsamplers; this model has {len(self.upsamplers)}"
-            )
-        if stages is not None and stages < 1:
-            raise errors.ConfigError(f"stages={stages}: expected at least 1, the decoder alone")
         chosen = [*upsamplers, *[{}] * len(self.upsamplers)]
         low = out["decoder"]
-        names = self.upsamplers[: None if stages is None else stages - 1]
         for name, settings in zip(names, chosen):
             low = out[name] = self._upsample(name, low, seeds, settings, noise)
         return out
+
+    def _running(
+        self, stages: int | None, decoder: dict | None, upsamplers: Sequence[dict]
+    ) -> list[str]:
+        """The upsamplers that run; refuses what could not be drawn or would have no effect."""
+        count = 1 + len(self.upsamplers)
+        if stages is not None and not 1 <= stages <= count:
+            most = f" to {count}" if count > 1 else ", as this model has no upsampler"
+            raise errors.ConfigError(
+                f"stages={stages}: expected 1 (the decoder alone){most}; this model has "
+                f"{', '.join(['decoder', *self.upsamplers])}"
+            )
+        names = self.upsamplers[: (stages or count) - 1]
+        if len(upsamplers) > len(names):
+            raise errors.ConfigError(
+                f"settings for {len(upsamplers)} upsamplers, of which {len(names)} run"
+                f"{f' with stages={stages}' if stages else ''}: they would have no effect"
+            )
+        for name, settings in [("decoder", decoder or {}), *zip(names, upsamplers)]:
+            self._tasks[name].checked_draw(settings, name)
+        return names
 
     def _upsample(
         self, name: str, low: np.ndarray, seeds: Sequence[int], settings: dict, noise: Noise | None
@@ -408,7 +424,7 @@ class UnCLIP:
           stages: how many of decoder and upsamplers run; None = all.
           embed: where the decoder's z_i comes from (section 5.1 of the paper): "prior" draws it,
             "text" gives z_t in its place, "none" drops it. None: "text" for a decoder that was
-            trained so, "prior" for any other; a decoder without z_i ignores it.
+            trained so, "prior" for any other; a decoder without z_i has only "none".
           caption: whether the decoder reads the caption too.
           noise: in place of what the seeds would draw, one row a picture; see this module.
 
@@ -416,7 +432,8 @@ class UnCLIP:
           `Pictures`, caption-major.
 
         Raises:
-          ConfigError: empty prompt, a part that is missing, a setting that does not exist.
+          ConfigError: empty prompt, a part that is missing, a setting that does not exist or would
+            have no effect.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if n < 1 or not prompts:
@@ -428,7 +445,7 @@ class UnCLIP:
         seeds = [s for one in first for s in _seeds(one, n)]
         self._need("decoder", "drawing a picture")
         task, z_i = self._tasks["decoder"], None
-        embed = embed or ("text" if task.embedding == "text" else "prior")
+        asked, embed = embed, embed or ("text" if task.embedding == "text" else "prior")
         if embed not in EMBEDS:
             raise errors.unknown("embed", embed, EMBEDS)
         if embed == "prior" and task.embedding == "text":
@@ -436,8 +453,21 @@ class UnCLIP:
                 "embed 'prior': this decoder was trained on z_t in place of z_i; "
                 "expected 'text' or 'none'"
             )
+        unread = not task.model.use_z_i  # a text-only decoder (GLIDE, Imagen)
+        if unread and asked not in (None, "none"):
+            raise errors.ConfigError(
+                f"embed {asked!r} would have no effect: this decoder reads the caption alone"
+            )
+        if prior and (unread or embed != "prior"):
+            why = "reads the caption alone" if unread else f"is given z_i by embed={embed!r}"
+            raise errors.ConfigError(
+                f"settings of the prior ({', '.join(prior)}) would have no effect: this decoder "
+                f"{why}"
+            )
+        drawn = ["prior"] * (embed == "prior" and not unread) + ["decoder"]
+        _check_noise(noise, [*drawn, *self._running(stages, decoder, upsamplers)])
         chosen = {"decoder": decoder or {}}
-        if not task.model.use_z_i:  # a text-only decoder (GLIDE, Imagen) reads the caption alone
+        if unread:
             embed = None
         elif embed == "prior":
             z_i = self.draw_prior(wanted, seeds, noise=noise, **(prior or {}))
@@ -485,10 +515,12 @@ class UnCLIP:
             caption, with guidance too.
         """
         self._need("clip", "variations of a picture")
-        if self._need("decoder", "variations").settings.get("embedding") == "text":
-            raise errors.ConfigError(
-                "variations need a decoder of z_i; this one was trained on z_t (embedding='text')"
-            )
+        self._need("decoder", "variations")
+        task = self._tasks["decoder"]
+        if task.embedding == "text" or not task.model.use_z_i:
+            read = "was trained on z_t (embedding='text')" if task.model.use_z_i else "reads none"
+            raise errors.ConfigError(f"variations need a decoder of z_i; this one {read}")
+        _check_noise(noise, ["decoder", *self._running(stages, decoder, upsamplers)])
         z_i = self.embed_image(for_clip(image, self._tasks["clip"].model.image_size)[None])
         seeds = _seeds(seed, n)
         drawn = self.decode(
@@ -548,7 +580,7 @@ class UnCLIP:
         seed, stages = given("seed", int), given("stages", int)
         shared = {
             "decoder": chosen.pop("decoder", {}),
-            "upsamplers": [chosen.pop(name, {}) for name in self.upsamplers],
+            "upsamplers": [chosen.pop(name, {}) for name in self.upsamplers[: max(stages, 1) - 1]],
             "stages": stages,
         }
         mode = given("mode", str)
@@ -578,7 +610,7 @@ class UnCLIP:
           chosen: {stage: settings given}; of prior and decoder, those named are in force.
           stages, noise: as in `generate`.
         """
-        count = min(stages or 1 + len(self.upsamplers), 1 + len(self.upsamplers))
+        count = stages or 1 + len(self.upsamplers)
         names = [n for n in ("prior", "decoder") if n in chosen] + self.upsamplers[: count - 1]
         out = {"model_hash": self.model_hash, "stages": count, "batch_size": self.batch_size}
         if noise is not None:  # then the seeds alone do not draw the picture again
@@ -587,6 +619,33 @@ class UnCLIP:
             for setting, value in (self._tasks[name].draw | chosen.get(name, {})).items():
                 out.setdefault(setting, {})[name] = value
         return out
+
+
+def _check_noise(noise: Noise | None, running: Sequence[str]) -> None:
+    """Refuses noise of stages that do not draw."""
+    for name in noise or {}:
+        if name in STAGE_TAGS and name not in running:
+            raise errors.ConfigError(
+                f"noise of {name!r} would have no effect: here {', '.join(running)} draw"
+            )
+
+
+def lacking(parts: Mapping[str, bundle.Part]) -> dict[str, str]:
+    """{mode of drawing: what `parts` lack for it, in words; "" where they can}."""
+    missing = lambda *names: [f"no {name}" for name in names if name not in parts]
+    if "decoder" not in parts:
+        return dict.fromkeys(("text", "variations"), "no decoder")
+    decoder = parts["decoder"]
+    frozen = missing(*tasks.needs("decoder", decoder.arch, decoder.settings))
+    reads = decoder.arch.get("use_z_i", True)
+    trained_on_text = decoder.settings.get("embedding") == "text"
+    text, variations = list(frozen), missing("clip")
+    if reads and not trained_on_text:
+        text += missing("clip", "prior")
+    if not reads or trained_on_text:
+        variations.append("no decoder of z_i")
+    words = lambda reasons: " and ".join(dict.fromkeys(reasons))
+    return {"text": words(text), "variations": words([*frozen, *variations])}
 
 
 def _pictures(drawn: dict[str, np.ndarray], recipes: list[dict]) -> Pictures:

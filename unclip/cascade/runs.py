@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from unclip import errors, files, tasks
 from unclip.cascade import bundle
 from unclip.models import t5
-from unclip.runtime import checkpoint
+from unclip.runtime import checkpoint, sharding
 
 STATISTICS = "statistics.safetensors"
 TRAINED_WITH = "trained_with.json"
@@ -197,6 +197,21 @@ def describe_part(path: str | pathlib.Path, name: str) -> tuple[dict, dict]:
     return parts[name]["arch"], tasks.current_names(parts[name]["settings"])
 
 
+def part_shapes(path: str | pathlib.Path, name: str) -> dict[str, Any]:
+    """{path of a parameter: leaf with .shape} of the part `name` of a RUN or a BUNDLE, not read.
+
+    Raises:
+      DataError: nothing to read there; ConfigError: it holds no such part.
+    """
+    _folder(path)
+    if is_run(path):
+        leaves = checkpoint.stored(pathlib.Path(path) / "checkpoints")[1]
+        branch = "ema/"
+        return {n.removeprefix(branch): v for n, v in leaves.items() if n.startswith(branch)}
+    part = bundle.read(path, [name], verify=False, lazy=True).parts[name]
+    return sharding.tree_paths(part.params)
+
+
 def settings_of(path: str | pathlib.Path) -> dict[str, dict]:
     """{part: settings} of what a BUNDLE holds; {} of a RUN, which holds one stage alone."""
     _folder(path)
@@ -239,8 +254,28 @@ def check_fit(parts: dict[str, bundle.Part]) -> None:
             raise errors.ConfigError(f"the decoder reads {read} features a token, T5 gives {given}")
     if "clip" not in parts:
         return
-    width = parts["clip"].arch["embed_dim"]
-    for name in ("prior", "decoder"):
-        own = parts[name].arch.get("embed_dim", width) if name in parts else width
-        if own != width:
-            raise errors.ConfigError(f"{name} has {own}-dimensional z_i, CLIP gives {width}")
+    clip = parts["clip"].arch
+    for name in sorted({"prior", "decoder"} & parts.keys()):
+        own = _widths(parts[name])
+        for what, field in (("z_i", "embed_dim"), ("hidden states", "text_width")):
+            if field == "text_width" and not clip.get("text_layers"):
+                continue  # a CLIP without that tower gives none
+            if own.get(field, clip[field]) != clip[field]:
+                raise errors.ConfigError(
+                    f"{name} has {own[field]}-dimensional {what}, CLIP gives {clip[field]}: "
+                    f"expected the CLIP that the {name} was trained with"
+                )
+
+
+# Layers of a decoder's `text_proj` -> the field of CLIP that they are as wide as.
+_READS = {"image_time": "embed_dim", "text_time": "embed_dim", "text_tokens": "text_width"}
+
+
+def _widths(part: bundle.Part) -> dict[str, int]:
+    """{field of CLIP: its value} as a part reads it, by its architecture or else its parameters."""
+    found = {name: part.arch[name] for name in _READS.values() if part.arch.get(name)}
+    for name, layer in part.params.get("text_proj", {}).items():
+        of_t5 = name == "text_tokens" and part.settings.get("text_encoder") == "t5"
+        if name in _READS and not of_t5:
+            found[_READS[name]] = layer["kernel"].shape[0]
+    return found

@@ -5,6 +5,7 @@ Adam with decoupled weight decay (b1 = 0.9) and with exponential moving averages
 its CLIP uses sharpness-aware minimisation. Everything here is a pure function on pytrees.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -115,16 +116,7 @@ def make_learning_rate(
     Raises:
       ConfigError: an unknown learning rate schedule or a value out of range.
     """
-    if schedule not in SCHEDULES:
-        raise unknown("learning rate schedule", schedule, SCHEDULES)
-    if not 0 <= warmup_steps <= total_steps:
-        raise ConfigError(f"warmup_steps is {warmup_steps}, expected 0 … total_steps={total_steps}")
-    if not 0 <= end_fraction <= 1:
-        raise ConfigError(f"end_fraction is {end_fraction}, expected 0 … 1")
-    if schedule == "rsqrt" and warmup_steps == 0:
-        raise ConfigError(
-            "learning rate schedule 'rsqrt' needs warmup_steps > 0, which is also its time scale"
-        )
+    _raise(_wrong_rate(learning_rate, total_steps, schedule, warmup_steps, end_fraction))
 
     def rate(step):
         t = jnp.asarray(step, jnp.float32)
@@ -142,6 +134,66 @@ def make_learning_rate(
         return learning_rate * shape
 
     return rate
+
+
+def _wrong_rate(
+    learning_rate: float, total_steps: int, schedule: str, warmup_steps: int, end_fraction: float
+) -> list[ConfigError]:
+    wrong = []
+    if not 0 <= learning_rate < math.inf:
+        wrong.append(ConfigError(f"learning_rate is {learning_rate}, expected 0 or more"))
+    if schedule not in SCHEDULES:
+        wrong.append(unknown("learning rate schedule", schedule, SCHEDULES))
+    if not 0 <= warmup_steps <= total_steps:
+        wrong.append(
+            ConfigError(f"warmup_steps is {warmup_steps}, expected 0 … total_steps={total_steps}")
+        )
+    if not 0 <= end_fraction <= 1:
+        wrong.append(ConfigError(f"end_fraction is {end_fraction}, expected 0 … 1"))
+    if schedule == "rsqrt" and warmup_steps == 0:
+        wrong.append(
+            ConfigError(
+                "learning rate schedule 'rsqrt' needs warmup_steps > 0, which is also its time "
+                "scale"
+            )
+        )
+    return wrong
+
+
+def _raise(wrong: Sequence[ConfigError]) -> None:
+    if wrong:
+        raise ConfigError("; ".join(error.message for error in wrong))
+
+
+def check(
+    *,
+    learning_rate: float,
+    total_steps: int,
+    schedule: str = "constant",
+    warmup_steps: int = 0,
+    end_fraction: float = 0.0,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    clip_norm: float | None = 1.0,
+) -> None:
+    """Refuses settings of `make_optimizer` that no parameters are needed to judge.
+
+    Raises:
+      ConfigError: all that is out of range.
+    """
+    wrong = _wrong_rate(learning_rate, total_steps, schedule, warmup_steps, end_fraction)
+    for name, value in (("b1", b1), ("b2", b2)):
+        if not 0 <= value < 1:
+            wrong.append(ConfigError(f"{name} is {value}, expected 0 ≤ {name} < 1"))
+    if not 0 < eps < math.inf:
+        wrong.append(ConfigError(f"eps is {eps}, expected more than 0"))
+    if not 0 <= weight_decay < math.inf:
+        wrong.append(ConfigError(f"weight_decay is {weight_decay}, expected 0 or more"))
+    if clip_norm is not None and not 0 < clip_norm < math.inf:
+        wrong.append(ConfigError(f"clip_norm is {clip_norm}, expected more than 0"))
+    _raise(wrong)
 
 
 def path_mask(tree: Any, patterns: Sequence[str], what: str = "pattern") -> Any:
@@ -223,14 +275,18 @@ def make_optimizer(
     Raises:
       ConfigError: a pattern matches nothing, everything is frozen, or a value out of range.
     """
-    for name, value in (("b1", b1), ("b2", b2)):
-        if not 0 <= value < 1:
-            raise ConfigError(f"{name} is {value}, expected 0 ≤ {name} < 1")
-    if learning_rate < 0 or weight_decay < 0 or eps <= 0 or (clip_norm or 1) <= 0:
-        raise ConfigError(
-            f"learning_rate={learning_rate}, weight_decay={weight_decay}, eps={eps}, "
-            f"clip_norm={clip_norm}: expected none negative and eps > 0"
-        )
+    check(
+        learning_rate=learning_rate,
+        total_steps=total_steps,
+        schedule=schedule,
+        warmup_steps=warmup_steps,
+        end_fraction=end_fraction,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        weight_decay=weight_decay,
+        clip_norm=clip_norm,
+    )
     rate = make_learning_rate(
         learning_rate,
         total_steps,

@@ -55,6 +55,39 @@ class _Conditioned(base.Stage):
     def needs(cls, arch, settings):
         return ("clip",)
 
+    def _fitting(self, model):
+        """`model`, if it fits the frozen CLIP.
+
+        Raises:
+          ConfigError: names the fields to set.
+        """
+        clip = self.clip.model
+        wanted = {"embed_dim": clip.embed_dim}
+        # A CLIP without that tower still serves variations, where no prior draws.
+        own = model.vocab_size  # reads the tokens itself
+        reads = bool(not own and model.text_width and clip.text_layers)
+        if reads:
+            wanted["text_width"] = clip.text_width
+        wrong = [
+            f"arch.{name} is {getattr(model, name)}, the CLIP has {value}: "
+            f"--config.arch.{name}={value}"
+            for name, value in wanted.items()
+            if getattr(model, name) != value
+        ]
+        if reads and model.context > clip.context:
+            wrong.append(
+                f"arch.context is {model.context}, the CLIP reads {clip.context} tokens: "
+                f"--config.arch.context={clip.context}"
+            )
+        if getattr(model, "codes", 0) > clip.embed_dim:
+            wrong.append(
+                f"arch.codes is {model.codes}, z_i has {clip.embed_dim} components: "
+                f"--config.arch.codes={clip.embed_dim} at most"
+            )
+        if wrong:
+            raise errors.ConfigError("the prior does not fit its CLIP: " + "; ".join(wrong))
+        return model
+
     @property
     def context(self) -> int:
         """Of captions, tokens."""
@@ -174,7 +207,7 @@ class DiffusionPriorTask(_Conditioned, base.Diffusion):
         if self.variance not in VARIANCES:
             raise errors.unknown("variance", self.variance, VARIANCES)
         self._set(
-            model=self.network(**self.arch),
+            model=self._fitting(self.network(**self.arch)),
             schedule=schedule.make(self.noise_schedule),
             clamp=self.clamp or None,
         )
@@ -241,23 +274,17 @@ class DiffusionPriorTask(_Conditioned, base.Diffusion):
         metrics = {"loss": loss, "cosine": base.mean(cosine, batch["valid"])}
         return loss, metrics | self.told(t, squared, batch["valid"], train=train)
 
-    def predict(self):
-        """Beside `sample`, `x0_error`: mean squared error of x_0 [B] at timesteps batch["t"]."""
-
-        def x0_error(params, frozen, batch, key):
-            sample_keys = keys.sample_keys(key, batch["sample"])
-            x_0, t = self.encode(frozen, self.image(frozen, batch)), batch["t"]
-            eps = keys.normal(sample_keys, x_0.shape[1:], NOISE)
-            x_t = gaussian.q_sample(self.schedule, x_0, t, eps)
-            captions = batch["tokens"], batch["text_mask"], jnp.zeros(len(t), bool)
-            conditions = self.conditions(frozen, *captions)
-            predicted = self.model.apply({"params": params}, x_t, t, **conditions)
-            options = {"parametrisation": "x0"}
-            return losses.l_simple(
-                self.schedule, x_0, t, eps, predicted.astype(jnp.float32), **options
-            )
-
-        return super().predict() | {"x0_error": x0_error}
+    def x0_error(self, params, frozen, batch, t, key):
+        """Mean squared error of x_0 a dimension, [B], at timesteps t int32 [B]."""
+        sample_keys = keys.sample_keys(key, batch["sample"])
+        x_0 = self.encode(frozen, self.image(frozen, batch))
+        eps = keys.normal(sample_keys, x_0.shape[1:], NOISE)
+        x_t = gaussian.q_sample(self.schedule, x_0, t, eps)
+        captions = batch["tokens"], batch["text_mask"], jnp.zeros(len(t), bool)
+        conditions = self.conditions(frozen, *captions)
+        predicted = self.model.apply({"params": params}, x_t, t, **conditions)
+        predicted = predicted.astype(jnp.float32)
+        return losses.l_simple(self.schedule, x_0, t, eps, predicted, parametrisation="x0")
 
     def sample(
         self,
@@ -347,7 +374,7 @@ class ARPriorTask(_Conditioned):
     )
 
     def __post_init__(self):
-        self._set(model=self.network(**self.arch))
+        self._set(model=self._fitting(self.network(**self.arch)))
 
     def init(self, key):
         model, clip = self.model, self.clip.model

@@ -10,10 +10,12 @@ import jax
 from unclip import errors
 from unclip.cascade import bundle
 from unclip.embeddings.store import Store
-from unclip.runtime import distributed, flops, optim, sharding
+from unclip.files import paths
+from unclip.runtime import checkpoint, distributed, flops, optim, sharding
 from unclip.runtime.flops import readable_bytes as _bytes
 from unclip.training import data as inputs
-from unclip.training.plan import Plan, as_json, check_workdir, lineage, make_plan
+from unclip.training.plan import Plan, as_json, lineage, make_plan
+from unclip.training.start import resumed_lines
 
 
 def examine(config, workdir: str) -> dict:
@@ -24,10 +26,11 @@ def examine(config, workdir: str) -> dict:
       "parameters": {part: count}, "trained_parameters",
       "sharding": {part: bytes a device}, "leaves", "memory_per_device": {kind: bytes},
       "flops_per_step", "learning_rate", "weight_decay": {"rate", "decayed", "not_decayed":
-      {path, its numbers as *: parameters}}, "data", "disk", "problems": [text]}. What a problem
-      keeps from being known is None or empty.
+      {path, its numbers as *: parameters}}, "data", "disk", "resume": [what a start would say of
+      the run that is there], "problems": [text]}. What a problem keeps from being known is None or
+      empty.
     """
-    plan = make_plan(config)
+    plan = make_plan(config, workdir=paths.expanded(workdir))
     config = plan.config
     problems = [_line(problem) for problem in plan.problems]
     devices = jax.devices()
@@ -51,7 +54,7 @@ def examine(config, workdir: str) -> dict:
         "sharding": where,
         "leaves": leaves,
         "memory_per_device": memory,
-        "flops_per_step": None if plan.params is None else plan.flops(),
+        "flops_per_step": None if plan.params is None or plan.problems else plan.flops(),
         "learning_rate": _peak_rate(plan),
         "weight_decay": _decay(plan),
     }
@@ -60,11 +63,9 @@ def examine(config, workdir: str) -> dict:
             f"parameters and moments need {_bytes(memory['total'])} a device, which has "
             f"{_bytes(limit)}: raise mesh.fsdp, or use more devices"
         )
-    for name in ("metric_clip", "metric_inception"):
-        if config[name] and not pathlib.Path(config[name]).exists():
-            problems.append(f"{name} {config[name]}: no such file or folder")
     out["data"] = _data(plan, problems)
-    out["disk"] = _disk(plan, workdir, problems)
+    out["disk"] = _disk(plan, paths.expanded(workdir), problems)
+    out["resume"] = _resume(plan, pathlib.Path(paths.expanded(workdir)))
     return out | {"problems": problems}
 
 
@@ -192,9 +193,19 @@ def _disk(plan: Plan, workdir: str, problems: list[str]) -> dict:
         problems.append(
             f"{copies} checkpoints need {_bytes(needed)}, {folder} has {_bytes(free)} free"
         )
-    _tried(problems, lambda: check_workdir(plan.config, pathlib.Path(workdir)))
     _tried(problems, lambda: lineage(plan, pathlib.Path(workdir)))
     return {"folder": str(folder), "free_bytes": free, "needed_bytes": needed}
+
+
+def _resume(plan: Plan, folder: pathlib.Path) -> list[str]:
+    """What a start in this workdir would say of the run that is there."""
+    there = checkpoint.steps(folder / "checkpoints")
+    if not there or plan.learning_rate is None:
+        return []
+    total = plan.config.total_steps
+    if there[-1] >= total:
+        return [f"nothing to do: {there[-1]} of {total} steps"]
+    return resumed_lines(plan, folder, there[-1])
 
 
 def _known(known: dict) -> list[str]:
@@ -247,6 +258,7 @@ def text(found: dict, *, leaves: bool = False) -> str:
         f"disk        {_bytes(disk['free_bytes'])} free in {disk['folder']}, "
         f"checkpoints need {_bytes(disk['needed_bytes'])}"
     )
+    lines += [f"resume      {line}" for line in found["resume"]]
     if leaves:
         lines += [f"  {r['path']} {r['shape']} {r['dtype']} {r['spec']}" for r in found["leaves"]]
     lines += [f"problem     {problem}" for problem in found["problems"]] or ["no problems found"]

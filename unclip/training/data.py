@@ -40,6 +40,8 @@ def collections(config: ConfigDict):
         )
     if given.streaming and stores_embeddings(config):
         raise errors.ConfigError("stored embeddings belong to indexed shards, not to streaming")
+    if stores_embeddings(config) and given.crop != "center":
+        raise errors.ConfigError("stored embeddings need input.crop='center': one z_i a picture")
     found = []
     for patterns, where in (
         (() if given.streaming else given.shards, given.where),

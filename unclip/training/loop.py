@@ -1,4 +1,7 @@
-"""The one training loop: evaluate, save, next batch, step, log the step before."""
+"""The one training loop: evaluate, save, next batch, step, log the step before.
+
+The last state is saved before it is evaluated.
+"""
 
 import json
 import pathlib
@@ -56,7 +59,8 @@ class Loop:
         """The state after the last step.
 
         Args:
-          step_fn: jitted, from `Plan.make_step`; first: the step that `state` is at.
+          step_fn: jitted, from `Plan.make_step`; first: the step that `state` is at. After a
+            resume, `recall` it before.
 
         Raises:
           Stopped: asked to stop; the state is saved. NumericsError: too many steps skipped.
@@ -65,7 +69,6 @@ class Loop:
         config = self.config
         bar = progress.progress(config.total_steps, config.stage, initial=first)
         compiled = None
-        self.recall(first)
         try:
             with bar:
                 for step in range(first, config.total_steps):
@@ -88,9 +91,11 @@ class Loop:
                     bar.update(1, loss=self.loss)
                 self.log_pending()
                 if config.total_steps >= first:  # a run that is over may lack its last evaluations
+                    # What all steps were for is on disk before a measurement can fail.
+                    self.save(state, config.total_steps, force=True)
+                    self.saver.wait()
                     if not self.evaluate(state, config.total_steps):
                         self.stop(state, config.total_steps)
-                    self.save(state, config.total_steps, force=True)
         finally:
             self.list_bad()
         return state
@@ -128,8 +133,8 @@ class Loop:
     def recall(self, first):
         """Notes what metrics.jsonl already says of the step a run resumes from.
 
-        A save follows the evaluations of its step, but a stop cuts them short; then those that
-        left no line are due again.
+        A save follows the evaluations of its step, but a stop cuts them short, and those of the
+        last step come after its save: the ones that left no line are due again.
         """
         if first == 0 or not self.evaluators:
             return
@@ -139,15 +144,21 @@ class Loop:
         done = collectives.gather_rows(done)[: len(done)]
         self.measured = {(first, e.prefix) for e, was in zip(self.evaluators, done) if was}
 
+    def due(self, step) -> list[Evaluator]:
+        """The evaluators whose interval ends at a step, without those that measured it already."""
+        config, found = self.config, []
+        for evaluator in self.evaluators:
+            every = config[f"{evaluator.interval}_steps"]
+            due = step == config.total_steps or (step and every and step % every == 0)
+            if due and (step, evaluator.prefix) not in self.measured:
+                found.append(evaluator)
+        return found
+
     def evaluate(self, state, step) -> bool:
         """Runs the evaluators due at a step; False where a request to stop left some undone."""
         config = self.config
         pause = time.perf_counter()
-        for evaluator in self.evaluators:
-            every = config[f"{evaluator.interval}_steps"]
-            due = step == config.total_steps or (step and every and step % every == 0)
-            if not due or (step, evaluator.prefix) in self.measured:
-                continue
+        for evaluator in self.due(step):
             if distributed.should_stop(step):
                 return False
             # All or nothing: an evaluator that is interrupted gives no figures.

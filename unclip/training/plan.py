@@ -4,9 +4,12 @@
 reports it, `unclip compile` and benchmarks/stages.py compile its step.
 """
 
+import ast
+import contextlib
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,10 +21,12 @@ from ml_collections import ConfigDict
 
 from unclip import errors, tasks
 from unclip.cascade import bundle, runs, spaces
+from unclip.files import paths
 from unclip.input.shards.collection import Collection
 from unclip.models import clip as clip_model
 from unclip.models import t5 as t5_model
 from unclip.runtime import checkpoint, flops, sharding
+from unclip.training import checks
 from unclip.training import data as inputs
 from unclip.training import step as steps
 
@@ -33,6 +38,11 @@ TRAINING_SETTINGS = {
 }
 # Frozen part -> its architectures by name, for where the config names no trained one.
 FROZEN_PRESETS = {"clip": clip_model.PRESETS, "t5": t5_model.PRESETS}
+# Fields that decide which leaves a state has and their shapes, beside the architecture.
+_DECIDES = {
+    *("clip", "clip_preset", "t5", "t5_preset", "task"),
+    *("optim.clip_norm", "optim.freeze", "optim.weight_decay"),
+}
 RANDOM = "random"  # config.clip or config.t5: random parameters, for benchmarks
 
 
@@ -76,8 +86,12 @@ class Plan:
         first, *others = self.problems
         if not others:
             raise first
-        lines = "\n".join(f"  {' '.join(problem.message.split())}" for problem in self.problems)
-        raise type(first)(f"{len(self.problems)} problems stand in the way of this run:", lines)
+        lines = []
+        for problem in self.problems:
+            lines.append(f"  {' '.join(problem.message.split())}")
+            lines += [f"  {line}" for line in problem.table.splitlines()]
+        text = f"{len(self.problems)} problems stand in the way of this run:"
+        raise type(first)(text, "\n".join(lines))
 
     @property
     def ways(self) -> int:
@@ -130,15 +144,30 @@ class Plan:
 
 
 def make_plan(
-    config: ConfigDict, *, devices: Sequence | None = None, shapes_only: bool = False
+    config: ConfigDict,
+    *,
+    devices: Sequence | None = None,
+    shapes_only: bool = False,
+    workdir: str | os.PathLike | None = None,
 ) -> Plan:
     """Looks at everything a config names; collects what is wrong with it instead of raising it.
 
     Args:
-      config: of a stage; it is left as it is.
+      config: of a stage; it is left as it is. `~` in its paths is expanded.
       devices: of the mesh; None: all of this job.
-      shapes_only: no shards are opened, and frozen parts need not be trained: a preset's shapes do.
+      shapes_only: no shards are opened, frozen parts need not be trained (a preset's shapes do),
+        and what only a run needs is not looked at: evaluators, `init_from`, drawing.
+      workdir: of the run, where what lies there already is to be looked at too.
+
+    Raises:
+      ConfigError: the config is of no stage.
     """
+    if config.get("stage") not in tasks.STAGES:
+        kinds = [f"configs/{stage}.py:PRESET" for stage in tasks.STAGES]
+        raise errors.ConfigError(
+            f"a config of stage {config.get('stage')!r} trains nothing; expected "
+            f"{', '.join(kinds)}, or one like them"
+        )
     problems: list[errors.UnclipError] = []
 
     def attempt(function: Callable, default: Any = None) -> Any:
@@ -148,13 +177,13 @@ def make_plan(
             problems.append(error)
             return default
 
-    config = config.copy_and_resolve_references()
+    config = _expanded(config)
     attempt(lambda: follow_init(config))
+    problems += checks.numbers(config)
+    no_network = checks.sizes(config)
+    problems += no_network
     mesh = attempt(lambda: sharding.make_mesh(as_json(config.mesh), devices))
-    rules = sharding.PRESETS.get(config.sharding, config.sharding)
-    if isinstance(rules, str):
-        problems.append(errors.unknown("sharding", rules, sharding.PRESETS))
-        rules = None
+    rules = attempt(lambda: sharding_rules(config))
     parts = {}
     for name in attempt(lambda: needs(config), ()):
         part = attempt(lambda name=name: frozen_part(config, name))
@@ -171,11 +200,22 @@ def make_plan(
             part = attempt(lambda name=name, preset=preset: frozen_part(preset, name))
         if part is not None:
             parts[name] = part
-    task = attempt(lambda: make_task(config, parts))
+    task = None if no_network else attempt(lambda: make_task(config, parts))
+    if (
+        task is None and not no_network
+    ):  # the rest is looked at with the stage's own settings of drawing
+        with contextlib.suppress(errors.UnclipError):
+            task = make_task(_without_draw(config), parts)
     tx = rate = params = state = where = None
+    ill_sized = [] if no_network else checks.widths(config)
     if task is not None:
+        ill_sized += checks.transforms(config, task)
+    problems += ill_sized
+    if task is not None and not ill_sized:
         params = attempt(lambda: jax.eval_shape(task.traceable().init, jax.random.key(0)))
-    if params is not None:
+    if params is None:
+        attempt(lambda: steps.check_optimizer(config))
+    else:
         tx, rate = attempt(lambda: steps.make_optimizer(config, params), (None, None))
     if tx is not None:
         fresh = steps.make_init(task.traceable(), tx)
@@ -187,10 +227,59 @@ def make_plan(
     data = held_out = None
     if not shapes_only:
         data, held_out = attempt(lambda: inputs.collections(config), (None, None))
+        problems += checks.judges(config)
+        if params is not None:
+            attempt(lambda: check_init_from(config, params))
+            attempt(lambda: checks.trace(task, params))
+    if workdir is not None:
+        attempt(lambda: check_workdir(config, pathlib.Path(workdir), state))
+    told = {str(problem): problem for problem in problems}  # two looks may find the same
     return Plan(
         config, mesh, rules, parts, task, tx, rate, params, state, where, data, held_out,
-        tuple(problems),
+        tuple(told.values()),
     )  # fmt: skip
+
+
+def _expanded(config: ConfigDict) -> ConfigDict:
+    """A copy with the home folder in place of `~`, in any field that is text."""
+    config = config.copy_and_resolve_references()
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            config[name] = _expanded(value)
+        elif value != (new := paths.expanded(value)):
+            config[name] = new
+    return config
+
+
+def _without_draw(config: ConfigDict) -> ConfigDict:
+    config = config.copy_and_resolve_references()
+    config.task.draw = ConfigDict()
+    return config
+
+
+def sharding_rules(config: ConfigDict) -> sharding.Rules:
+    """The rules that `config.sharding` names or is; a tuple may be given as its text.
+
+    Raises:
+      ConfigError: no preset, and no tuple of (pattern, spec).
+    """
+    given = rules = config.sharding
+    if isinstance(rules, str):  # a field of text, so a tuple comes as text too
+        if rules in sharding.PRESETS:
+            return sharding.PRESETS[rules]
+        if not rules.lstrip().startswith(("(", "[")):
+            raise errors.unknown("sharding", rules, sharding.PRESETS)
+        try:
+            rules = ast.literal_eval(rules.strip())
+        except (ValueError, SyntaxError):
+            rules = None
+    pair = lambda rule: isinstance(rule, list | tuple) and rule and isinstance(rule[0], str)
+    if not rules or not all(map(pair, rules)):
+        raise errors.ConfigError(
+            f"sharding {given!r}: expected {', '.join(sharding.PRESETS)}, or a tuple of (pattern, "
+            "spec) such as \"(('/kernel$', 'fsdp'), ('.', 'replicate'))\""
+        )
+    return tuple(map(tuple, rules))
 
 
 def _check_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
@@ -282,11 +371,7 @@ def follow_init(config: ConfigDict) -> None:
         )
     arch, settings = runs.describe_part(config.init_from, init_part(config))
     network = tasks.task_class(config.stage, settings).network
-    fields = {
-        field.name: field.default
-        for field in dataclasses.fields(network)
-        if field.name not in ("parent", "name") and field.default is not dataclasses.MISSING
-    }
+    fields = _defaults(network)
     own = {n: v for n, v in config.arch.items() if n in RUNTIME_FIELDS | {"fold"}}
     whole = lambda value: tuple(value) if isinstance(value, list) else value
     fields |= {name: whole(value) for name, value in arch.items() if name != "class"} | own
@@ -296,27 +381,118 @@ def follow_init(config: ConfigDict) -> None:
         config.task = ConfigDict(as_json(config.task) | kept)
 
 
-def changed_fields(old: Mapping, new: Mapping) -> str:
-    """The fields in which two architectures have other parameters, in words; "" for none."""
+def check_init_from(config: ConfigDict, params: Any) -> None:
+    """Refuses an `init_from` that holds another model than `params`, by its description alone.
+
+    Raises:
+      ConfigError: names the fields to set, or lists the parameters; DataError: it cannot be read.
+    """
+    if not config.init_from:
+        return
+    name = init_part(config)
+    arch, settings = runs.describe_part(config.init_from, name)
+    kind, own = (tasks.task_class(config.stage, s) for s in (settings, as_json(config.task)))
+    if kind is not own:
+        raise errors.ConfigError(
+            f"init_from {config.init_from} is a {config.stage} of kind {settings.get('kind')!r}, "
+            f"this run of kind {config.task.get('kind')!r}: expected the same"
+        )
+    network, free = kind.network, RUNTIME_FIELDS | {"fold"}
+    whole = lambda fields: network(**tasks.arguments(fields))
+    try:
+        old, new = whole(arch), whole(config.arch.to_dict())
+    except TypeError as error:
+        raise errors.ConfigError(f"init_from {config.init_from}: {error}") from error
+    names = [f.name for f in dataclasses.fields(network) if f.name not in ("parent", "name")]
+    differ = [n for n in names if n not in free and getattr(old, n) != getattr(new, n)]
+    if differ:
+        flags = " ".join(f"--config.arch.{n}={_on_command_line(getattr(old, n))}" for n in differ)
+        raise errors.ConfigError(
+            f"init_from {config.init_from} is another model: expected {flags} (or "
+            "--config.follow_init, which takes all of them)"
+        )
+    shapes = runs.part_shapes(config.init_from, name)
+    if bool(old.fold) != bool(new.fold):  # the same parameters, stacked
+        return
+    table = checkpoint.difference(shapes, sharding.tree_paths(params))
+    if table:
+        frozen = " ".join(f"--config.{part}={config[part]}" for part in needs(config))
+        why = f": it was trained with frozen parts of other widths than {frozen}" if frozen else ":"
+        raise errors.ConfigError(f"init_from {config.init_from} is another model{why}", table)
+
+
+def _on_command_line(value: Any) -> str:
+    text = "" if value is None else str(value)
+    return f'"{text}"' if isinstance(value, tuple) else text
+
+
+def changes(old: Mapping, new: Mapping, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """{dotted field: (old value, new value)} of the fields that two configs share and differ in."""
+    found = {}
+    for name in old.keys() & new.keys():
+        if isinstance(old[name], Mapping) and isinstance(new[name], Mapping):
+            found |= changes(old[name], new[name], f"{prefix}{name}.")
+        elif old[name] != new[name]:
+            found[prefix + name] = (old[name], new[name])
+    return dict(sorted(found.items()))
+
+
+def changed_fields(network: type, old: Mapping, new: Mapping) -> str:
+    """The fields in which two architectures have other parameters, in words; "" for none.
+
+    A field that one of them does not have, being of another version, is the network's default.
+    """
+    old, new = (_defaults(network) | tasks.arguments(arch) for arch in (old, new))
     names = sorted((old.keys() | new.keys()) - RUNTIME_FIELDS)
     differ = [name for name in names if old.get(name) != new.get(name)]
     return ", ".join(f"{name} was {old.get(name)}, now {new.get(name)}" for name in differ)
 
 
-def check_workdir(config: ConfigDict, folder) -> None:
-    """Raises ConfigError where a folder holds checkpoints of another stage or architecture.
+def _defaults(network: type) -> dict[str, Any]:
+    """The fields of a network that have a default, with it."""
+    return {
+        field.name: field.default
+        for field in dataclasses.fields(network)
+        if field.name not in ("parent", "name") and field.default is not dataclasses.MISSING
+    }
+
+
+def check_workdir(config: ConfigDict, folder, state: Any = None) -> None:
+    """Raises ConfigError where a folder holds checkpoints of another stage, architecture or state.
 
     A folder where nothing was saved yet may still become another run.
+
+    Args:
+      state: shapes of the state that is to go on; None: not looked at.
     """
     if not (runs.is_run(folder) and checkpoint.steps(folder / "checkpoints")):
         return
     old, new = runs.run_config(folder), as_json(config)
-    changed = changed_fields(old["arch"], new["arch"])
     if old["stage"] != new["stage"]:
         changed = f"stage was {old['stage']}, now {new['stage']}"
+    else:
+        network = tasks.task_class(old["stage"], as_json(config.task)).network
+        changed = changed_fields(network, old["arch"], new["arch"])
     if changed:
         raise errors.ConfigError(
             f"{folder} holds a run of another model ({changed}); choose another --workdir"
+        )
+    if state is None:
+        return
+    try:
+        step, there, _ = checkpoint.stored(folder / "checkpoints")
+    except errors.DataError:  # a damaged one is moved aside by the restore
+        return
+    table = checkpoint.difference(there, sharding.tree_paths(state))
+    if table:
+        told = changes(old, new)
+        told = {n: v for n, v in told.items() if n.split(".")[0] in _DECIDES or n in _DECIDES}
+        said = ", ".join(f"{name} was {was!r}, now {now!r}" for name, (was, now) in told.items())
+        raise errors.ConfigError(
+            f"{folder}: its checkpoint of step {step} is of another model or optimiser"
+            f"{f' ({said})' if said else ''}; set that back, or choose another --workdir and "
+            f"--config.init_from={folder}",
+            table,
         )
 
 

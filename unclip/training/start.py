@@ -16,15 +16,24 @@ from unclip import errors, files
 from unclip.cascade import bundle, runs, spaces
 from unclip.embeddings.job import Job, embed, embed_shards
 from unclip.embeddings.store import Store
+from unclip.files import paths
 from unclip.models.unet import fold_params, unfold_params
-from unclip.runtime import checkpoint, distributed, flops, sharding
+from unclip.runtime import checkpoint, distributed, flops, optim, sharding
 from unclip.runtime.collectives import on_host
 from unclip.runtime.writer import MetricWriter
 from unclip.training import data as inputs
 from unclip.training import variance
 from unclip.training.evaluators import choose
 from unclip.training.loop import Loop
-from unclip.training.plan import Plan, as_json, check_workdir, init_part, lineage, make_plan
+from unclip.training.plan import (
+    Plan,
+    as_json,
+    changes,
+    check_workdir,
+    init_part,
+    lineage,
+    make_plan,
+)
 
 VARIANCE_EXAMPLES = 8192  # of the training samples, that a prior's analytic variance is measured on
 
@@ -35,17 +44,19 @@ def train(config: ConfigDict, workdir: str) -> None:
     Raises:
       ConfigError, DataError, NumericsError, Stopped: see `unclip.errors`.
     """
+    workdir = paths.expanded(workdir)
     if config.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
-    plan = make_plan(config)
+        jax.config.update("jax_compilation_cache_dir", paths.expanded(config.compilation_cache))
+    plan = make_plan(config, workdir=workdir)
     plan.check()
     config, folder = plan.config, pathlib.Path(workdir)
+    found = lineage(plan, folder)
     with checkpoint.Checkpointer(
         folder / "checkpoints", save_every_steps=config.save_steps, keep=config.keep
     ) as saver:
-        check_workdir(config, folder)
-        found = lineage(plan, folder)
-        write_config(config, folder)
+        latest = saver.latest()
+        if latest is not None and latest > config.total_steps:
+            return _say(f"nothing to do: {latest} of {config.total_steps} steps")
         prepared = Prepared(plan, folder)
         if distributed.is_main() and found["trained_with"]:
             runs.write_lineage(folder, found)
@@ -54,7 +65,6 @@ def train(config: ConfigDict, workdir: str) -> None:
         fingerprint = "streaming" if data is None else data.fingerprint
         state, position = restored(plan, saver, workdir, fingerprint)
         first = int(state["step"])
-        print_parameters(plan)
 
         rows = {
             "process_index": distributed.process_index(),
@@ -85,9 +95,25 @@ def train(config: ConfigDict, workdir: str) -> None:
                 fingerprint=fingerprint,
                 needed_flops=needed,
             )
+            loop.recall(first)
+            done = f"{first} of {config.total_steps} steps"
+            left = first == config.total_steps and loop.due(first)
+            unmeasured = data is not None and prepared.unmeasured()
+            if first < config.total_steps:
+                print_parameters(plan)
+                if first:
+                    _say(*resumed_lines(plan, folder, first))
+                # Only now can nothing refuse this start any more.
+                write_config(config, folder)
+            elif left:
+                _say(f"{done}: measures {', '.join(evaluator.prefix for evaluator in left)}")
+            elif unmeasured:
+                _say(f"{done}: measures the prior's variance")
+            else:
+                return _say(f"nothing to do: {done}")
             state = loop.run(plan.make_step(task), state, first)
         saver.wait()
-        if task.unmeasured and data is not None:
+        if unmeasured:
             measure_variance(plan, prepared, state, rows)
 
 
@@ -98,9 +124,6 @@ def measure_variance(plan: Plan, prepared: "Prepared", state: dict, rows: dict) 
       Stopped: asked to stop; the same command measures again.
     """
     path, task, data = prepared.folder / runs.STATISTICS, prepared.task, prepared.data
-    kept = runs.read_prior_statistics(path)
-    if any(np.any(kept[name]) for name in task.unmeasured):
-        return
     count = min(len(data), VARIANCE_EXAMPLES)
     batches = lambda: choose.passes_over(plan, task, rows, data, count, "held_out")
     seed = plan.config.seed
@@ -108,8 +131,45 @@ def measure_variance(plan: Plan, prepared: "Prepared", state: dict, rows: dict) 
     if found is None:
         raise errors.Stopped("asked to stop while the prior's variance was measured")
     if distributed.is_main():
+        kept = runs.read_prior_statistics(path)
         runs.write_prior_statistics(path, kept | {"x0_error": found}, prepared.clip_hash)
     distributed.barrier("variance", 600)
+
+
+def _say(*lines: str) -> None:
+    """Prints to standard error, in one process of the job."""
+    if distributed.is_main():
+        print(*lines, sep="\n", file=sys.stderr)
+
+
+def resumed_lines(plan: Plan, folder: pathlib.Path, first: int) -> list[str]:
+    """What a resume tells: where it goes on, what of the config is new, what jumps by that.
+
+    Args:
+      folder: the workdir, with the config of the start before; first: the step to go on from.
+    """
+    config = plan.config
+    lines = [f"resumed at step {first} of {config.total_steps}"]
+    try:
+        old = runs.run_config(folder)
+    except errors.DataError:  # lost or damaged: a checkpoint is enough to go on
+        return lines
+    changed = changes(old, as_json(config))
+    if changed:
+        shown = [f"{name} {was!r} -> {now!r}" for name, (was, now) in changed.items()]
+        lines.append("changed since the start before: " + ", ".join(shown))
+    try:
+        was = old["optim"]
+        fields = {name: was[name] for name in ("schedule", "warmup_steps", "end_fraction")}
+        rate = optim.make_learning_rate(was["learning_rate"], old["total_steps"], **fields)
+    except (errors.ConfigError, KeyError, TypeError):  # of another version
+        return lines
+    before, now = float(rate(first)), float(plan.learning_rate(first))
+    if abs(now - before) > 1e-6 * max(now, before):
+        peak = config.optim.learning_rate
+        part = f", {now / peak:.0%} of its peak" if peak else ""
+        lines.append(f"the learning rate jumps: {before:.3g} -> {now:.3g}{part}")
+    return lines
 
 
 def write_config(config: ConfigDict, folder: pathlib.Path) -> None:
@@ -137,8 +197,7 @@ def print_parameters(plan: Plan) -> None:
     trained = sum(leaf.size for leaf in jax.tree.leaves(plan.params))
     width = max(map(len, sizes))
     lines = [f"  {name:<{width}}  {count:>14,}" for name, count in sizes.items()]
-    if distributed.is_main():
-        print(*lines, f"{trained:,} trained parameters", sep="\n", file=sys.stderr)
+    _say(*lines, f"{trained:,} trained parameters")
 
 
 def restored(
@@ -151,7 +210,6 @@ def restored(
         return plan.init(jax.random.key(plan.config.seed), start), 0
     shapes = sharding.abstract(plan.state, plan.shardings)
     state, position, meta = saver.restore(None, shapes)
-    logging.info("resumed %s at step %d", workdir, int(state["step"]))
     if meta.get("data") not in (None, fingerprint):
         logging.warning("%s resumes with other shards than it began with", workdir)
     return state, position
@@ -243,6 +301,12 @@ class Prepared:
         distributed.barrier("statistics", 600)
         return statistics
 
+    def unmeasured(self) -> bool:
+        """Whether the statistics lack what only a trained network has."""
+        names = self.plan.task.unmeasured
+        kept = runs.read_prior_statistics(self.folder / runs.STATISTICS) if names else {}
+        return any(not np.any(kept.get(name, 0)) for name in names)
+
     def pairs(self):
         """Batches of (z_i, z_t) [b, D] of the training samples."""
         config, limit = self.config, self.config.statistics_examples
@@ -275,14 +339,10 @@ class Prepared:
         embedded once and kept in the workdir, in a folder named by collection and CLIP.
 
         Raises:
-          ConfigError: a random crop, or embeddings of another CLIP.
+          ConfigError: embeddings of another CLIP.
           DataError: `config.embeddings` lacks some of the training shards.
         """
         config = self.config
-        if config.input.crop != "center":
-            raise errors.ConfigError(
-                "stored embeddings need input.crop='center': one z_i a picture"
-            )
         given = None
         if config.get("embeddings"):
             given = Store(config.embeddings)

@@ -20,11 +20,22 @@ def make_optimizer(config: ConfigDict, params) -> tuple[optax.GradientTransforma
     Raises:
       ConfigError: settings out of range, or patterns that match no parameter.
     """
+    return optim.make_optimizer(params, total_steps=config.total_steps, **_settings(config))
+
+
+def check_optimizer(config: ConfigDict) -> None:
+    """What `make_optimizer` raises where no parameters are needed to see it."""
+    settings = _settings(config)
+    for pattern in ("freeze", "no_decay"):
+        settings.pop(pattern, None)
+    optim.check(total_steps=config.total_steps, **settings)
+
+
+def _settings(config: ConfigDict) -> dict:
     settings = config.optim.to_dict()
     for name in ("sam_rho", "sam_rows"):
         settings.pop(name, None)
-    settings["clip_norm"] = settings["clip_norm"] or None
-    return optim.make_optimizer(params, total_steps=config.total_steps, **settings)
+    return settings | {"clip_norm": settings["clip_norm"] or None}
 
 
 def make_init(task: tasks.Task, tx: optax.GradientTransformation) -> Callable:

@@ -3,8 +3,6 @@
 Table 3 of the paper samples the diffusion prior with it (Analytic-DPM, arXiv 2201.06503).
 """
 
-from collections.abc import Callable
-
 import jax
 import numpy as np
 
@@ -27,13 +25,12 @@ def x0_error(
       seed: of the noise.
     """
     steps = len(task.schedule)
-    error: Callable = task.predict()["x0_error"]
 
     def compute(params, frozen, batch, turn):
         t = (batch["sample"][:, 1] * STRIDE + turn * (STRIDE + 2)) % steps
-        batch = batch | {"t": t.astype(np.int32)}
+        t = t.astype(np.int32)
         key = jax.random.fold_in(jax.random.key(seed), turn)
-        return {"t": batch["t"], "error": error(params, frozen, batch, key)}
+        return {"t": t, "error": task.x0_error(params, frozen, batch, t, key)}
 
     compute = jax.jit(compute, out_shardings=sharding.replicated(mesh))
     total, count = np.zeros(steps), np.zeros(steps)

@@ -18,7 +18,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from unclip import errors
+from unclip import cli, errors
 from unclip.training.ahead import examine, parse_topology, text, topology_devices
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "NAME|FILE.py:preset[,argument...]")
@@ -41,6 +41,8 @@ def main(argv):
         raise errors.ConfigError("--config=configs/STAGE.py:PRESET is needed")
     if (_TOPOLOGY.value is None) == (_DEVICES.value is None):
         raise errors.ConfigError("give either --topology (v5p:4x4x4, …) or --devices N")
+    if _DEVICES.value:
+        cli.refuse_idle({"quick": "only the compiler for TPUs can be stopped early; --topology"})
     options = {}
     for option in _OPTION.value:
         name, _, value = option.partition("=")

@@ -40,6 +40,7 @@ def main(argv):
         raise errors.ConfigError(f"expected the path of {wanted}")
     out = pathlib.Path(_OUT.value)
     if _FROM.value is not None:
+        bundle.check_out(out)
         parts = formats.read(_FROM.value, paths, _PRESET.value)
         runs.check_fit(parts)
         meta = {"converted_from": _FROM.value, "sources": [path.name for path in paths]}

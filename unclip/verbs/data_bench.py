@@ -12,7 +12,7 @@ import os
 
 from absl import flags
 
-from unclip import errors, files
+from unclip import cli, errors, files
 from unclip.input import captions
 from unclip.input.decode.text import CONTEXT_LENGTH
 from unclip.input.decode.transforms import ImageText
@@ -57,6 +57,8 @@ def main(argv):
     """Reads the flags, measures and prints."""
     if not argv[1:]:
         raise errors.ConfigError("expected SHARDS: paths, globs or ranges such as a-{00..07}.tar")
+    if _WORKERS.value:
+        cli.refuse_idle({"threads": "--workers decode in place of threads"})
     filters = Filters.parse(_FILTERS.value)
     transform = ImageText(
         _SIZE.value,

@@ -14,7 +14,7 @@ import os
 
 from absl import flags
 
-from unclip import errors
+from unclip import cli, errors
 from unclip.cascade import bundle, runs
 from unclip.embeddings.job import Job, embed_shards
 from unclip.embeddings.store import DTYPES, FILE
@@ -59,6 +59,8 @@ def main(argv):
     patterns = [*_SHARDS.value, *argv[1:]]
     if not patterns:
         raise errors.ConfigError("expected --shards, the collection to embed")
+    if _WORKERS.value:
+        cli.refuse_idle({"threads": "--workers decode in place of threads"})
     os.environ.setdefault("WDS_SECURE", "1")
     distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     clip = runs.open_part(_MODEL.value, "clip")

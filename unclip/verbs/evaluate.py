@@ -13,7 +13,8 @@ import pathlib
 from absl import flags
 from ml_collections import config_flags
 
-from unclip import errors
+from unclip import cli, errors
+from unclip.files import paths
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "NAME|FILE.py:preset[,argument...]")
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the evaluation; the same one resumes it")
@@ -45,9 +46,17 @@ def main(argv):
         raise errors.ConfigError("--workdir=FOLDER is needed")
     if _CONFIG.value is None:
         raise errors.ConfigError("--config=configs/evaluate.py:PRESET is needed")
-    config = _CONFIG.value.to_dict()
+    config = paths.expanded(_CONFIG.value.to_dict())
     if config.get("stage") != "evaluate":
         raise errors.ConfigError("--config: expected configs/evaluate.py:PRESET, or one like it")
+
+    if not _FOLLOW.value:
+        cli.refuse_idle({"follow_timeout": "it ends --follow, which is not given"})
+    if _REPORT.value:
+        nothing = "--report_only draws nothing"
+        cli.refuse_idle(dict.fromkeys(("dry_run", "follow"), nothing))
+    elif _FOLLOW.value:
+        cli.refuse_idle({"dry_run": "--follow draws what is still to come"})
 
     from unclip.sweep import plan, report
 

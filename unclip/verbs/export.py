@@ -11,8 +11,8 @@ import dataclasses
 
 from absl import flags
 
-from unclip import errors
-from unclip.cascade import bundle, runs, spaces
+from unclip import cli, errors
+from unclip.cascade import bundle, pipeline, runs, spaces
 
 _CLIP = flags.DEFINE_string("clip", None, "RUN or BUNDLE of CLIP")
 _PRIOR = flags.DEFINE_string("prior", None, "RUN or BUNDLE of the prior")
@@ -47,6 +47,11 @@ def main(argv):
         raise errors.ConfigError(
             "nothing to export: give --clip, --t5, --prior, --decoder or --upsampler"
         )
+    if _LAST.value and "upsampler_0" not in wanted:
+        raise errors.ConfigError("--upsampler_last is a net of the first --upsampler, not given")
+    if not any(map(runs.is_run, wanted.values())):
+        cli.refuse_idle({"ema": "a BUNDLE holds one set of parameters"})
+    bundle.check_out(_OUT.value)
     parts = {}
     for name, path in wanted.items():
         part = runs.open_part(path, name, ema=_EMA.value)
@@ -65,3 +70,5 @@ def main(argv):
         print(f"  several embedding spaces: {line}")
     for line in spaces.unknown(parts):
         print(f"  what it was trained with is unknown: {line}")
+    for mode, lacks in pipeline.lacking(parts).items():
+        print(f"  --mode {mode}: {f'no, it has {lacks}' if lacks else 'yes'}")

@@ -14,9 +14,12 @@ from functools import partial
 
 from absl import flags
 
-from unclip import errors
+from unclip import cli, errors
 
 MODES = ("text", "variations")
+PRIOR_FLAGS = (
+    *("prior_steps", "prior_spacing", "prior_guidance", "temperature", "top_p", "candidates"),
+)
 
 _MODEL = flags.DEFINE_string("model", None, "bundle folder (unclip export)", required=True)
 _MODE = flags.DEFINE_enum("mode", "text", MODES, "what to make")
@@ -28,10 +31,18 @@ _OUT = flags.DEFINE_string("out", "out", "folder for the pictures")
 _BATCH = flags.DEFINE_integer("batch_size", 8, "pictures drawn at once", lower_bound=1)
 _SAMPLER = flags.DEFINE_string("sampler", None, "decoder: ddpm, ddim or dpm++2m")
 _STEPS = flags.DEFINE_integer("steps", None, "decoder: steps", lower_bound=1)
+_SPACING = flags.DEFINE_string(
+    "spacing", None, "decoder: even, trailing, log-snr, fast27, or steps by section as 10,10,3,2,2"
+)
 _GUIDANCE = flags.DEFINE_float("guidance", None, "decoder: classifier-free guidance scale")
 _ETA = flags.DEFINE_float("eta", None, "decoder: DDIM eta, 0 deterministic to 1 ancestral")
 _PRIOR_STEPS = flags.DEFINE_integer("prior_steps", None, "prior: steps", lower_bound=1)
 _PRIOR_GUIDANCE = flags.DEFINE_float("prior_guidance", None, "prior: guidance scale")
+_PRIOR_SPACING = flags.DEFINE_string("prior_spacing", None, "prior: as --spacing")
+_TEMPERATURE = flags.DEFINE_float("temperature", None, "autoregressive prior: of its codes")
+_TOP_P = flags.DEFINE_float(
+    "top_p", None, "autoregressive prior: draws from the likeliest codes of this probability"
+)
 _CANDIDATES = flags.DEFINE_integer(
     "candidates", None, "prior: draws, the best dot product with z_t is kept", lower_bound=1
 )
@@ -54,6 +65,7 @@ def main(argv):
     """Reads the flags, draws, writes; prints the folder and the files."""
     if len(argv) > 1:
         raise errors.ConfigError(f"unexpected argument {argv[1]!r}; a caption goes into --prompt")
+    _refuse_idle()
     asked = _PROMPT.value if _MODE.value == "text" else _IMAGE.value
     if not asked:
         flag = "prompt" if _MODE.value == "text" else "image"
@@ -76,10 +88,19 @@ def main(argv):
     )
     settings = {
         "prior": _given(
-            steps=_PRIOR_STEPS.value, guidance=_PRIOR_GUIDANCE.value, candidates=_CANDIDATES.value
+            steps=_PRIOR_STEPS.value,
+            spacing=_PRIOR_SPACING.value,
+            guidance=_PRIOR_GUIDANCE.value,
+            temperature=_TEMPERATURE.value,
+            top_p=_TOP_P.value,
+            candidates=_CANDIDATES.value,
         ),
         "decoder": _given(
-            steps=_STEPS.value, guidance=_GUIDANCE.value, sampler=_SAMPLER.value, eta=_ETA.value
+            steps=_STEPS.value,
+            spacing=_SPACING.value,
+            guidance=_GUIDANCE.value,
+            sampler=_SAMPLER.value,
+            eta=_ETA.value,
         ),
         "upsamplers": [
             _given(steps=steps, noise_level=level)
@@ -95,7 +116,7 @@ def main(argv):
     with progress.progress(len(asked) * _N.value, "drawing", "img") as bar:
         for group in groups:
             if _MODE.value == "variations":
-                settings.pop("prior", None)
+                settings.pop("prior", None)  # empty, see _refuse_idle
                 draw = partial(model.variations, name=os.path.basename(group[0]))
                 group = images.read_image(group[0])
             else:
@@ -113,6 +134,19 @@ def main(argv):
     if len(pictures) > 1:
         paths.append(images.save_grid(pictures, _OUT.value, _N.value, recipes=recipes))
     print("\n".join(map(str, paths)))
+
+
+def _refuse_idle():
+    """Refuses flags that the mode does not read."""
+    mode = _MODE.value
+    idle = {
+        "text": {"image": "draws from --prompt"},
+        "variations": {
+            "prompt": "draws from --image alone",
+            **dict.fromkeys(PRIOR_FLAGS, "uses no prior"),
+        },
+    }[mode]
+    cli.refuse_idle({name: f"--mode {mode} {why}" for name, why in idle.items()})
 
 
 def _given(**settings) -> dict:

@@ -87,6 +87,21 @@ def test_open_files_are_bounded(tmp_path):
     assert storage.read(str(tmp_path / "7"), 0, 3) == b"007"
 
 
+def test_several_in_an_entry_and_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("a-0.tar", "a-1.tar", "b.tar", "c,d.tar"):
+        (tmp_path / name).touch()
+    shards = Storage().expand(["~/b.tar, ~/a-{0..1}.tar", f"{tmp_path}/c,d.tar"])
+    assert shards == [f"{tmp_path}/{name}" for name in ("b.tar", "a-0.tar", "a-1.tar", "c,d.tar")]
+    signed = "https://store/a.tar?signature=x,y"
+    assert Storage().expand([signed, "s3://b/a.tar,s3://b/c-{1,2}.tar"]) == [
+        signed,
+        *("s3://b/a.tar", "s3://b/c-1.tar", "s3://b/c-2.tar"),
+    ]
+    with pytest.raises(DataError, match=r"/c\.tar' is not there; did you mean"):
+        Storage().expand("~/b.tar,~/c.tar")
+
+
 @pytest.mark.parametrize(
     ("pattern", "words"),
     [

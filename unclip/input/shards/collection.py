@@ -27,6 +27,7 @@ from unclip.input.shards import folder as index_folder
 from unclip.input.shards.folder import Entry
 from unclip.input.shards.index import ShardIndex, Span
 from unclip.input.shards.walk import NOT_TARS
+from unclip.input.storage import address
 from unclip.input.storage.address import shown
 from unclip.input.storage.storage import Storage
 from unclip.input.tfds import records
@@ -46,10 +47,10 @@ def open_shards(
     """Opens shards: by their index where there is one, or by walking their headers.
 
     Args:
-      patterns: paths, globs, brace ranges and addresses, see `Storage.expand`; a folder that
-        `unclip index` wrote stands for all its shards. Shards beside which lie such folders, named
-        `index` or `index-NAME`, are opened by them. Or "tfds:NAME:SPLIT", prepared data sets; what
-        is returned is a `records.RecordCollection` then.
+      patterns: paths, globs, brace ranges, addresses and lists of them, see `Storage.expand`; a
+        folder that `unclip index` wrote stands for all its shards. Shards beside which lie such
+        folders, named `index` or `index-NAME`, are opened by them. Or "tfds:NAME:SPLIT", prepared
+        data sets; what is returned is a `records.RecordCollection` then.
       text: a sample needs a caption from one of `captions`. False: a picture is enough.
       captions: where captions come from, see `unclip.input.captions`.
       storage: how shards are read; None: the defaults.
@@ -66,20 +67,21 @@ def open_shards(
     """
     patterns = [patterns] if isinstance(patterns, str | os.PathLike) else list(patterns)
     captions = caption_sources.checked(captions)
-    prepared = [os.fspath(pattern).startswith("tfds:") for pattern in patterns]
+    entries = [address.entries(os.fspath(pattern)) for pattern in patterns]
+    prepared = [part.startswith("tfds:") for parts in entries for part in parts]
     if any(prepared):
         if not all(prepared):
             raise ConfigError(
                 f"{patterns}: tars and prepared data sets (tfds:) cannot be mixed; "
                 "`unclip index --to_array_record` makes one of the other"
             )
-        return records.RecordCollection(
-            patterns, text=text, caption=caption_sources.field(captions[0])
-        )
+        specs = [part for parts in entries for part in parts]
+        field = caption_sources.field(captions[0])
+        return records.RecordCollection(specs, text=text, caption=field)
     if not patterns:
         raise ConfigError("no shards given: expected paths, globs or ranges such as a-{00..07}.tar")
     opener = _Opener(storage or Storage(), text, captions)
-    groups = [opener.find(os.fspath(pattern)) for pattern in patterns]
+    groups = [[shard for part in parts for shard in opener.find(part)] for parts in entries]
     found = list(itertools.chain.from_iterable(groups))
     with ThreadPoolExecutor(8, thread_name_prefix="index-shards") as pool:
         shards = list(pool.map(opener.open, found))

@@ -3,9 +3,11 @@
 No address is run as a command, and no chain of addresses or protocol outside the list is opened.
 """
 
+import os
 import re
 
 from unclip.errors import ConfigError, unknown
+from unclip.files import paths
 
 # Protocol -> the package that fsspec needs for it.
 PROTOCOLS = {
@@ -46,6 +48,18 @@ def protocol(path: str) -> str:
     if name.lower() not in PROTOCOLS:
         raise unknown("protocol of shards", name, PROTOCOLS)
     return name.lower()
+
+
+def entries(pattern: str) -> list[str]:
+    """The paths, globs and addresses that one entry of a list of shards names, at least one.
+
+    `a.tar,b-{0,1}.tar` is two; `~` at the beginning of a path is the home folder. A file whose name
+    has commas is one, and so is an address whose parts are no addresses (commas of a signature).
+    """
+    parts = [pattern] if os.path.exists(pattern) else paths.listed(pattern)
+    if not parts or ("://" in pattern and not all("://" in part for part in parts)):
+        parts = [pattern]
+    return paths.expanded(parts)
 
 
 def local(path: str) -> str:

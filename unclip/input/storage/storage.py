@@ -87,8 +87,8 @@ class Storage:
         """Paths, addresses, globs and brace ranges -> the shards they name, each once, in order.
 
         Args:
-          patterns: e.g. "train-{0000..0003}.tar", "shards/*.tar", "s3://bucket/{a,b}.tar". Remote
-            addresses without `*` are not looked up here.
+          patterns: e.g. "train-{0000..0003}.tar", "~/shards/*.tar", "s3://bucket/{a,b}.tar",
+            "a.tar,b.tar". Remote addresses without `*` are not looked up here.
 
         Raises:
           ConfigError: no pattern at all, `pipe:`, a chain `::`, a protocol that is not in
@@ -101,7 +101,8 @@ class Storage:
                 "no shards given: expected paths, globs or ranges such as a-{00..07}.tar"
             )
         found = {}
-        for pattern in map(os.fspath, patterns):
+        patterns = [part for given in patterns for part in address.entries(os.fspath(given))]
+        for pattern in patterns:
             matched = []
             for path in itertools.islice(_braces(pattern), _MAX_PATHS + 1):
                 if self.local(path):
@@ -129,7 +130,7 @@ class Storage:
         """
         patterns = [patterns] if isinstance(patterns, str | os.PathLike) else list(patterns)
         paths = set()
-        for pattern in map(os.fspath, patterns):
+        for pattern in itertools.chain(*(address.entries(os.fspath(p)) for p in patterns)):
             for path in itertools.islice(_braces(pattern), _MAX_PATHS):
                 if self.local(path) and glob.has_magic(path):
                     path = address.local(path)
