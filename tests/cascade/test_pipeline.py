@@ -374,6 +374,7 @@ def test_a_seed_for_every_prompt(model):
         model.generate(prompts, 2, [1, 2, 3])
 
 
+@pytest.mark.slow
 def test_a_mesh_draws_the_same_pictures(parts, six):
     """Rows over data and fsdp, parameters sharded: rounding apart, what one device draws."""
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2}, jax.devices()[:4])

@@ -170,6 +170,7 @@ def resumable(run_of, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["prior", "decoder"])
+@pytest.mark.slow
 def test_a_run_is_not_resumed_with_another_clip(name, resumable, tiny_config, run_of, other_clip):
     folder = resumable(name)
     before = (folder / "config.json").read_bytes()
@@ -201,6 +202,7 @@ def test_a_prior_goes_on_in_another_space_where_that_is_allowed(resumable, tiny_
         np.testing.assert_array_equal(value, statistics[name])
 
 
+@pytest.mark.slow
 def test_a_run_does_not_start_from_one_of_another_clip(tiny_config, run_of, other_clip, tmp_path):
     changes = {"clip": other_clip, "init_from": run_of("decoder")}
     with pytest.raises(errors.ConfigError, match="was trained with another clip"):
@@ -224,6 +226,7 @@ def test_a_workdir_of_an_older_version_knows_what_its_statistics_say(
     assert spaces.unknown({"prior": part}) == ["prior (clip)"]
 
 
+@pytest.mark.slow
 def test_the_same_clip_from_another_place_is_the_same(tiny_config, run_of, bundle_dir, tmp_path):
     half = bundle.read(bundle_dir, ["clip"])
     bundle.write(tmp_path, half.parts, dtype="bfloat16")

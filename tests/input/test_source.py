@@ -213,6 +213,7 @@ def test_threads_change_nothing(collection, options):
 
 
 @pytest.mark.parametrize("workers", [2])
+@pytest.mark.slow
 def test_worker_processes_change_nothing(partly_bad, workers):
     here = take(partly_bad, 4, start=8, max_bad_fraction=1.0)
     with make_source(
@@ -472,6 +473,7 @@ def test_any_order_resumes_on_any_process_count(several, kind):
         assert sorted(seen[:60]) == sorted(seen[60:120]) == sorted(seen[120:180])
 
 
+@pytest.mark.slow
 def test_workers_deliver_any_order(several):
     options = {
         "batch_size": 16,

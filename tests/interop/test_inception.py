@@ -112,6 +112,7 @@ def _read(path):
     return inception.read([path], {"preset": None})["inception"]
 
 
+@pytest.mark.slow
 def test_both_files_give_equal_parameters(tmp_path, state):
     state = dict(state)
     # The graph keeps a run of equal values as one.

@@ -237,6 +237,7 @@ except errors.DataError as error:
 """
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -212,6 +212,7 @@ def test_dropped_text_is_masked_or_learned():
 # --- the decoder ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_fresh_decoder_returns_zeros():
     model, args = Decoder(**TINY), conditions()
     start = jax.jit(lambda k: model.init_with_output(k, **args)[0])

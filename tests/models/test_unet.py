@@ -247,6 +247,7 @@ def test_unet_equals_numpy(y, params, batch):
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_fresh_unet_returns_zeros_and_only_its_last_layer_learns_first(batch, value_and_grad):
     fresh = jax.jit(UNet(**TINY | SMALL).init)(jax.random.key(0), *batch)["params"]
     (_, y), grads = value_and_grad(**SMALL)(fresh, batch)
@@ -285,6 +286,7 @@ def test_fold_is_the_same_function(y, params, batch):
     jax.tree.map(np.testing.assert_array_equal, round_trip, params)
 
 
+@pytest.mark.slow
 def test_folding_and_remat_change_no_gradient(value_and_grad, small_params, batch):
     folded = unet.fold_params(small_params)
     assert {"fold_0_1"} == set(folded["down_0"])
@@ -328,6 +330,7 @@ def test_bfloat16_computes_close_and_keeps_float32_outside(y, params, batch):
     assert 1e-5 < error < 0.05
 
 
+@pytest.mark.slow
 def test_dropout_needs_keys_and_an_rng(batch):
     x, t, emb, *_ = batch
     model = UNet(**TINY | dict(dropout=0.5, blocks=1, attention=(False, False), fold=True))

@@ -41,6 +41,7 @@ def compose(protocol, objects, colour):
     return np.array(canvas.convert("RGB"))
 
 
+@pytest.mark.slow
 def test_true_scenes_have_every_fact(withheld, true):
     values, facts = withheld.judge(true)
     assert values["composition.objects"] >= 0.95 and values["composition.all"] >= 0.9

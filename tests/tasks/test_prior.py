@@ -235,6 +235,7 @@ def test_the_ar_prior_takes_no_noise(made):
         task.sample(params, frozen, {}, None, noise=1)
 
 
+@pytest.mark.slow
 def test_a_learned_null_is_trained_and_drawn_from():
     """With `learned_null`, dropped captions train the model's own stand-ins."""
     arch = {

@@ -68,6 +68,7 @@ def test_weights_leave_the_mean_as_it_is():
 
 
 @pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_run_keeps_the_memory_in_its_state(made, batch_of, accumulate):
     task, params, _ = made("upsampler", timesteps="loss_aware", t_below=6)
     config = ConfigDict({"seed": 0, "ema": 0.9, "accumulate": accumulate})

@@ -265,6 +265,7 @@ def found():
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_the_report(found):
     report = found["fsdp"]
     assert set(report) == {
@@ -296,6 +297,7 @@ def test_the_report(found):
         assert word in found["text"]
 
 
+@pytest.mark.slow
 def test_sharded_parameters_are_gathered_and_one_device_is_silent(found):
     sharded, one = found["fsdp"], found["one"]
     assert sharded["collectives"]["all-gather"]["bytes"] > 0

@@ -118,6 +118,7 @@ def found(shards, run_of, tmp_path_factory):
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_published_parameter_counts(found):
     decoder = found["decoder"]["parameters"]
     assert decoder["decoder/unet"] == 885_439_686
@@ -129,6 +130,7 @@ def test_published_parameter_counts(found):
     assert decoder["clip"] == decoder["clip/vision"] + decoder["clip/text"] + 1
 
 
+@pytest.mark.slow
 def test_memory_of_sharded_state(found):
     """Parameters, average and two moments, split four ways as far as they divide."""
     memory = found["upsampler"]["memory_per_device"]

@@ -162,6 +162,7 @@ def test_a_failing_input_saves_the_step_it_reached(tiny_config, tmp_path, monkey
     assert checkpoint.stored(tmp_path / "run" / "checkpoints")[0] == 3
 
 
+@pytest.mark.slow
 def test_streaming_trains_and_says_what_it_cannot(tiny_config, shards, two_sets, tmp_path):
     config = tiny_config("clip", {"input.shards": two_sets, "input.streaming": True})
     assert inputs.collections(config)[0] is None

@@ -129,6 +129,7 @@ def measured(measured_clip, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_each_evaluator_follows_its_own_steps(measured):
     assert sorted(series(measured, "held_out/loss")) == [2, 4]
     ranks = series(measured, "retrieval/text_to_image_median_rank")
@@ -527,6 +528,7 @@ def test_bad_settings_are_one_line(tiny_config, tmp_path, change, error, said):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_decoder_without_clip_says_how_to_give_one(tiny_config, tmp_path):
     with pytest.raises(errors.ConfigError, match=r"needs a trained CLIP: --config.clip=RUN"):
         train(tiny_config("decoder"), str(tmp_path / "run"))

@@ -109,6 +109,7 @@ def alone(prepared):
     "name",
     [n if n == "clip" else pytest.param(n, marks=pytest.mark.slow) for n in STAGES],
 )
+@pytest.mark.slow
 def test_eight_devices_are_one(name, prepared, alone):
     want, got = alone(name), run(prepared(name), {"data": 8}, jax.devices())
     np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
@@ -116,6 +117,7 @@ def test_eight_devices_are_one(name, prepared, alone):
     assert got[1]["skipped"] == 0 and got[2]["step"] == 3
 
 
+@pytest.mark.slow
 def test_sharded_parameters_change_nothing(prepared, alone):
     """Parameters and moments split over fsdp, and kernels over tensor as well."""
     got = run(prepared("clip"), {"fsdp": 4, "tensor": 2}, jax.devices(), "tensor")
@@ -358,6 +360,7 @@ def test_the_config_is_left_alone(tiny_config):
         plan.task.draw = {}
 
 
+@pytest.mark.slow
 def test_operations_are_those_whatever_runs_attention(tiny_config):
     """cuDNN's kernel is none that a trace sees into, and needs a GPU to be traced at all."""
     fields = {"clip": "random", "clip_preset": "emoji", "arch.dtype": "bfloat16"}

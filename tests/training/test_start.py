@@ -134,6 +134,7 @@ def config_of(tiny_config, shards, karlo):
         ("upsampler", "karlo,net=last"),
     ],
 )
+@pytest.mark.slow
 def test_two_steps_from_the_bundle(name, arg, config_of, karlo, tmp_path, monkeypatch):
     """Step 0 is the bundle bit for bit, in float32; two steps move it a little."""
     begun = {}

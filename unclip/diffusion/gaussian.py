@@ -66,6 +66,17 @@ def _known(parametrisation: str) -> None:
         raise errors.unknown("parametrisation", parametrisation, PARAMETRISATIONS)
 
 
+def check(parametrisation: str, variance: str) -> None:
+    """Refuses what `predict` does not know.
+
+    Raises:
+      ConfigError: unknown parametrisation or variance.
+    """
+    _known(parametrisation)
+    if variance not in VARIANCES:
+        raise errors.unknown("variance", variance, VARIANCES)
+
+
 def predict_x0(
     schedule: Schedule, x_t: jax.Array, t: jax.Array, output: jax.Array, parametrisation: str
 ) -> jax.Array:
@@ -256,9 +267,7 @@ def make_denoise(
     Raises:
       ConfigError: unknown parametrisation or variance.
     """
-    _known(parametrisation)
-    if variance not in VARIANCES:
-        raise errors.unknown("variance", variance, VARIANCES)
+    check(parametrisation, variance)
 
     def denoise(x_t: jax.Array, t: jax.Array) -> Prediction:
         return predict(

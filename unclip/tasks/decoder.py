@@ -113,6 +113,7 @@ class DecoderTask(base.Diffusion):
         for name in names:
             if getattr(self, name) is None:
                 raise errors.ConfigError(f"this decoder reads its conditions through a {name} part")
+        gaussian.check(self.parametrisation, self.variance)
         if self.embedding not in EMBEDDINGS:
             raise errors.unknown("embedding", self.embedding, EMBEDDINGS)
         if self.stored and not (model.use_z_i and self.embedding == "image"):

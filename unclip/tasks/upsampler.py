@@ -65,6 +65,7 @@ class UpsamplerTask(base.Diffusion):
     )
 
     def __post_init__(self):
+        gaussian.check(self.parametrisation, self.variance)
         diffusion = schedule.make(self.noise_schedule)
         if not 0 <= self.t_below <= len(diffusion):
             raise errors.ConfigError(

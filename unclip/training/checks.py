@@ -150,18 +150,25 @@ def judges(config: ConfigDict) -> Iterator[errors.UnclipError]:
         )
 
 
-def trace(task: Task, params: Any) -> None:
-    """Traces a loss and everything that evaluators call: networks refuse what does not fit.
+def trace(config: ConfigDict, task: Task, params: Any) -> None:
+    """Traces a loss and what evaluators will call: networks refuse what does not fit.
 
     Args:
-      params: shapes of the trained parameters.
+      config: says which of them run; params: shapes of the trained parameters.
 
     Raises:
       ConfigError: conditions, widths or settings that do not fit one another.
     """
+    task = task.traceable()
     key, frozen, whole = jax.random.key(0), task.frozen_shapes(), task.whole()
+    memory = task.memory()
+    given = frozen if memory is None else {**(frozen or {}), "memory": memory}
     loss = lambda p, f, batch: task.loss(p, f, batch, key, train=True)[0]
-    jax.eval_shape(loss, params, frozen, task.batch_spec(2))
-    for function in whole.predict().values():
+    jax.eval_shape(loss, params, given, task.batch_spec(2))
+    measures = bool(config.input.held_out and config.metric_examples)
+    asked = {"bound": measures and config.get("metric_bits_examples")}
+    for name, function in whole.predict().items():
+        if not asked.get(name, measures or config.sample_examples):
+            continue
         call = lambda p, f, batch, function=function: function(p, f, batch, key)
         jax.eval_shape(call, params, frozen, whole.batch_spec(2))

@@ -230,7 +230,7 @@ def make_plan(
         problems += checks.judges(config)
         if params is not None:
             attempt(lambda: check_init_from(config, params))
-            attempt(lambda: checks.trace(task, params))
+            attempt(lambda: checks.trace(config, task, params))
     if workdir is not None:
         attempt(lambda: check_workdir(config, pathlib.Path(workdir), state))
     told = {str(problem): problem for problem in problems}  # two looks may find the same

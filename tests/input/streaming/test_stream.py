@@ -145,6 +145,7 @@ def test_a_pass_is_dealt_to_the_workers(shards, workers):
     assert all(len({shard for shard, _ in ids(part)}) <= -(-4 // workers) for part in parts)
 
 
+@pytest.mark.slow
 def test_decoding_processes(shards):
     with make_stream(
         shards, transform, batch_size=4, seed=0, passes=1, threads=1, workers=2

@@ -99,6 +99,7 @@ def config_of(folder, name):
     return json.loads((folder / name / "config.json").read_text())
 
 
+@pytest.mark.slow
 def test_stages_of_a_conversion_know_the_clip_beside_them(folder):
     read = formats.read("karlo", [folder])
     space = bundle.tree_hash(read["clip"].params)
@@ -106,6 +107,7 @@ def test_stages_of_a_conversion_know_the_clip_beside_them(folder):
     assert known == {"prior": {"clip": space}, "decoder": {"clip": space}}
 
 
+@pytest.mark.slow
 def test_what_is_written_is_read_again(parts, found):
     assert list(found) == list(parts)
     for kind, part in parts.items():

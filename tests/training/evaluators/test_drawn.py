@@ -221,6 +221,7 @@ def made(plan):
 
 
 @pytest.mark.parametrize("judged", [True, False])
+@pytest.mark.slow
 def test_an_upsampler_is_judged_by_the_clip_it_is_given(judged, run_of, tiny_config, shards):
     config = tiny_config(
         "upsampler",

@@ -161,6 +161,7 @@ def one(prior, batches):
     return figures(prior, batches)
 
 
+@pytest.mark.slow
 def test_every_sample_counts_once_on_any_mesh(prior, batches, one):
     eight = figures(prior, batches, 8)
     assert one == pytest.approx(eight, rel=1e-4, abs=1e-5)
@@ -177,6 +178,7 @@ def test_every_sample_counts_once_on_any_mesh(prior, batches, one):
     )
 
 
+@pytest.mark.slow
 def test_draws_do_not_depend_on_the_batches(prior, batches, one):
     """Noise belongs to a sample's number: one batch of 16 gives what two of eight give."""
     whole = [{name: np.concatenate([b[name] for b in batches]) for name in batches[0]}]
