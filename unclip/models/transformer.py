@@ -109,7 +109,7 @@ def attention(
         if impl == "cudnn":  # its own broadcasting of masks fails (jax-ml/jax#28974)
             mask = jnp.broadcast_to(mask, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
     plain = partial(jax.nn.dot_product_attention, implementation=impl)
-    if impl == "cudnn" or (mask is not None and mask.shape[1] > 1):
+    if impl == "cudnn":
         return plain(q, k, v, mask=mask)
     by_platform = {"cpu": attention_by_heads, "default": lambda *a: plain(*a[:3], mask=a[3])}
     return jax.lax.platform_dependent(q, k, v, mask, **by_platform)
@@ -124,17 +124,18 @@ def attention_by_heads(
     """`attention` for CPUs: a few heads at a time, and again in the backward pass.
 
     Their logits then stay in the cache, and products are of whole matrices. Arguments and result as
-    of `attention`; mask of one head for all.
+    of `attention`, the mask with four dimensions.
     """
     batch, _, heads, width = q.shape
     flat = lambda x: x.swapaxes(1, 2).reshape(batch * heads, x.shape[1], width)
     shared = None  # a mask for all rows
     if mask is None:
         own = None
-    elif mask.shape[0] == 1:
+    elif mask.shape[:2] == (1, 1):
         own, shared = None, jnp.broadcast_to(mask[0], (1, q.shape[1], k.shape[1]))
     else:
-        own = jnp.repeat(mask[:, 0], heads, axis=0)
+        own = jnp.broadcast_to(mask, (batch, heads, mask.shape[2], k.shape[1]))
+        own = own.reshape(batch * heads, *own.shape[2:])
     y = _by_heads(flat(q), flat(k), flat(v), own, shared)
     return y.reshape(batch, heads, -1, width).swapaxes(1, 2)
 
