@@ -238,6 +238,7 @@ def test_the_same_clip_from_another_place_is_the_same(tiny_config, run_of, bundl
         )
 
 
+@pytest.mark.slow
 def test_the_doctor_finds_it_too(tiny_config, run_of, other_clip):
     from unclip.training.checkup import examine
 

@@ -73,6 +73,7 @@ def test_text_is_what_is_asked_for():
     assert (blank == 200).all()
 
 
+@pytest.mark.slow
 def test_draws_are_the_pipelines_variations(attack, model):
     drawn = attack.draw(model, [7, 3], SETTINGS, rows=[4, 1])
     for number, (row, seed) in enumerate([(4, 7), (1, 3)]):

@@ -190,6 +190,7 @@ def test_unknown_embedding(made):
         made("prior", embedding="whitten")
 
 
+@pytest.mark.slow
 def test_the_ar_prior_learns_eight_pictures_by_heart(made):
     task, params, frozen = made("prior", "ar", text_drop=0.0)
     params = jax.jit(task.init)(jax.random.key(0))

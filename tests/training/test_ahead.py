@@ -351,6 +351,7 @@ def test_a_bad_topology_is_one_line_and_exit_code_78():
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_strict_exits_with_78_when_it_does_not_fit():
     small = [f"--config.{name}={value}" for name, value in SMALL.items()]
     done = run(

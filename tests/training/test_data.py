@@ -63,6 +63,7 @@ def test_a_streamed_and_weighted_run_resumes_bit_for_bit(
     jax.tree.map(np.testing.assert_array_equal, one, two)
 
 
+@pytest.mark.slow
 def test_samples_the_filters_reject_are_replaced_and_counted(tiny_config, two_sets, tmp_path):
     config = tiny_config(
         "clip", {"input.shards": two_sets, "input.filters": "caption_chars=24:", "log_steps": 1}

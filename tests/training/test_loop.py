@@ -327,6 +327,7 @@ def test_another_optimiser_is_refused_by_the_field_that_changed(over, tiny_confi
     assert (over / "config.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_another_clip_is_told_by_its_flag(run_of, tiny_config, monkeypatch):
     """Its widths are others: no list of tensors says that as well."""
     monkeypatch.setattr(checks, "trace", lambda *_: None)
@@ -536,6 +537,7 @@ def test_a_decoder_without_clip_says_how_to_give_one(tiny_config, tmp_path):
         train(tiny_config("decoder", {"clip": str(tmp_path / "x")}), str(tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_a_run_of_another_stage_is_no_clip(run_of, tiny_config):
     config = tiny_config("decoder", {"clip": run_of("upsampler_0")})
     with pytest.raises(errors.ConfigError, match="'upsampler', not 'clip'"):

@@ -267,6 +267,7 @@ def test_no_examples_are_no_metrics(change, tiny_config, shards):
     assert made(plan_of(config)) == []
 
 
+@pytest.mark.slow
 def test_a_metric_clip_needs_both_towers(run_of, tiny_config, monkeypatch):
     config = tiny_config("upsampler", {"metric_clip": run_of("clip")})
     part = runs.open_part(run_of("clip"), "clip")

@@ -187,6 +187,7 @@ def test_draws_do_not_depend_on_the_batches(prior, batches, one):
     assert abs(other["prior/cosine"] - one["prior/cosine"]) > 1e-4
 
 
+@pytest.mark.slow
 def test_stored_embeddings_are_the_pictures(prior, batches, one):
     task, params = prior
     frozen = task.frozen()
