@@ -105,6 +105,46 @@ def test_parameter_layout(params):
     assert wide["params"]["block_1"]["mlp"]["fc"]["kernel"].shape == (WIDTH, 50)
 
 
+MASKS = {
+    "none": lambda rng: None,
+    "by row": lambda rng: rng.random((3, 1, 1, 9)) < 0.6,
+    "for all rows": lambda rng: np.tril(np.ones((7, 9), bool), 2)[None, None],
+    "by row and query": lambda rng: rng.random((3, 1, 7, 9)) < 0.6,
+    "by head": lambda rng: rng.random((1, 2, 7, 9)) < 0.6,
+}
+
+
+@pytest.mark.parametrize("at_once", [1, 3 * 63, 1 << 20], ids=["one", "some", "all"])
+@pytest.mark.parametrize("name", MASKS)
+def test_attention_of_a_few_heads_at_a_time(name, at_once, monkeypatch):
+    """On a CPU: a float64 softmax, and its gradients, however many heads are looked at together."""
+    monkeypatch.setattr(tf, "LOGITS_AT_ONCE", at_once)
+    rng = np.random.default_rng(4)
+    q, k, v, dy = (rng.normal(size=(3, n, 2, 4)) for n in (7, 9, 9, 7))
+    mask = MASKS[name](rng)
+    logits = np.einsum("bthd,bshd->bhts", q, k) / 2
+    if mask is not None:
+        logits = np.where(mask, logits, -np.inf)
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    dp = np.einsum("bthd,bshd->bhts", dy, v)
+    dl = p * (dp - (p * dp).sum(-1, keepdims=True)) / 2
+    wanted = (
+        np.einsum("bhts,bshd->bthd", p, v),
+        np.einsum("bhts,bshd->bthd", dl, k),
+        np.einsum("bhts,bthd->bshd", dl, q),
+        np.einsum("bhts,bthd->bshd", p, dy),
+    )
+
+    @jax.jit
+    def both(q, k, v, dy):
+        y, pull = jax.vjp(lambda *a: tf.attention(*a, mask), q, k, v)
+        return y, *pull(dy)
+
+    for got, want in zip(both(*map(jnp.float32, (q, k, v, dy))), wanted):
+        np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-6)
+
+
 def test_attention_masks_and_empty_rows():
     rng = np.random.default_rng(2)
     q, k, v = (jnp.asarray(rng.normal(size=(2, 5, 2, 4)), jnp.float32) for _ in range(3))

@@ -30,7 +30,8 @@ ATTENTION_IMPLS = ("xla", "cudnn")
 BATCH_AXES = ("data", "fsdp")  # mesh axes over which rows are split, see `runtime.sharding`
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": partial(jax.nn.gelu, approximate=False),
+    # By erf, which compilers make a polynomial of; JAX's own goes by erfc, several times slower.
+    "gelu": lambda x: 0.5 * x * (1 + jax.lax.erf(x * np.asarray(0.5**0.5, x.dtype))),
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
 }
@@ -107,7 +108,122 @@ def attention(
         mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
         if impl == "cudnn":  # its own broadcasting of masks fails (jax-ml/jax#28974)
             mask = jnp.broadcast_to(mask, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=impl)
+    plain = partial(jax.nn.dot_product_attention, implementation=impl)
+    if impl == "cudnn":
+        return plain(q, k, v, mask=mask)
+    by_platform = {"cpu": attention_by_heads, "default": lambda *a: plain(*a[:3], mask=a[3])}
+    return jax.lax.platform_dependent(q, k, v, mask, **by_platform)
+
+
+LOGITS_AT_ONCE = 1 << 18  # float32 numbers: what a CPU's cache holds
+
+
+def attention_by_heads(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None
+) -> jax.Array:
+    """`attention` for CPUs: a few heads at a time, and again in the backward pass.
+
+    Their logits then stay in the cache, and products are of whole matrices. Arguments and result as
+    of `attention`, the mask with four dimensions.
+    """
+    batch, _, heads, width = q.shape
+    flat = lambda x: x.swapaxes(1, 2).reshape(batch * heads, x.shape[1], width)
+    shared = None  # a mask for all rows
+    if mask is None:
+        own = None
+    elif mask.shape[:2] == (1, 1):
+        own, shared = None, jnp.broadcast_to(mask[0], (1, q.shape[1], k.shape[1]))
+    else:
+        own = jnp.broadcast_to(mask, (batch, heads, mask.shape[2], k.shape[1]))
+        own = own.reshape(batch * heads, *own.shape[2:])
+    y = _by_heads(flat(q), flat(k), flat(v), own, shared)
+    return y.reshape(batch, heads, -1, width).swapaxes(1, 2)
+
+
+def _parts(*arrays: jax.Array | None) -> tuple:
+    """Arrays [N, ...] as [parts, N / parts, ...], so many parts that a part's logits fit."""
+    rows, queries, keys = len(arrays[0]), arrays[0].shape[1], arrays[1].shape[1]
+    size = min(max(LOGITS_AT_ONCE // (queries * keys), 1), rows)
+    while rows % size:
+        size -= 1
+    return jax.tree.map(lambda x: x.reshape(rows // size, size, *x.shape[1:]), arrays)
+
+
+def _over_parts(function: Callable, parts: tuple) -> Any:
+    """function of every part, its results put together again."""
+    if len(parts[0]) == 1:
+        return function(jax.tree.map(lambda x: x[0], parts))
+    out = jax.lax.map(function, parts)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out)
+
+
+def _product(a: jax.Array, b: jax.Array, over_a: int, over_b: int) -> jax.Array:
+    """Matrix products float32 [N, ...] of rows of a and b over one axis of each."""
+    numbers = (((over_a,), (over_b,)), ((0,), (0,)))
+    return jax.lax.dot_general(a, b, numbers, preferred_element_type=jnp.float32)
+
+
+_apart = jax.lax.optimization_barrier  # between products and what XLA would fuse into their loops
+
+
+def _logits(q, k, own, shared):
+    logits = _apart(_product(q, k, 2, 2)) * np.float32(q.shape[-1] ** -0.5)
+    for mask in (own, shared):
+        if mask is not None:
+            logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+    return logits
+
+
+def _weights(q, k, own, shared):
+    """exp(logits - their greatest) [N, Tq, Tk], that greatest and the sum [N, Tq, 1]."""
+    logits = _logits(q, k, own, shared)
+    top = logits.max(-1, keepdims=True)
+    weights = _apart(jnp.exp(logits - top))
+    return weights, top, weights.sum(-1, keepdims=True)
+
+
+@jax.custom_vjp
+def _by_heads(q, k, v, own, shared):
+    """q [N, Tq, D], k, v [N, Tk, D]; masks: own [N, 1 or Tq, Tk], shared [1, Tq, Tk], or None."""
+    return _by_heads_forward(q, k, v, own, shared)[0]
+
+
+def _by_heads_forward(q, k, v, own, shared):
+    def one(part):
+        q, k, v, own = part
+        weights, top, total = _weights(q, k, own, shared)
+        y = _product(weights.astype(v.dtype), v, 2, 1) / total
+        return y, top, total
+
+    y, top, total = _over_parts(one, _parts(q, k, v, own))
+    return y.astype(q.dtype), (q, k, v, own, shared, y, top, total)
+
+
+def _by_heads_backward(kept, dy):
+    *inputs, shared, y, top, total = kept
+
+    def one(part):
+        q, k, v, own, y, top, total, dy = part
+        softmax = _apart(jnp.exp(_logits(q, k, own, shared) - top) / total)
+        dy = dy.astype(jnp.float32)
+        along = (dy * y).sum(-1, keepdims=True)
+        dlogits = softmax * (_apart(_product(dy, v.astype(jnp.float32), 2, 2)) - along)
+        for mask in (own, shared):
+            if mask is not None:
+                dlogits = jnp.where(mask, dlogits, 0)
+        dlogits = _apart(dlogits * np.float32(q.shape[-1] ** -0.5)).astype(q.dtype)
+        grads = (
+            _product(dlogits, k, 2, 1),
+            _product(dlogits, q, 1, 1),
+            _product(softmax.astype(v.dtype), dy.astype(v.dtype), 1, 1),
+        )
+        return tuple(g.astype(q.dtype) for g in grads)
+
+    grads = _over_parts(one, _parts(*inputs, y, top, total, dy))
+    return (*grads, None, None)
+
+
+_by_heads.defvjp(_by_heads_forward, _by_heads_backward)
 
 
 def _mesh(x: jax.Array):

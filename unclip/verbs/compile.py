@@ -14,12 +14,10 @@ time, and with it the estimate of the seconds. docs/compile.md says what each fi
 import json
 import os
 
-import jax
 from absl import flags
 from ml_collections import config_flags
 
 from unclip import cli, errors
-from unclip.training.ahead import examine, parse_topology, text, topology_devices
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "NAME|FILE.py:preset[,argument...]")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "TPU slice: v4:2x2x4, v5e:4x4, v5p:4x4x4, …")
@@ -43,6 +41,10 @@ def main(argv):
         raise errors.ConfigError("give either --topology (v5p:4x4x4, …) or --devices N")
     if _DEVICES.value:
         cli.refuse_idle({"quick": "only the compiler for TPUs can be stopped early; --topology"})
+    import jax
+
+    from unclip.training.ahead import examine, parse_topology, text, topology_devices
+
     options = {}
     for option in _OPTION.value:
         name, _, value = option.partition("=")

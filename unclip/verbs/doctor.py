@@ -11,7 +11,6 @@ from absl import flags
 from ml_collections import config_flags
 
 from unclip import cli, errors
-from unclip.training.checkup import examine, text
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "NAME|FILE.py:preset[,argument...]")
 _WORKDIR = flags.DEFINE_string("workdir", "runs", "where the run would write")
@@ -28,6 +27,8 @@ def main(argv):
         raise errors.ConfigError("--config=configs/STAGE.py:PRESET is needed")
     if _JSON.value:
         cli.refuse_idle({"leaves": "--json holds every parameter in any case"})
+    from unclip.training.checkup import examine, text
+
     found = examine(_CONFIG.value, _WORKDIR.value)
     print(json.dumps(found, indent=1) if _JSON.value else text(found, leaves=_LEAVES.value))
     return errors.ConfigError.exit_code if _STRICT.value and found["problems"] else 0

@@ -13,10 +13,6 @@ from absl import flags
 from ml_collections import config_flags
 
 from unclip import errors
-from unclip.runtime import (
-    distributed,
-)
-from unclip.training.start import train
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "NAME|FILE.py:preset[,argument...]")
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; the same folder resumes it")
@@ -33,6 +29,9 @@ def main(argv):
         raise errors.ConfigError("--config=configs/STAGE.py:PRESET is needed")
     if not _WORKDIR.value:
         raise errors.ConfigError("--workdir=FOLDER is needed")
+    from unclip.runtime import distributed
+    from unclip.training.start import train
+
     os.environ.setdefault("WDS_SECURE", "1")
     distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     train(_CONFIG.value, _WORKDIR.value)
