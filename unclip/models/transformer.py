@@ -108,11 +108,9 @@ def attention(
         mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
         if impl == "cudnn":  # its own broadcasting of masks fails (jax-ml/jax#28974)
             mask = jnp.broadcast_to(mask, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
-    plain = partial(jax.nn.dot_product_attention, implementation=impl)
-    if impl == "cudnn":
-        return plain(q, k, v, mask=mask)
-    by_platform = {"cpu": attention_by_heads, "default": lambda *a: plain(*a[:3], mask=a[3])}
-    return jax.lax.platform_dependent(q, k, v, mask, **by_platform)
+    if impl == "xla" and _platform(q) == "cpu":
+        return attention_by_heads(q, k, v, mask)
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=impl)
 
 
 LOGITS_AT_ONCE = 1 << 18  # float32 numbers: what a CPU's cache holds
@@ -229,6 +227,12 @@ _by_heads.defvjp(_by_heads_forward, _by_heads_backward)
 def _mesh(x: jax.Array):
     """The mesh that a traced array is spread over; its shape is empty where there is none."""
     return jax.typeof(x).sharding.mesh
+
+
+def _platform(x: jax.Array) -> str:
+    """What computes a traced array, "cpu", "gpu" or "tpu": its mesh, or the default device."""
+    device = _mesh(x).abstract_device
+    return device.platform if device is not None else jax.default_backend()
 
 
 def keep_rows(x: jax.Array) -> jax.Array:
