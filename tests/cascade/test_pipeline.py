@@ -1,6 +1,7 @@
 """The cascade as a value: pictures that depend on their seed alone, recipes that repeat them."""
 
 import dataclasses
+import types
 import warnings
 
 import jax
@@ -57,12 +58,51 @@ def test_pictures_are_the_last_stage(six, model):
     assert len(six) == 6 and len({picture.tobytes() for picture in six.images}) == 6
 
 
-@pytest.mark.parametrize("k", [0, 1, 5])
-def test_a_picture_is_the_same_alone(six, model, k):
-    """Picture k of seed s is picture 0 of seed s + k, every bit of every stage."""
-    alone = model.generate("a red dot", n=1, seed=10 + k, **FAST)
-    for name, pictures in alone.stages.items():
-        np.testing.assert_array_equal(pictures[0], six.stages[name][k], err_msg=name)
+@pytest.fixture(scope="module")
+def nine(model):
+    return model.generate("a red dot", n=9, seed=10, **FAST)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 8])
+def test_a_picture_is_the_same_alone(nine, model, n):
+    """Picture k of seed s is picture 0 of seed s + k, every bit of every stage, whatever n is."""
+    first = 9 - n
+    fewer = model.generate("a red dot", n=n, seed=10 + first, **FAST)
+    for name, pictures in fewer.stages.items():
+        np.testing.assert_array_equal(pictures, nine.stages[name][first:], err_msg=name)
+    assert fewer.recipes == nine.recipes[first:]
+
+
+def test_embeddings_are_the_same_alone(nine, model):
+    many = model.embed_image(nine.stages["upsampler_0"])
+    np.testing.assert_array_equal(many[4:7], model.embed_image(nine.stages["upsampler_0"][4:7]))
+
+
+def test_a_fixed_batch_draws_the_same_rows_whatever_is_left(parts):
+    """Five pictures and the last of them alone, both four rows at once, and redrawn so."""
+    fixed = UnCLIP(parts, batch_size=4, fixed_batch=True)
+    draw = lambda n, seed: fixed.generate("a red dot", n=n, seed=seed, stages=1, embed="text")
+    five, last = draw(5, 10), draw(1, 14)
+    np.testing.assert_array_equal(five.images[4:], last.images)
+    assert {row["batch_size"] for row in five.recipes} == {4}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = UnCLIP(parts, batch_size=8).redraw(five.recipes[4])
+    np.testing.assert_array_equal(again.images, last.images)
+    assert again.recipes == last.recipes
+
+
+@pytest.mark.parametrize(
+    ("platform", "rows"), [("cpu", [1, 1, 1, 1, 1, 1]), ("gpu", [1, 2, 4, 8, 8, 8])]
+)
+def test_rows_of_a_program(parts, monkeypatch, platform, rows):
+    """One on a CPU; elsewhere the next power of two, at most the batch size."""
+    model = UnCLIP({"clip": parts["clip"]}, batch_size=8)
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(platform=platform)])
+    assert [model.at_once(count) for count in (1, 2, 3, 5, 8, 9)] == rows
+    few = UnCLIP({"clip": parts["clip"]}, batch_size=6)
+    assert few.at_once(5) == (1 if platform == "cpu" else 6)
+    assert UnCLIP({}, batch_size=8, fixed_batch=True).at_once(1) == 8
 
 
 def test_prompts_beside_it_do_not_matter(six, model):
@@ -157,21 +197,31 @@ def test_a_recipe_that_cannot_be_repeated_says_why(six, model, changes, said):
 
 
 def test_a_recipe_of_another_batch_size_warns(six, model):
-    with pytest.warns(UserWarning, match="in batches of 64, here of 4"):
+    with pytest.warns(UserWarning, match="in batches of 64, here of 1"):
         model.redraw(six.recipes[0] | {"batch_size": 64})
 
 
 def test_nothing_is_compiled_again(six, model):
-    """Guidance, seed, prompt and picture count are data of the compiled programs."""
+    """Guidance, seed, prompt and picture count are data of the compiled programs, and nothing is
+    computed outside of them that would be compiled for a count."""
     count = lambda: {key: program._cache_size() for key, program in model._compiled.items()}
     before = count()
-    changed = model.generate(
-        ["a green bar", "a red dot"],
-        n=3,
-        seed=999,
-        prior={"guidance": 1.5},
-        decoder={"guidance": 7.5},
-    )
+    compiled = []
+    heard = lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
+    jax.monitoring.register_event_duration_secs_listener(heard)
+    try:
+        changed = model.generate(
+            ["a green bar", "a red dot"],
+            n=3,
+            seed=999,
+            prior={"guidance": 1.5},
+            decoder={"guidance": 7.5},
+        )
+        assert not compiled
+        jax.jit(lambda x: x + len(compiled))(1.0)
+        assert compiled  # what is listened for is what JAX says
+    finally:
+        jax.monitoring.unregister_event_duration_listener(heard)
     assert count() == before and set(before.values()) == {1}
     plain = model.generate("a red dot", n=1, seed=999, **FAST)
     assert not np.array_equal(changed.images[3], plain.images[0])  # so the guidance was used

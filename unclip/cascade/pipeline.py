@@ -1,8 +1,12 @@
 """The cascade as a value: caption -> prior -> decoder -> upsamplers -> pictures (figure 2).
 
 `UnCLIP.load(dir)` opens a bundle; every way to make a picture is a method. Each stage is compiled
-once per picture count, step count and sampler; prompts, seeds, guidance and eta are traced, so
-changing them compiles nothing.
+once per step count, sampler and number of rows; prompts, seeds, guidance and eta are traced, so
+changing them compiles nothing. How many rows a program has is what may round a picture otherwise,
+also on one device, as XLA orders the sums of a matrix product or a convolution by its size. On a
+CPU, where rows drawn together cost as much as one after another, a program draws one picture, so
+that a picture is the same bits however many are asked for. Elsewhere it has as many rows as are
+asked for, up to the next power of two and at most `batch_size`; a recipe says how many.
 
 The methods that draw take `noise`, which replaces the random draws and so lets a picture be
 compared with another program's: {stage: float32 [1 + steps, n, ...]}, stages "prior" ([..., D]),
@@ -11,6 +15,7 @@ noise of step k, the first visited being 0; the last entry, at the step to x_0, 
 that is not named draws its own.
 """
 
+import copy
 import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
@@ -66,8 +71,9 @@ class UnCLIP:
       parts: {name: `bundle.Part`}, names as in `bundle`; any may be absent, methods say which
         they need.
       model_hash: identifies the weights in recipes.
-      batch_size: pictures drawn at once; the last batch is padded, so that results do not depend
-        on how many were asked for.
+      batch_size: pictures drawn at once, at most.
+      fixed_batch: draw so many at once whatever is asked for, on a CPU too, and pad: of an
+        evaluation, whose figures must not depend on how much of a cell is left.
       mesh: devices to draw on, of this process alone (`runtime.sharding.make_mesh` with
         `jax.local_devices()`); rows of a batch go over its data and fsdp axes, and parameters are
         sharded where fsdp is more than 1. None: JAX's default device.
@@ -82,13 +88,15 @@ class UnCLIP:
         *,
         model_hash: str = "",
         batch_size: int = 8,
+        fixed_batch: bool = False,
         mesh: jax.sharding.Mesh | None = None,
     ):
         self.parts, self.model_hash, self.batch_size = parts, model_hash, batch_size
         self.mesh = mesh
-        ways = mesh.shape["data"] * mesh.shape["fsdp"] if mesh is not None else 1
+        self._ways = ways = mesh.shape["data"] * mesh.shape["fsdp"] if mesh is not None else 1
         if batch_size % ways:
             raise errors.ConfigError(f"batch_size {batch_size} is not a multiple of {ways} devices")
+        self._fixed = batch_size if fixed_batch else 0
         self._tasks, used = {}, {"clip"} & parts.keys()
         for name in ("clip", *STAGE_TAGS):
             if name not in parts:
@@ -199,10 +207,20 @@ class UnCLIP:
         traced = {k: jax.tree.map(partial(self._put, k), v) for k, v in traced.items()}
         return self._compiled[key](**traced)
 
-    def _batches(self, rows: int):
-        """Index arrays [batch_size] covering 0..rows-1, the last one padded by repeating."""
-        for start in range(0, rows, self.batch_size):
-            yield np.minimum(np.arange(start, start + self.batch_size), rows - 1), rows - start
+    def at_once(self, count: int) -> int:
+        """Rows of the programs that draw `count` pictures, padding included."""
+        if self._fixed:
+            return self._fixed
+        devices = self.mesh.devices.flat if self.mesh is not None else jax.devices()
+        one = devices[0].platform == "cpu"
+        each = 1 if one else 1 << (-(-count // self._ways) - 1).bit_length()
+        return min(self._ways * each, self.batch_size)
+
+    def _batches(self, count: int):
+        """(index array of 0..count-1, padded by repeating the last; how many of its rows count)."""
+        rows = self.at_once(count)
+        for start in range(0, count, rows):
+            yield np.minimum(np.arange(start, start + rows), count - 1), count - start
 
     def embed_text(self, prompts: Sequence[str]) -> np.ndarray:
         """z_t float32 [n, D] of captions, not normalised."""
@@ -266,14 +284,16 @@ class UnCLIP:
         """
         task = self._tasks[name]
         static, traced = _split(task.checked_draw(settings, name))
-        keys = _keys(seeds, name)
+        seeds, tag = np.asarray(seeds, np.uint32), STAGE_TAGS[name]
         seam = self._seam(noise, name, static, shape)
         frozen = {other: self._frozen[other] for other in task.frozen_names}
         if name + LAST in self._params:
             frozen["last"] = self._params[name + LAST]
 
-        def draw(params, frozen, conditions, sample_keys, traced, **seam):
+        def draw(params, frozen, conditions, seeds, traced, **seam):
             chosen = dict(static) | traced
+            # One a picture, different for every stage.
+            sample_keys = jax.vmap(lambda s: jax.random.fold_in(jax.random.key(s), tag))(seeds)
             return task.sample(params, frozen, conditions, sample_keys, draw=chosen, **seam)
 
         def run(rows):
@@ -284,7 +304,7 @@ class UnCLIP:
                 params=self._params[name],
                 frozen=frozen,
                 conditions={what: array[rows] for what, array in conditions.items()},
-                sample_keys=keys[rows],
+                seeds=seeds[rows],
                 traced=traced,
                 **seam(rows),
             )
@@ -319,7 +339,7 @@ class UnCLIP:
         self._need("decoder", "drawing a picture")
         task = self._tasks["decoder"]
         if prompts is None:
-            tokens, mask = (np.asarray(a) for a in task.empty(len(seeds)))
+            tokens, mask = task.empty(len(seeds))
         else:
             tokens, mask = self.tokenize(prompts, task.context, task.tokenizer)
         conditions = {"tokens": tokens, "text_mask": mask}
@@ -408,7 +428,8 @@ class UnCLIP:
     ) -> Pictures:
         """Draws `n` pictures of every caption.
 
-        Picture k of a caption uses seed `seed` + k, and is the same picture when drawn alone.
+        Picture k of a caption uses seed `seed` + k, and is the same picture when drawn alone: to
+        the bit by programs of equally many rows, as on a CPU, else up to rounding.
 
         Args:
           prompt: one caption or several.
@@ -479,7 +500,8 @@ class UnCLIP:
             stages=stages,
             noise=noise,
         )
-        settings = self.in_force(chosen | dict(zip(self.upsamplers, upsamplers)), stages, noise)
+        chosen |= dict(zip(self.upsamplers, upsamplers))
+        settings = self.in_force(chosen, stages, noise, count=len(seeds))
         if embed not in (None, "prior"):
             settings["embed"] = embed
         if not caption:
@@ -516,10 +538,10 @@ class UnCLIP:
             read = "was trained on z_t (embedding='text')" if task.model.use_z_i else "reads none"
             raise errors.ConfigError(f"variations need a decoder of z_i; this one {read}")
         _check_noise(noise, ["decoder", *self._running(stages, decoder, upsamplers)])
-        z_i = self.embed_image(for_clip(image, self._tasks["clip"].model.image_size)[None])
         seeds = _seeds(seed, n)
+        seen = for_clip(image, self._tasks["clip"].model.image_size)
         drawn = self.decode(
-            np.repeat(z_i, n, axis=0),
+            self.embed_image(np.repeat(seen[None], n, axis=0)),
             None,
             seeds,
             decoder=decoder,
@@ -528,7 +550,7 @@ class UnCLIP:
             noise=noise,
         )
         chosen = {"decoder": decoder or {}} | dict(zip(self.upsamplers, upsamplers))
-        settings = self.in_force(chosen, stages, noise)
+        settings = self.in_force(chosen, stages, noise, count=n)
         settings["images"] = [image_files.source(image, name)]
         recipes = [{"mode": "variations", "prompt": "", "seed": s, **settings} for s in seeds]
         return _pictures(drawn, recipes)
@@ -560,10 +582,14 @@ class UnCLIP:
                 f"the recipe's pictures are {', '.join(named) or 'none'}; given "
                 f"{', '.join(found) or 'none'} (sha256 of the pixels)"
             )
-        if recipe.get("batch_size", self.batch_size) != self.batch_size:
+        # As many rows as then, that nothing is rounded otherwise.
+        rows = recipe.get("batch_size", self.at_once(1))
+        if type(rows) is int and 1 <= rows <= self.batch_size and not rows % self._ways:
+            self = copy.copy(self)
+            self._fixed = rows
+        else:
             warnings.warn(
-                f"drawn in batches of {recipe['batch_size']}, here of {self.batch_size}: rounding "
-                "may differ",
+                f"drawn in batches of {rows}, here of {self.at_once(1)}: rounding may differ",
                 stacklevel=2,
             )
         chosen: dict[str, dict] = {}
@@ -593,21 +619,26 @@ class UnCLIP:
 
     def score(self, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
         """Cosine of z_i and z_t, float32 [n], by this model's own CLIP."""
-        z_i, z_t = jnp.asarray(self.embed_image(images)), jnp.asarray(self.embed_text(prompts))
-        return np.asarray(jnp.sum(unit(z_i) * unit(z_t), axis=-1))
+        return np.sum(unit(self.embed_image(images)) * unit(self.embed_text(prompts)), axis=-1)
 
     def in_force(
-        self, chosen: dict[str, dict], stages: int | None = None, noise: Noise | None = None
+        self,
+        chosen: dict[str, dict],
+        stages: int | None = None,
+        noise: Noise | None = None,
+        *,
+        count: int = 1,
     ) -> dict:
         """Every setting in force, for a recipe: {setting: {stage: value}}.
 
         Args:
           chosen: {stage: settings given}; of prior and decoder, those named are in force.
-          stages, noise: as in `generate`.
+          stages, noise: as in `generate`; count: pictures of the call.
         """
-        count = stages or 1 + len(self.upsamplers)
-        names = [n for n in ("prior", "decoder") if n in chosen] + self.upsamplers[: count - 1]
-        out = {"model_hash": self.model_hash, "stages": count, "batch_size": self.batch_size}
+        stages = stages or 1 + len(self.upsamplers)
+        names = [n for n in ("prior", "decoder") if n in chosen] + self.upsamplers[: stages - 1]
+        rows = self.at_once(count)
+        out = {"model_hash": self.model_hash, "stages": stages, "batch_size": rows}
         if noise is not None:  # then the seeds alone do not draw the picture again
             out["noise"] = "given: " + ", ".join(noise)
         for name in names:
@@ -659,7 +690,7 @@ def _field(recipe: Mapping, name: str, kinds: tuple[type, ...]):
 
 def _split(draw: dict) -> tuple[tuple, dict]:
     """A draw's settings as (static items, traced floats)."""
-    traced = {k: jnp.float32(v) for k, v in draw.items() if k in TRACED}
+    traced = {k: np.float32(v) for k, v in draw.items() if k in TRACED}
     return tuple(sorted((k, v) for k, v in draw.items() if k not in traced)), traced
 
 
@@ -667,9 +698,3 @@ def _seeds(seed: int, n: int) -> list[int]:
     if not 0 <= seed <= 2**32 - n:
         raise errors.ConfigError(f"seed {seed}: expected 0 <= seed and seed + n <= {2**32}")
     return list(range(seed, seed + n))
-
-
-def _keys(seeds: Sequence[int], stage: str) -> jax.Array:
-    """Typed keys [n], one a picture, different for every stage."""
-    one = lambda s: jax.random.fold_in(jax.random.key(s), STAGE_TAGS[stage])
-    return jax.vmap(one)(jnp.asarray(seeds, jnp.uint32))

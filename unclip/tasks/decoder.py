@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from unclip import errors
 from unclip.diffusion import gaussian, guidance, losses, samplers, schedule
@@ -190,14 +191,14 @@ class DecoderTask(base.Diffusion):
         """z_i [B, D] as the network is given it."""
         return self.z_scale * unit(z_i) if self.z_scale and z_i is not None else z_i
 
-    def empty(self, batch_size: int, context: int | None = None):
+    def empty(self, batch_size: int, context: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The empty caption: (tokens int32 [B, L], mask bool [B, L]), L = `context` of the task."""
         context = context or self.context
         if self.t5:
             return self.t5.empty(batch_size, context)
-        ends = jnp.array([self.vocabulary - 2, self.vocabulary - 1], jnp.int32)
-        tokens = jnp.zeros((batch_size, context), jnp.int32).at[:, :2].set(ends)
-        return tokens, jnp.arange(context)[None, :].repeat(batch_size, 0) < 2
+        tokens = np.zeros((batch_size, context), np.int32)
+        tokens[:, :2] = self.vocabulary - 2, self.vocabulary - 1
+        return tokens, np.broadcast_to(np.arange(context) < 2, tokens.shape)
 
     def text(self, frozen, tokens, mask, drop):
         """Caption conditions, rows of `drop` (bool [B]) replaced by the empty caption."""

@@ -28,7 +28,9 @@ _IMAGE = flags.DEFINE_multi_string("image", [], "picture file, for variations")
 _N = flags.DEFINE_integer("n", 4, "pictures per prompt or picture", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "seed of the first picture; picture k has seed + k")
 _OUT = flags.DEFINE_string("out", "out", "folder for the pictures")
-_BATCH = flags.DEFINE_integer("batch_size", 8, "pictures drawn at once", lower_bound=1)
+_BATCH = flags.DEFINE_integer(
+    "batch_size", 8, "pictures drawn at once, at most; a CPU draws one by one", lower_bound=1
+)
 _SAMPLER = flags.DEFINE_string("sampler", None, "decoder: ddpm, ddim or dpm++2m")
 _STEPS = flags.DEFINE_integer("steps", None, "decoder: steps", lower_bound=1)
 _SPACING = flags.DEFINE_string(
