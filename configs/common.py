@@ -141,7 +141,7 @@ def base(stage: str, args: ConfigDict) -> ConfigDict:
     config.metric_inception = ""  # BUNDLE or FILE: adds FID of drawn pictures; "" = off
     config.tensorboard = True
     config.wandb = ""  # project name; "" = off
-    config.compilation_cache = ""  # folder; "" = off
+    config.compilation_cache = ""  # folder of its own; "" = that of all verbs
     config.task = ConfigDict()
     return config
 
