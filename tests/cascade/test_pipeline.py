@@ -196,7 +196,7 @@ def test_the_first_stages_alone(six, model):
         ({"embed": "text", "prior": {"steps": 9}}, r"prior \(steps\) would have no effect"),
         ({"stages": 2, "noise": {"upsampler_1": 0}}, "noise of 'upsampler_1' would have no effect"),
         ({"embed": "text", "noise": {"prior": 0}}, "noise of 'prior' would have no effect"),
-        ({"decoder": {"sampler": "euler"}}, "unknown sampler 'euler'"),
+        ({"decoder": {"sampler": "eular"}}, "unknown sampler 'eular'"),
         ({"upsamplers": [{"steps": 0}]}, "sampling steps 0"),
     ],
 )

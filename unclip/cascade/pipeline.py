@@ -33,7 +33,10 @@ from unclip.tasks.clip import FrozenClip
 STAGE_TAGS = {"prior": 0, "decoder": 1, "upsampler_0": 2, "upsampler_1": 3}
 LAST = "_last"  # upsampler_0_last: a second network, for the last step of upsampler_0
 # Settings of a draw that compile nothing.
-TRACED = ("guidance", "eta", "temperature", "top_p", "noise_level")
+TRACED = (
+    *("guidance", "guidance_low", "guidance_high", "guidance_rescale"),
+    *("eta", "temperature", "top_p", "noise_level"),
+)
 EMBEDS = ("prior", "text", "none")  # where the decoder's z_i comes from
 FREE = ("dtype", "dropout", "remat", "attention_impl")  # in which the two networks may differ
 
@@ -611,7 +614,9 @@ class UnCLIP:
         if noise is not None:  # then the seeds alone do not draw the picture again
             out["noise"] = "given: " + ", ".join(noise)
         for name in names:
-            for setting, value in (self._tasks[name].draw | chosen.get(name, {})).items():
+            for setting, value in (
+                self._tasks[name].checked_draw(chosen.get(name, {}), name).items()
+            ):
                 out.setdefault(setting, {})[name] = value
         return out
 
