@@ -169,14 +169,26 @@ def test_nothing_is_compiled_again(six, model):
         ["a green bar", "a red dot"],
         n=3,
         seed=999,
-        prior={"guidance": 1.5},
-        decoder={"guidance": 7.5},
+        prior={"guidance": 1.5, "guidance_low": 0.5},
+        decoder={"guidance": 7.5, "guidance_high": 0.9, "guidance_rescale": 0.3},
     )
     assert count() == before and set(before.values()) == {1}
     plain = model.generate("a red dot", n=1, seed=999, **FAST)
     assert not np.array_equal(changed.images[3], plain.images[0])  # so the guidance was used
     with pytest.raises(errors.ConfigError, match=r"eta 0\.5 with sampler 'ddpm': only 'ddim'"):
         model.generate("a red dot", decoder={"eta": 0.5})
+
+
+def test_a_recipe_holds_the_samplers_own_eta(model):
+    """Another sampler than the model's brings its eta, which the recipe must say."""
+    settings = {"stages": 1, "embed": "none", "decoder": {"sampler": "euler-ancestral", "steps": 2}}
+    drawn = model.generate("a red dot", n=1, seed=4, **settings)
+    assert drawn.recipes[0]["eta"] == {"decoder": 1.0}
+    np.testing.assert_array_equal(model.redraw(drawn.recipes[0]).images, drawn.images)
+    settings["decoder"] = settings["decoder"] | {"eta": 0.0}
+    still = model.generate("a red dot", n=1, seed=4, **settings)
+    assert still.recipes[0]["eta"] == {"decoder": 0.0}
+    assert not np.array_equal(still.images, drawn.images)
 
 
 def test_the_first_stages_alone(six, model):
