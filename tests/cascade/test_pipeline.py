@@ -7,9 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from unclip import errors, tasks
+from unclip import UnCLIP, errors, tasks
 from unclip.cascade import bundle, runs
-from unclip.cascade.pipeline import STAGE_TAGS, UnCLIP, lacking
+from unclip.cascade.pipeline import STAGE_TAGS
+from unclip.drawing.modes import lacking
 from unclip.files import images
 from unclip.input.decode.image import for_clip
 from unclip.models.t5 import T5Encoder
@@ -113,7 +114,7 @@ def test_a_variation_is_drawn_again_from_its_recipe_and_the_picture(model, tmp_p
     assert again.recipes[0] == drawn.recipes[1]
     picture[0, 0, 0] ^= 1
     for wrong in ([picture], [], [picture, picture]):
-        with pytest.raises(errors.ConfigError, match=r"pictures are 'cat\.jpg' \([0-9a-f]{64}\)"):
+        with pytest.raises(errors.ConfigError, match=r"missing 'cat\.jpg' \([0-9a-f]{64}\)"):
             model.redraw(recipe, wrong)
 
 
@@ -145,7 +146,9 @@ def test_a_noised_small_picture_is_drawn_again_too(parts, tmp_path):
         ({"model_hash": "9876543210"}, "of model 9876543210, this is 0123456789"),
         ({"noise": "given: decoder"}, "noise was given: decoder"),
         ({"seed": "5"}, "seed is '5': expected int"),
-        ({"mode": "inpaint"}, "mode 'inpaint' from 0 pictures"),
+        ({"mode": "inpant"}, "unknown mode of a recipe 'inpant'"),
+        ({"mode": "variations"}, "mode 'variations' from 0 pictures: expected 1"),
+        ({"mode": "interpolate", "images": []}, "from 0 pictures: expected at least 2"),
         ({"images": "x"}, "images are damaged"),
         ({"steps": {"decoders": 3}}, "did you mean 'decoder'"),
         ({"stages": None}, "stages is None"),
@@ -218,14 +221,17 @@ def test_a_model_at_home(monkeypatch):
 
 
 def test_what_parts_lack(parts):
-    assert lacking(parts) == {"text": "", "variations": ""}
+    few = lambda found: {mode: found[mode] for mode in ("text", "variations")}
+    assert set(lacking(parts).values()) == {""}
     without = lambda *names: {n: part for n, part in parts.items() if n not in names}
-    assert lacking(without("prior")) == {"text": "no prior", "variations": ""}
-    assert lacking(without("clip")) == {"text": "no clip", "variations": "no clip"}
-    assert lacking(without("decoder")) == {"text": "no decoder", "variations": "no decoder"}
+    assert few(lacking(without("prior"))) == {"text": "no prior", "variations": ""}
+    assert few(lacking(without("clip"))) == {"text": "no clip", "variations": "no clip"}
+    blind = lacking(without("decoder"))
+    assert blind.pop("upsample") == "" and set(blind.values()) == {"no decoder"}
+    assert lacking(without("upsampler_0"))["upsample"] == "no upsampler_0"
     own = parts["decoder"]
     part = dataclasses.replace(own, settings=own.settings | {"embedding": "text"})
-    assert lacking(without("prior") | {"decoder": part}) == {
+    assert few(lacking(without("prior") | {"decoder": part})) == {
         "text": "",
         "variations": "no decoder of z_i",
     }

@@ -21,8 +21,8 @@ from diffusers.schedulers import scheduling_unclip
 from PIL import Image
 from torch.nn import functional
 
+from unclip import UnCLIP
 from unclip.cascade import bundle
-from unclip.cascade.pipeline import UnCLIP
 from unclip.diffusion import schedule
 from unclip.input.decode.image import for_clip
 from unclip.input.decode.text import VOCABULARY, Tokenizer

@@ -26,7 +26,7 @@ import numpy as np
 import unclip
 from unclip import errors, protocols
 from unclip.cascade import runs, spaces
-from unclip.cascade.pipeline import UnCLIP
+from unclip.drawing.model import UnCLIP
 from unclip.files import images, lock
 from unclip.runtime import collectives, distributed, progress, sharding
 from unclip.sweep import plan, store

@@ -16,8 +16,8 @@ from typing import Any
 
 from unclip import errors, tasks
 from unclip.cascade import bundle, runs
-from unclip.cascade.pipeline import EMBEDS
 from unclip.diffusion.samplers import HAVE_ETA, SAMPLERS
+from unclip.drawing.text import EMBEDS
 from unclip.sweep.store import FORMAT
 from unclip.sweep.weights import BRANCHES, NEWEST, branch_of, checkpoint_hash, digest
 
