@@ -6,16 +6,31 @@ import jax.numpy as jnp
 from unclip.diffusion import gaussian, guidance, samplers
 from unclip.tasks.decoder import THRESHOLDS, DecoderTask
 
-ITERATIONS = 2  # network calls a step: see `samplers.ddim_invert`
 
-
-def invert(task: DecoderTask, params, frozen, conditions, x_0: jax.Array, *, draw) -> jax.Array:
-    """x_T float32 [B, S, S, 3] from which `task.sample` with DDIM and eta 0 leads back to x_0.
+def invert(
+    task: DecoderTask,
+    params,
+    frozen,
+    conditions,
+    x_0: jax.Array,
+    sample_keys: jax.Array,
+    *,
+    draw,
+    iterations: int = 1,
+) -> tuple[jax.Array, jax.Array]:
+    """The x_T from which `task.sample` by "ddim" with eta 0 leads back to pictures.
 
     Args:
       conditions, draw: as in `DecoderTask.sample`, eta and sampler apart.
       x_0: float32 [B, S, S, 3] in [-1, 1].
+      sample_keys: typed keys [B], those of the draw.
+      iterations: see `samplers.ddim_invert`.
+
+    Returns:
+      (x_T float32 [B, S, S, 3], error float32 [B]: root mean square of what the draw gives minus
+      x_0).
     """
+    del sample_keys
     draw = {**task.draw, **draw}
     tokens, mask = conditions["tokens"], conditions["text_mask"]
     nowhere = jnp.zeros(tokens.shape[0], bool)
@@ -47,4 +62,7 @@ def invert(task: DecoderTask, params, frozen, conditions, x_0: jax.Array, *, dra
         variance=task.variance,
         clip=THRESHOLDS[draw["threshold"]](),
     )
-    return samplers.ddim_invert(denoise, respaced, x_0, iterations=ITERATIONS)
+    x_T = samplers.ddim_invert(denoise, respaced, x_0, iterations=iterations)
+    back = samplers.sample(denoise, respaced, x_T, None, sampler="ddim", eta=0.0)
+    error = (jnp.clip(back, -1.0, 1.0) - x_0) ** 2
+    return x_T, jnp.sqrt(error.mean(axis=(1, 2, 3)))

@@ -33,6 +33,7 @@ STAGE_TAGS = {"prior": 0, "decoder": 1, "upsampler_0": 2, "upsampler_1": 3}
 LAST = "_last"  # upsampler_0_last: a second network, for the last step of upsampler_0
 # Settings of a draw that compile nothing.
 TRACED = ("guidance", "eta", "temperature", "top_p", "noise_level")
+INVERT_CALLS = 2  # of the network a step: twice is much nearer than once
 FREE = ("dtype", "dropout", "remat", "attention_impl")  # in which the two networks may differ
 
 
@@ -358,7 +359,7 @@ class Pipeline:
 
     def invert(
         self, images: np.ndarray, z_i: np.ndarray, *, decoder: dict | None = None
-    ) -> np.ndarray:
+    ) -> tuple[np.ndarray, np.ndarray]:
         """x_T from which the decoder's deterministic DDIM leads back to pictures (section 3).
 
         Args:
@@ -366,7 +367,8 @@ class Pipeline:
           decoder: settings of the draw that will start there: steps, spacing, guidance, threshold.
 
         Returns:
-          float32 [n, h, w, 3], under z_i and without a caption.
+          (x_T float32 [n, h, w, 3], under z_i and without a caption; error float32 [n], root mean
+          square of what the draw leads back to minus the picture, in [-1, 1]).
         """
         self.need("decoder", "inverting a picture")
         task = self._tasks["decoder"]
@@ -376,9 +378,14 @@ class Pipeline:
         conditions = {"tokens": tokens, "text_mask": mask, "z_i": z_i}
         conditions["drop_text"] = np.full(len(images), True)
 
-        def invert(params, frozen, conditions, x_0, traced):
-            chosen = dict(static) | traced
-            return inversion.invert(task, params, frozen, conditions, to_float(x_0), draw=chosen)
+        keys = _keys([0] * len(images), "decoder")
+
+        def invert(params, frozen, conditions, x_0, sample_keys, traced):
+            chosen, given = dict(static) | traced, (frozen, conditions, to_float(x_0), sample_keys)
+            start, error = inversion.invert(
+                task, params, *given, draw=chosen, iterations=INVERT_CALLS
+            )
+            return jnp.concatenate([start.reshape(len(start), -1), error[:, None]], axis=1)
 
         def run(rows):
             return self._call(
@@ -389,10 +396,12 @@ class Pipeline:
                 frozen=frozen,
                 conditions={what: array[rows] for what, array in conditions.items()},
                 x_0=images[rows],
+                sample_keys=keys[rows],
                 traced=traced,
             )
 
-        return self._rows(len(images), run)
+        found = self._rows(len(images), run)
+        return found[:, :-1].reshape(images.shape), found[:, -1]
 
     def running(
         self, stages: int | None, decoder: dict | None, upsamplers: Sequence[dict]

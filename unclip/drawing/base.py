@@ -97,11 +97,6 @@ def embed(model: Pipeline, sources: Sequence[images.Source]) -> np.ndarray:
     return model.embed_image(np.stack([for_clip(source.pixels, side) for source in sources]))
 
 
-def small(model: Pipeline, source: images.Source) -> np.ndarray:
-    """uint8 [h, w, 3]: the picture's centre at the decoder's size."""
-    return resize_and_crop(source.pixels, model.stage_size("decoder"))[0]
-
-
 def inverting(decoder: dict | None, noise: Noise | None, eta: float = 0.0) -> dict:
     """Settings of a decoder's draw that starts where DDIM leads from a picture: DDIM, and unless
     given otherwise `eta` and no guidance, under which the way back is not the way there."""
@@ -118,9 +113,13 @@ def inverting(decoder: dict | None, noise: Noise | None, eta: float = 0.0) -> di
 
 def start(
     model: Pipeline, sources: Sequence[images.Source], z_i: np.ndarray, decoder: dict
-) -> np.ndarray:
-    """x_T float32 [n, h, w, 3] of pictures, by DDIM inversion of the decoder."""
-    return model.invert(np.stack([small(model, s) for s in sources]), z_i, decoder=decoder)
+) -> tuple[np.ndarray, list[float]]:
+    """(x_T float32 [n, h, w, 3] of pictures at the decoder's size, by DDIM inversion; how near eta
+    0 would lead back to each, peak signal-to-noise ratio in dB, at most 100)."""
+    pixels = np.stack([resize_and_crop(s.pixels, model.stage_size("decoder"))[0] for s in sources])
+    x_T, error = model.invert(pixels, z_i, decoder=decoder)
+    psnr = 20 * np.log10(2 / np.maximum(np.float64(error), 2e-5))
+    return x_T, [round(float(one), 3) for one in psnr]
 
 
 def draw(
@@ -168,9 +167,3 @@ def pictures(drawn: Mapping[str, np.ndarray], recipes: list[dict]) -> Pictures:
     """`Pictures` of what the stages drew, float32 in [-1, 1] each."""
     stages = {name: to_uint8(found) for name, found in drawn.items()}
     return Pictures(list(stages.values())[-1], recipes, stages)
-
-
-def psnr(drawn: np.ndarray, true: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of uint8 pictures of one shape, dB; 100 where they are equal."""
-    error = np.mean(np.square(np.float64(drawn) - true))
-    return round(float(min(10 * np.log10(255**2 / max(error, 1e-300)), 100.0)), 3)

@@ -7,7 +7,7 @@ import numpy as np
 from unclip import errors
 from unclip.cascade.pipeline import Pictures, Pipeline, seeds_of
 from unclip.drawing import base
-from unclip.drawing.blending import blend
+from unclip.drawing.blending import spherical_mean
 from unclip.files import images as image_files
 
 FRAMES = 8
@@ -54,12 +54,13 @@ def interpolate(
     settings = {"decoder": decoder, "upsamplers": upsamplers, "stages": stages}
     base.check(model, **settings)
     z_i, x_T = base.embed(model, sources), None
-    facts = [{"weights": row} | ({"invert": True} if invert else {}) for row in rows]
+    own = {}
     if invert:
-        starts = base.start(model, sources, z_i, decoder)
-        x_T = np.stack([blend(starts, row) for row in rows])
-    z_i = np.stack([blend(z_i, row) for row in rows])
-    seeds = [seed] * len(rows)
+        starts, psnr = base.start(model, sources, z_i, decoder)
+        x_T = np.stack([_blend(starts, row) for row in rows])
+        own = {"invert": True, "psnr": psnr}
+    facts = [{"weights": row, **own} for row in rows]
+    z_i, seeds = np.stack([_blend(z_i, row) for row in rows]), [seed] * len(rows)
     return base.draw(model, "interpolate", z_i, seeds, sources, facts, x_T=x_T, **settings)
 
 
@@ -72,6 +73,14 @@ def redraw(
     return interpolate(
         model, *sources, weights=rows, seed=recipe["seed"], invert=invert, **settings
     )
+
+
+def _blend(arrays: np.ndarray, weights: Sequence[float]) -> np.ndarray:
+    """One array of several [n, ...] by weight; at a single weight exactly its own."""
+    some = [k for k, weight in enumerate(weights) if weight]
+    if len(some) == 1:
+        return arrays[some[0]]
+    return spherical_mean([arrays[k : k + 1] for k in some], [weights[k] for k in some])[0]
 
 
 def _path(images: int, n: int | None) -> list[list[float]]:

@@ -67,12 +67,13 @@ def text_diff(
     settings = {"decoder": decoder, "upsamplers": upsamplers, "stages": stages}
     base.check(model, **settings)
     z_d = _difference(model, from_prompt, to_prompt)
-    z_i, x_T = base.embed(model, [source]), None
+    z_i, x_T, own = base.embed(model, [source]), None, {}
     if invert:
-        x_T = np.repeat(base.start(model, [source], z_i, decoder), len(angles), axis=0)
-    length = np.linalg.norm(z_i[0])
-    z = np.stack([slerp(z_i[0], length * z_d, theta) for theta in angles])
-    seeds, own = [seed] * len(angles), {"invert": True} if invert else {}
+        x_T, (psnr,) = base.start(model, [source], z_i, decoder)
+        x_T, own = np.repeat(x_T, len(angles), axis=0), {"invert": True, "psnr": psnr}
+    goal = np.linalg.norm(z_i) * z_d[None]
+    z = np.concatenate([slerp(z_i, goal, theta) if theta else z_i for theta in angles])
+    seeds = [seed] * len(angles)
     facts = [
         {"prompt": to_prompt, "from_prompt": from_prompt, "angle": theta, **own} for theta in angles
     ]

@@ -32,8 +32,8 @@ def variations(
         cropped to its centre.
       invert: start at the picture's own x_T too, found by DDIM inversion of the decoder, in place
         of the seed's noise. Then the decoder draws by DDIM with eta 0.5 and without guidance unless
-        `decoder` says otherwise; eta 0 reconstructs the picture, and the recipe has the "psnr", dB,
-        of the decoder's picture.
+        `decoder` says otherwise. Eta 0 reconstructs the picture; how well it does, or would, the
+        recipe says: "psnr", dB, at the decoder's size.
       name: of the file that pixels are from, for the recipe.
       Other arguments as in `text.generate`; the decoder draws as it was trained to without a
         caption, with guidance too.
@@ -44,10 +44,9 @@ def variations(
     """
     base.need_z_i(model, "variations")
     source, seeds = base.as_source(image, name), seeds_of(seed, base.count(n, "n"))
-    facts, x_T = [{}] * n, None
+    facts, x_T = {}, None
     if invert:
         decoder = base.inverting(decoder, noise, ETA)
-        facts = [{"invert": True}] * n
     settings = {"decoder": decoder, "upsamplers": upsamplers, "stages": stages, "noise": noise}
     base.check(model, **settings)
     exact = invert and decoder["eta"] == 0
@@ -55,14 +54,10 @@ def variations(
         raise errors.ConfigError(f"n={n} with invert and eta 0: all would be one picture; n=1")
     z_i = base.embed(model, [source])
     if invert:
-        x_T = np.repeat(base.start(model, [source], z_i, decoder), n, axis=0)
+        x_T, (psnr,) = base.start(model, [source], z_i, decoder)
+        x_T, facts = np.repeat(x_T, n, axis=0), {"invert": True, "psnr": psnr}
     z_i = np.repeat(z_i, n, axis=0)
-    drawn = base.draw(model, "variations", z_i, seeds, [source], facts, x_T=x_T, **settings)
-    if exact:
-        true = base.small(model, source)
-        for recipe, picture in zip(drawn.recipes, drawn.stages["decoder"]):
-            recipe["psnr"] = base.psnr(picture, true)
-    return drawn
+    return base.draw(model, "variations", z_i, seeds, [source], [facts] * n, x_T=x_T, **settings)
 
 
 def redraw(
