@@ -3,10 +3,9 @@
 import numpy as np
 import pytest
 
-from unclip import UnCLIP, errors
+from unclip import UnCLIP, errors, images
 from unclip.drawing import modes
 from unclip.drawing.basis import Basis, open_basis
-from unclip.files import images
 from unclip.input.decode.image import resize_and_crop
 from unclip.tasks import codes
 from unclip.tasks.arrays import to_float, unit
