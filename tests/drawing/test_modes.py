@@ -75,7 +75,8 @@ def test_inversion_and_eta_0_reconstruct(model, picture, steps):
         own = {"eta": 0.0, "steps": count}
         found = model.variations(picture(), 1, invert=True, decoder=own, stages=1)
         falling.append(far(found))
-        assert found.recipes[0]["psnr"] == pytest.approx(10 * np.log10(4 / falling[-1]), abs=0.5)
+        psnr = 10 * np.log10(4 / falling[-1])  # of the rounded picture, which matters over 50 dB
+        assert found.recipes[0]["psnr"] == pytest.approx(psnr, abs=0.5) or psnr > 50
         assert found.recipes[0]["invert"] is True
     assert sorted(falling, reverse=True) == falling
 
