@@ -18,6 +18,7 @@ SHIPPED = ("configs/*.py", "data/emoji/*.tar", "third_party/*/*")
 
 REQUIRES = [
     "absl-py>=2.1",
+    "filelock>=3.15",
     "flax>=0.12.8",
     "grain>=0.2.18",
     "jax>=0.10.2,<0.13",

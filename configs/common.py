@@ -17,6 +17,8 @@ from unclip.runtime import optim
 DATA = pathlib.Path(__file__).parents[1] / "data"
 EMOJI_TRAIN = str(DATA / "emoji" / "train-*.tar")
 EMOJI_HELD_OUT = str(DATA / "emoji" / "held-out-*.tar")
+# Of a diffusion's draw: guidance at every timestep, as fractions of them, not rescaled.
+GUIDANCE = {"guidance_low": 0.0, "guidance_high": 1.0, "guidance_rescale": 0.0}
 
 
 # Pictures of one kind, few enough for a CPU to memorise: `theme=food`.
@@ -141,7 +143,7 @@ def base(stage: str, args: ConfigDict) -> ConfigDict:
     config.metric_inception = ""  # BUNDLE or FILE: adds FID of drawn pictures; "" = off
     config.tensorboard = True
     config.wandb = ""  # project name; "" = off
-    config.compilation_cache = ""  # folder; "" = off
+    config.compilation_cache = ""  # folder of its own; "" = that of all verbs
     config.task = ConfigDict()
     return config
 

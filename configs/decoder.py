@@ -59,8 +59,10 @@ def get_config(arg=None):
     )
     config.task.draw = {
         "steps": 250 if args.preset in ("paper", "imagen") else 25,
-        "spacing": "even",  # | trailing | log-snr | so many in each section, as "10,10,3,2,2"
+        # | trailing | log-snr | karras | so many in each section, as "10,10,3,2,2"
+        "spacing": "even",
         "guidance": GUIDANCE[args.preset],
+        **common.GUIDANCE,
         "sampler": "ddpm",
         "eta": 0.0,
         # "static" clamps x_0 to [-1, 1]; "dynamic" is Imagen's, percentile 99.5

@@ -113,7 +113,7 @@ def get_config(arg=None):
     config.keep_pictures = "grid"  # all | grid | none
     config.show = 8  # captions whose pictures the report shows
     config.claims = ()  # (statement, metric, model, "<" or ">", model)
-    config.compilation_cache = ""  # folder; "" = off
+    config.compilation_cache = ""  # folder of its own; "" = that of all verbs
     if kind in protocols.WITH_FILE:  # no real pictures; judged elsewhere
         config.metrics, config.keep_pictures = ("clip_cosine",), "all"
     elif kind in JUDGES:

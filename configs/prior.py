@@ -55,6 +55,7 @@ def get_config(arg=None):
             "steps": 64 if args.preset == "paper" else 25,
             "spacing": "even",
             "guidance": 4.0,
+            **common.GUIDANCE,
             "sampler": "ddpm",
             "eta": 0.0,
             "candidates": 2,

@@ -81,7 +81,7 @@ def squared_error(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def draw(demo: Lanes, bundle: pathlib.Path, theme: str) -> dict:
     """Draws the prompts and measures the pictures; returns everything the report shows."""
-    from unclip.cascade.pipeline import UnCLIP
+    from unclip import UnCLIP
     from unclip.files import images
 
     model = UnCLIP.load(bundle, batch_size=16)

@@ -21,17 +21,20 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # XLA's older way to generate code for fusions compiles in half the time.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 
+# Of the processes that tests start too, none of which may write to the user's folder of caches.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(
+    pathlib.Path(__file__).resolve().parents[1] / ".cache" / "jax-tests"
+)
+
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-CACHE = ROOT / ".cache" / "jax-tests"
 
 if os.environ["JAX_PLATFORMS"] == "cpu":
     jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 jax.config.update("jax_disable_most_optimizations", True)
 # Tests of rooms that leave [B] + [A, B] to NumPy's rules; elsewhere it is an error.
@@ -327,7 +330,6 @@ def serve_verb():
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(CACHE),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 

@@ -20,7 +20,7 @@ from unclip.training.plan import make_plan
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LAUNCHERS = ("srun",)
-POSITIONAL = ("convert", "index", "data-bench")  # verbs that take paths beside flags
+POSITIONAL = ("convert", "index", "data-bench", "inspect")  # verbs that take paths beside flags
 CONFIG = re.compile(r"configs/(\w+)\.py:([\w/@.,=-]*[\w])")
 
 

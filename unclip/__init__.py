@@ -6,7 +6,11 @@ __version__ = "0.1.0"
 def __getattr__(name: str):
     """`from unclip import UnCLIP` and `images` without importing JAX for `unclip --help`."""
     if name == "UnCLIP":
-        from unclip.cascade.pipeline import UnCLIP
+        from unclip.drawing.model import UnCLIP
 
         return UnCLIP
+    if name == "images":
+        from unclip.files import images
+
+        return images
     raise AttributeError(f"module 'unclip' has no attribute {name!r}")

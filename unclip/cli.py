@@ -28,11 +28,15 @@ from absl import app, flags, logging
 
 from unclip import __version__, errors
 from unclip.files import paths, shipped
+from unclip.runtime import compiled
 
 VERBS = {
     "train": "train one stage: clip, prior, decoder or an upsampler",
     "export": "gather trained stages into one model folder",
     "generate": "make pictures from captions or pictures",
+    "classify": "which of some labels fits a picture, by CLIP",
+    "search": "which pictures of a folder or of shards fit a caption, by CLIP",
+    "inspect": "what a picture's recipe says",
     "evaluate": "measure a model and write a report",
     "metrics": "compare two sets of pictures: FID, KID, CLIP score, …",
     "embed": "write CLIP embeddings of shards",
@@ -49,6 +53,13 @@ _USERS_NAMES = ("input.where", "input.held_out_where")
 _TEXT = ("prompt", "from_prompt", "labels")  # flags that are no paths
 _HELP = ("-h", "-help", "--help", "-?", "--helpshort")
 _VERSION = ("-version", "--version")
+# Flags of every verb.
+_CACHE = flags.DEFINE_string(
+    "compilation_cache",
+    None,
+    "folder that keeps compiled programs for the next start, or off; default: "
+    f"${compiled.VARIABLE}, else unclip/compiled in the user's folder of caches",
+)
 
 
 def available() -> dict[str, str]:
@@ -172,6 +183,7 @@ def _without_usage(main: Callable[[list[str]], Any]) -> Callable[[list[str]], An
     """`main` with a `UsageError` as one line, to which absl would add pages of flags."""
 
     def run(argv: list[str]) -> Any:
+        compiled.keep(_CACHE.value)
         try:
             return main(argv)
         except app.UsageError as error:
@@ -184,11 +196,13 @@ def _parse(main: Callable, verb: str, argv: Sequence[str]) -> list[str]:
     """Parses absl and config flags; every mistake becomes a `ConfigError`."""
     # absl lists the flags of a module run by `python -m` under the program's name.
     module = sys.argv[0] if main.__module__ == "__main__" else main.__module__
+    of_all = {flag.name: flag for flag in flags.FLAGS.get_flags_for_module(__name__)}
     own = {flag.name: flag for flag in flags.FLAGS.get_flags_for_module(module)}
     before_dashes = argv[: argv.index("--")] if "--" in argv else argv
     if any(arg in _HELP for arg in before_dashes[1:]):
-        _print_help(verb, sys.modules[main.__module__].__doc__, own)
+        _print_help(verb, sys.modules[main.__module__].__doc__, own, of_all)
         sys.exit(0)
+    own |= of_all
     argv, configs = list(argv), []
     for flag, position, value in _config_files(before_dashes):
         found = _find_config(flag, value)
@@ -436,8 +450,16 @@ def _place(error: BaseException, paths: Sequence[str]) -> str | None:
     return None
 
 
-def _print_help(verb: str, doc: str | None, own: Mapping[str, flags.Flag]) -> None:
+def _print_help(
+    verb: str, doc: str | None, own: Mapping[str, flags.Flag], of_all: Mapping[str, flags.Flag]
+) -> None:
     print(f"usage: unclip {verb} [flags]\n\n{(doc or '').strip()}\n\nflags:")
+    _print_flags(own)
+    print("\nflags of every verb:")
+    _print_flags(of_all)
+
+
+def _print_flags(own: Mapping[str, flags.Flag]) -> None:
     for flag in sorted(own.values(), key=lambda flag: flag.name):
         choices = getattr(flag.parser, "enum_values", None)
         kind = "|".join(choices) if choices else flag.flag_type()

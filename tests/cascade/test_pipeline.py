@@ -1,15 +1,17 @@
 """The cascade as a value: pictures that depend on their seed alone, recipes that repeat them."""
 
 import dataclasses
+import types
 import warnings
 
 import jax
 import numpy as np
 import pytest
 
-from unclip import errors, tasks
+from unclip import UnCLIP, errors, tasks
 from unclip.cascade import bundle, runs
-from unclip.cascade.pipeline import STAGE_TAGS, UnCLIP, lacking
+from unclip.cascade.pipeline import STAGE_TAGS
+from unclip.drawing.modes import lacking
 from unclip.files import images
 from unclip.input.decode.image import for_clip
 from unclip.models.t5 import T5Encoder
@@ -57,12 +59,51 @@ def test_pictures_are_the_last_stage(six, model):
     assert len(six) == 6 and len({picture.tobytes() for picture in six.images}) == 6
 
 
-@pytest.mark.parametrize("k", [0, 1, 5])
-def test_a_picture_is_the_same_alone(six, model, k):
-    """Picture k of seed s is picture 0 of seed s + k, every bit of every stage."""
-    alone = model.generate("a red dot", n=1, seed=10 + k, **FAST)
-    for name, pictures in alone.stages.items():
-        np.testing.assert_array_equal(pictures[0], six.stages[name][k], err_msg=name)
+@pytest.fixture(scope="module")
+def nine(model):
+    return model.generate("a red dot", n=9, seed=10, **FAST)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 8])
+def test_a_picture_is_the_same_alone(nine, model, n):
+    """Picture k of seed s is picture 0 of seed s + k, every bit of every stage, whatever n is."""
+    first = 9 - n
+    fewer = model.generate("a red dot", n=n, seed=10 + first, **FAST)
+    for name, pictures in fewer.stages.items():
+        np.testing.assert_array_equal(pictures, nine.stages[name][first:], err_msg=name)
+    assert fewer.recipes == nine.recipes[first:]
+
+
+def test_embeddings_are_the_same_alone(nine, model):
+    many = model.embed_image(nine.stages["upsampler_0"])
+    np.testing.assert_array_equal(many[4:7], model.embed_image(nine.stages["upsampler_0"][4:7]))
+
+
+def test_a_fixed_batch_draws_the_same_rows_whatever_is_left(parts):
+    """Five pictures and the last of them alone, both four rows at once, and redrawn so."""
+    fixed = UnCLIP(parts, batch_size=4, fixed_batch=True)
+    draw = lambda n, seed: fixed.generate("a red dot", n=n, seed=seed, stages=1, embed="text")
+    five, last = draw(5, 10), draw(1, 14)
+    np.testing.assert_array_equal(five.images[4:], last.images)
+    assert {row["batch_size"] for row in five.recipes} == {4}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = UnCLIP(parts, batch_size=8).redraw(five.recipes[4])
+    np.testing.assert_array_equal(again.images, last.images)
+    assert again.recipes == last.recipes
+
+
+@pytest.mark.parametrize(
+    ("platform", "rows"), [("cpu", [1, 1, 1, 1, 1, 1]), ("gpu", [1, 2, 4, 8, 8, 8])]
+)
+def test_rows_of_a_program(parts, monkeypatch, platform, rows):
+    """One on a CPU; elsewhere the next power of two, at most the batch size."""
+    model = UnCLIP({"clip": parts["clip"]}, batch_size=8)
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(platform=platform)])
+    assert [model.at_once(count) for count in (1, 2, 3, 5, 8, 9)] == rows
+    few = UnCLIP({"clip": parts["clip"]}, batch_size=6)
+    assert few.at_once(5) == (1 if platform == "cpu" else 6)
+    assert UnCLIP({}, batch_size=8, fixed_batch=True).at_once(1) == 8
 
 
 def test_prompts_beside_it_do_not_matter(six, model):
@@ -113,7 +154,7 @@ def test_a_variation_is_drawn_again_from_its_recipe_and_the_picture(model, tmp_p
     assert again.recipes[0] == drawn.recipes[1]
     picture[0, 0, 0] ^= 1
     for wrong in ([picture], [], [picture, picture]):
-        with pytest.raises(errors.ConfigError, match=r"pictures are 'cat\.jpg' \([0-9a-f]{64}\)"):
+        with pytest.raises(errors.ConfigError, match=r"missing 'cat\.jpg' \([0-9a-f]{64}\)"):
             model.redraw(recipe, wrong)
 
 
@@ -145,7 +186,9 @@ def test_a_noised_small_picture_is_drawn_again_too(parts, tmp_path):
         ({"model_hash": "9876543210"}, "of model 9876543210, this is 0123456789"),
         ({"noise": "given: decoder"}, "noise was given: decoder"),
         ({"seed": "5"}, "seed is '5': expected int"),
-        ({"mode": "inpaint"}, "mode 'inpaint' from 0 pictures"),
+        ({"mode": "inpant"}, "unknown mode of a recipe 'inpant'"),
+        ({"mode": "variations"}, "mode 'variations' from 0 pictures: expected 1"),
+        ({"mode": "interpolate", "images": []}, "from 0 pictures: expected at least 2"),
         ({"images": "x"}, "images are damaged"),
         ({"steps": {"decoders": 3}}, "did you mean 'decoder'"),
         ({"stages": None}, "stages is None"),
@@ -157,26 +200,48 @@ def test_a_recipe_that_cannot_be_repeated_says_why(six, model, changes, said):
 
 
 def test_a_recipe_of_another_batch_size_warns(six, model):
-    with pytest.warns(UserWarning, match="in batches of 64, here of 4"):
+    with pytest.warns(UserWarning, match="in batches of 64, here of 1"):
         model.redraw(six.recipes[0] | {"batch_size": 64})
 
 
 def test_nothing_is_compiled_again(six, model):
-    """Guidance, seed, prompt and picture count are data of the compiled programs."""
+    """Guidance, seed, prompt and picture count are data of the compiled programs, and nothing is
+    computed outside of them that would be compiled for a count."""
     count = lambda: {key: program._cache_size() for key, program in model._compiled.items()}
     before = count()
-    changed = model.generate(
-        ["a green bar", "a red dot"],
-        n=3,
-        seed=999,
-        prior={"guidance": 1.5},
-        decoder={"guidance": 7.5},
-    )
+    compiled = []
+    heard = lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
+    jax.monitoring.register_event_duration_secs_listener(heard)
+    try:
+        changed = model.generate(
+            ["a green bar", "a red dot"],
+            n=3,
+            seed=999,
+            prior={"guidance": 1.5, "guidance_low": 0.5},
+            decoder={"guidance": 7.5, "guidance_high": 0.9, "guidance_rescale": 0.3},
+        )
+        assert not compiled
+        jax.jit(lambda x: x + len(compiled))(1.0)
+        assert compiled  # what is listened for is what JAX says
+    finally:
+        jax.monitoring.unregister_event_duration_listener(heard)
     assert count() == before and set(before.values()) == {1}
     plain = model.generate("a red dot", n=1, seed=999, **FAST)
     assert not np.array_equal(changed.images[3], plain.images[0])  # so the guidance was used
     with pytest.raises(errors.ConfigError, match=r"eta 0\.5 with sampler 'ddpm': only 'ddim'"):
         model.generate("a red dot", decoder={"eta": 0.5})
+
+
+def test_a_recipe_holds_the_samplers_own_eta(model):
+    """Another sampler than the model's brings its eta, which the recipe must say."""
+    settings = {"stages": 1, "embed": "none", "decoder": {"sampler": "euler-ancestral", "steps": 2}}
+    drawn = model.generate("a red dot", n=1, seed=4, **settings)
+    assert drawn.recipes[0]["eta"] == {"decoder": 1.0}
+    np.testing.assert_array_equal(model.redraw(drawn.recipes[0]).images, drawn.images)
+    settings["decoder"] = settings["decoder"] | {"eta": 0.0}
+    still = model.generate("a red dot", n=1, seed=4, **settings)
+    assert still.recipes[0]["eta"] == {"decoder": 0.0}
+    assert not np.array_equal(still.images, drawn.images)
 
 
 def test_the_first_stages_alone(six, model):
@@ -196,7 +261,7 @@ def test_the_first_stages_alone(six, model):
         ({"embed": "text", "prior": {"steps": 9}}, r"prior \(steps\) would have no effect"),
         ({"stages": 2, "noise": {"upsampler_1": 0}}, "noise of 'upsampler_1' would have no effect"),
         ({"embed": "text", "noise": {"prior": 0}}, "noise of 'prior' would have no effect"),
-        ({"decoder": {"sampler": "euler"}}, "unknown sampler 'euler'"),
+        ({"decoder": {"sampler": "eular"}}, "unknown sampler 'eular'"),
         ({"upsamplers": [{"steps": 0}]}, "sampling steps 0"),
     ],
 )
@@ -218,14 +283,17 @@ def test_a_model_at_home(monkeypatch):
 
 
 def test_what_parts_lack(parts):
-    assert lacking(parts) == {"text": "", "variations": ""}
+    few = lambda found: {mode: found[mode] for mode in ("text", "variations")}
+    assert set(lacking(parts).values()) == {""}
     without = lambda *names: {n: part for n, part in parts.items() if n not in names}
-    assert lacking(without("prior")) == {"text": "no prior", "variations": ""}
-    assert lacking(without("clip")) == {"text": "no clip", "variations": "no clip"}
-    assert lacking(without("decoder")) == {"text": "no decoder", "variations": "no decoder"}
+    assert few(lacking(without("prior"))) == {"text": "no prior", "variations": ""}
+    assert few(lacking(without("clip"))) == {"text": "no clip", "variations": "no clip"}
+    blind = lacking(without("decoder"))
+    assert blind.pop("upsample") == "" and set(blind.values()) == {"no decoder"}
+    assert lacking(without("upsampler_0"))["upsample"] == "no upsampler_0"
     own = parts["decoder"]
     part = dataclasses.replace(own, settings=own.settings | {"embedding": "text"})
-    assert lacking(without("prior") | {"decoder": part}) == {
+    assert few(lacking(without("prior") | {"decoder": part})) == {
         "text": "",
         "variations": "no decoder of z_i",
     }

@@ -9,10 +9,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from unclip import errors
+from unclip import UnCLIP, errors
 from unclip.cascade import bundle, runs, spaces
 from unclip.cascade.bundle import Part
-from unclip.cascade.pipeline import UnCLIP
 from unclip.sweep import weights
 from unclip.training.plan import lineage, make_plan
 from unclip.training.start import train

@@ -30,6 +30,50 @@ def test_the_learned_variance_is_the_conditional_one():
     np.testing.assert_allclose(got[..., :2], want, atol=1e-5)
 
 
+@pytest.mark.parametrize("learned", [False, True])
+def test_rescaling_brings_the_deviation_back(learned):
+    """Eqs. 14-16 of arXiv 2305.08891, a picture at a time, of the mean alone."""
+    run = jax.jit(
+        lambda scale, rescale: guidance.classifier_free(
+            COND, UNCOND, scale, rescale=rescale, learned_variance=learned
+        )
+    )
+    cond, uncond = (a[..., : 2 if learned else 4].astype(np.float64) for a in (COND, UNCOND))
+    guided = uncond + 5.0 * (cond - uncond)
+    std = lambda a: a.std(axis=(1, 2, 3), keepdims=True)
+    for rescale in (0.7, 1.0):
+        want = rescale * guided * std(cond) / std(guided) + (1 - rescale) * guided
+        np.testing.assert_allclose(run(5.0, rescale)[..., : cond.shape[-1]], want, rtol=2e-4)
+    if learned:
+        np.testing.assert_array_equal(run(5.0, 0.7)[..., 2:], COND[..., 2:])
+    np.testing.assert_array_equal(run(1.0, 0.7), COND)
+    plain = jax.jit(
+        lambda scale: guidance.classifier_free(COND, UNCOND, scale, learned_variance=learned)
+    )
+    np.testing.assert_array_equal(run(5.0, 0.0), plain(5.0))
+    assert np.isfinite(guidance.classifier_free(COND, 0 * COND, 0.0, rescale=0.5)).all()
+
+
+def test_guidance_acts_inside_its_interval_alone():
+    """Ends included; outside, the guided network is the conditional one; traced."""
+    net = lambda x, t, drop: jnp.where(drop[:, None], 0.3, 0.7) * x + t[:, None] / 7
+    t, x = jnp.arange(1000), jnp.linspace(1, 2, 1000)[:, None]
+    conditional = jax.jit(lambda: net(x, t, jnp.zeros(1000, bool)))()
+
+    @jax.jit
+    def run(scale, low, high):
+        inside = guidance.in_interval(scale, low, high, 999)
+        return guidance.with_guidance(net, inside, rescale=0.0)(x, t)
+
+    for low, high in ((0.0, 1.0), (0.2, 0.8), (100 / 999, 100 / 999), (0.0, 0.0)):
+        got = run(3.0, low, high)
+        guided = (np.abs(np.asarray(got) - conditional) > 1e-3)[:, 0]
+        k = np.arange(1000)
+        want = (k >= np.ceil(low * 999 - 1e-4)) & (k <= high * 999 + 1e-4)
+        np.testing.assert_array_equal(guided, want)
+    assert run._cache_size() == 1
+
+
 def test_with_guidance_asks_once_for_both_halves():
     calls = []
     label = jnp.array([10.0, 20.0])[:, None]

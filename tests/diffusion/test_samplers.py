@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.diffusion import reference
 from unclip import errors
 from unclip.diffusion import gaussian, samplers, schedule
 
-FULL = schedule.cosine()
+FULL, FINE = schedule.cosine(), schedule.cosine(10000)
 MEAN, STD = 0.4, 0.6
 SHAPE = (2, 2, 3)
 
@@ -75,20 +76,85 @@ def test_samples_have_the_datas_mean_and_variance(sampler, eta, n):
     assert np.abs(np.corrcoef(got.T) - np.eye(5)).max() < 0.07
 
 
-@pytest.mark.parametrize(("sampler", "factor"), [("ddim", 1.8), ("dpm++2m", 3.0)])
-def test_order_of_convergence(sampler, factor):
-    # Steps even in log-SNR, as both papers' proofs have it, on a grid fine enough to round to.
-    fine = schedule.cosine(10000)
-    half_log_snr = 0.5 * np.log(fine.signal_to_noise)
+def even_in_log_snr(n):
+    """A grid fine enough to round to, as the papers' proofs have it; the first n of -4 to 4."""
+    half_log_snr = 0.5 * np.log(FINE.signal_to_noise)
+    wanted = np.linspace(-4, 4, n)
+    return FINE.respace(timesteps=np.abs(half_log_snr - wanted[:, None]).argmin(1))
+
+
+@pytest.mark.parametrize(
+    ("sampler", "factors"),
+    [
+        ("ddim", (1.8, 2.2)),
+        ("euler", (1.8, 2.2)),
+        ("heun", (3.8, 5.5)),
+        ("dpm++2m", (3.0, 8.0)),
+        ("dpm++2m-sde", (3.0, 8.0)),
+        ("unipc", (4.5, 12.0)),
+        ("dpm++3m-sde", (7.0, 200.0)),
+    ],
+)
+def test_order_of_convergence(sampler, factors):
+    """Twice the steps, 2^order closer to where the probability flow ends."""
     x_T = np.linspace(-2, 2, 8, dtype=np.float32)[:, None]
     error = []
     for n in (15, 29, 57):
-        wanted = np.linspace(-4, 4, n)
-        s = fine.respace(timesteps=np.abs(half_log_snr - wanted[:, None]).argmin(1))
-        got = samplers.sample(denoiser(s), s, x_T, None, sampler=sampler)
+        s = even_in_log_snr(n)
+        got = samplers.sample(denoiser(s), s, x_T, None, sampler=sampler, eta=0.0)
         error.append(np.abs(np.asarray(got) - ode_end(x_T, s)).max())
-    assert error[0] / error[1] > factor and error[1] / error[2] > factor, error
+    low, high = factors
+    assert low < error[0] / error[1] < high and low < error[1] / error[2] < high, error
     assert error[2] < 0.05
+
+
+@pytest.mark.parametrize(
+    ("sampler", "factors"),
+    [("euler-ancestral", (1.7, 2.3)), ("dpm++2m-sde", (3.0, 9.0)), ("dpm++3m-sde", (3.0, 60.0))],
+)
+def test_weak_order_of_the_stochastic_ones(sampler, factors):
+    """The variance of what is drawn, exactly: the draw is linear in x_T and in every noise."""
+    error = []
+    for n in (29, 57, 113):
+        s = even_in_log_snr(n)
+        one_at_a_time = np.eye(n + 1, n + 2, 1, dtype=np.float32)  # column 0: all of them 0
+        x_T, noise = one_at_a_time[0][:, None], one_at_a_time[1:, :, None]
+        drawn = samplers.sample(denoiser(s), s, x_T, None, sampler=sampler, noise=noise)
+        parts = np.asarray(drawn, np.float64)[1:] - np.asarray(drawn[0], np.float64)
+        a = s.alpha_bar[0]
+        # Of E[x_0 | x_t] at the cleanest step, which is what the last step gives.
+        want = STD**4 * a / (a * STD**2 + 1 - a)
+        error.append(abs((parts**2).sum() - want))
+    low, high = factors
+    assert low < error[0] / error[1] < high and low < error[1] / error[2] < high, error
+    assert error[2] < 0.07 * STD**2
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("sampler", reference.SAMPLERS)
+def test_samplers_are_those_of_the_papers(sampler, eta):
+    if sampler not in samplers.HAVE_ETA and eta:
+        pytest.skip("has no eta")
+    rng = np.random.default_rng(4)
+
+    def x0_of(x, t):  # x_0 is -1 or 1: as far from Gaussian as may be
+        a = FULL.alpha_bar[t]
+        return np.tanh(np.sqrt(a) / (1 - a + 0.05) * x)
+
+    def model_fn(x, t):
+        a = gaussian.expand(FULL.at(FULL.alpha_bar, t), x)
+        rest = gaussian.expand(FULL.at(1 - FULL.alpha_bar + 0.05, t), x)
+        return jnp.tanh(jnp.sqrt(a) / rest * x)
+
+    for n, spacing in ((2, "even"), (4, "even"), (12, "log-snr")):
+        s = FULL.respace(n, spacing)
+        x_T, noise = rng.standard_normal((2, 3)), rng.standard_normal((n, 2, 3))
+        denoise = gaussian.make_denoise(model_fn, s, parametrisation="x0")
+        got = samplers.sample(
+            denoise, s, x_T, None, sampler=sampler, eta=eta, noise=jnp.asarray(noise)
+        )
+        want = reference.SAMPLERS[sampler](x0_of, s, x_T, noise, eta)
+        np.testing.assert_allclose(got, want, atol=2e-4, err_msg=f"{n} {spacing}")
 
 
 @pytest.mark.parametrize("n", [10, pytest.param(25, marks=pytest.mark.slow)])
@@ -99,26 +165,6 @@ def test_second_order_beats_first_in_few_steps(n):
         for name in ("ddim", "dpm++2m")
     )
     assert second < first / 2
-
-
-def test_dpm_is_the_papers_algorithm():
-    s = FULL.respace(6)
-    x_T = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)
-    model = exact_x0(FULL)
-    x, before, h_before = x_T.astype(np.float64), None, None
-    for i in range(5, 0, -1):
-        now, then = s.alpha_bar[i], s.alpha_bar[i - 1]
-        t = jnp.full(3, s.timesteps[i])
-        x0 = np.asarray(model(jnp.float32(x), t), np.float64)
-        h = 0.5 * np.log(then / (1 - then)) - 0.5 * np.log(now / (1 - now))
-        d = x0
-        if before is not None and i > 1:
-            r = h_before / h
-            d = (1 + 1 / (2 * r)) * x0 - before / (2 * r)
-        x = np.sqrt((1 - then) / (1 - now)) * x - np.sqrt(then) * (np.exp(-h) - 1) * d
-        before, h_before = x0, h
-    want = model(jnp.float32(x), jnp.zeros(3, jnp.int32))
-    np.testing.assert_allclose(runner(6, "dpm++2m")(x_T, None), want, atol=2e-5)
 
 
 def test_ancestral_loop_follows_the_equations():
@@ -210,12 +256,14 @@ def test_different_keys_change_only_random_samplers():
         assert same != random, sampler
 
 
-def test_eta_can_be_traced():
+@pytest.mark.parametrize("sampler", samplers.HAVE_ETA)
+def test_eta_can_be_traced(sampler):
     s, keys = FULL.respace(8), keys_of(2)
     x_T = draw_noise(keys, SHAPE)
-    run = jax.jit(lambda eta: samplers.sample(denoiser(s), s, x_T, keys, sampler="ddim", eta=eta))
-    np.testing.assert_allclose(run(0.0), runner(8, "ddim")(x_T, None), atol=1e-6)
-    np.testing.assert_allclose(run(0.7), runner(8, "ddim", 0.7)(x_T, keys), atol=1e-6)
+    run = jax.jit(lambda eta: samplers.sample(denoiser(s), s, x_T, keys, sampler=sampler, eta=eta))
+    np.testing.assert_allclose(run(0.0), runner(8, sampler)(x_T, None), atol=1e-6)
+    np.testing.assert_allclose(run(0.7), runner(8, sampler, 0.7)(x_T, keys), atol=1e-6)
+    assert run._cache_size() == 1
 
 
 @pytest.mark.parametrize("sampler", sorted(samplers.SAMPLERS))
@@ -236,7 +284,7 @@ def test_one_step_is_the_prediction(sampler):
 @pytest.mark.parametrize("sampler", sorted(samplers.SAMPLERS))
 def test_gradients_through_a_sampling_are_finite(sampler, variance):
     s, keys = FULL.respace(4), keys_of(2)
-    eta = 1.0 if sampler == "ddim" else 0.0
+    eta = 1.0 if sampler in samplers.HAVE_ETA else 0.0
 
     def total(weight):
         def model_fn(x, t):
@@ -279,6 +327,35 @@ def test_inversion_leads_back_to_the_picture():
     np.testing.assert_allclose(x_T, score, atol=0.1)
 
 
+def test_a_loop_can_be_watched():
+    """Every k-th call and the last, with picture 0 as predicted; nothing of it where not asked."""
+    s, keys = FULL.respace(7), keys_of(2)
+    x_T = draw_noise(keys, SHAPE)
+    told = []
+
+    def run(tell, sampler="ddim", every=3):
+        draw = lambda x: samplers.sample(
+            denoiser(s), s, x, None, sampler=sampler, tell=tell, tell_every=every
+        )
+        return jax.jit(draw)
+
+    watched = run(lambda *what: told.append(what))
+    want = run(None)(x_T)
+    np.testing.assert_array_equal(watched(x_T), want)
+    jax.effects_barrier()
+    assert sorted(int(done) for done, _ in told) == [3, 6, 7]
+    last = dict((int(done), x_0) for done, x_0 in told)[7]
+    np.testing.assert_allclose(last, want[0], atol=1e-6)
+    assert "callback" not in run(None).lower(x_T).as_text()
+    assert "callback" in watched.lower(x_T).as_text()
+    told.clear()
+    run(lambda *what: told.append(what), "heun", 5)(x_T)
+    jax.effects_barrier()
+    assert sorted(int(done) for done, _ in told) == [5, 10, 13]
+    with pytest.raises(errors.ConfigError, match="tell_every 0"):
+        run(print, every=0)(x_T)
+
+
 def test_errors():
     s, x_T, keys = FULL.respace(4), jnp.ones((2, 3)), keys_of(2)
     run = functools.partial(samplers.sample, denoiser(s), s, x_T)
@@ -286,7 +363,7 @@ def test_errors():
         run(keys, sampler="dim")
     with pytest.raises(errors.ConfigError, match="from 0 to 1"):
         run(keys, sampler="ddim", eta=1.5)
-    with pytest.raises(errors.ConfigError, match="only 'ddim' has an eta"):
+    with pytest.raises(errors.ConfigError, match=r"only 'ddim', .* have an eta"):
         run(keys, sampler="ddpm", eta=0.5)
     with pytest.raises(errors.ConfigError, match=r"expected \(4, 2, 3\)"):
         run(keys, noise=jnp.zeros((3, 2, 3)))

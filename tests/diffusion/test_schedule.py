@@ -197,3 +197,33 @@ def test_errors_name_what_is_valid():
         schedule_lib.linear(20)
     with pytest.raises(errors.ConfigError, match=r"0 to 0\.5"):
         schedule_lib.from_betas([0.0, 0.5])
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear"])
+def test_karras_steps_round_to_the_nearest_trained_ones(name):
+    """Eq. 5 of arXiv 2206.00364 from sigma = 80, rho 7, and the noisiest step before them."""
+    s = schedule_lib.make(name)
+    sigma = np.sqrt((1 - s.alpha_bar) / s.alpha_bar)
+    n = 18
+    i = np.arange(n - 1) / (n - 2)
+    wanted = (80 ** (1 / 7) + i * (sigma[0] ** (1 / 7) - 80 ** (1 / 7))) ** 7
+    nearest = [int(np.abs(np.log(sigma / one)).argmin()) for one in wanted]
+    assert s.respace(n, "karras").timesteps[::-1].tolist() == [999, *nearest]
+    # An integer timestep is off by at most half the way to its neighbours.
+    there = s.respace(n, "karras").timesteps[::-1][1:]
+    gap = np.maximum(
+        np.diff(np.log(sigma))[np.maximum(there - 1, 0)], np.diff(np.log(sigma))[there]
+    )
+    assert (np.abs(np.log(sigma[there] / wanted)) <= gap / 2 + 1e-12).all()
+    assert [s.respace(k, "karras").timesteps.tolist() for k in (1, 2)] == [[999], [0, 999]]
+
+
+def test_a_step_that_is_taken_is_replaced_up_to_a_tenth():
+    s = schedule_lib.cosine()
+    most = 142
+    kept = s.respace(most, "karras").timesteps
+    assert len(kept) == most and (np.diff(kept) > 0).all() and kept[-1] == 999
+    with pytest.raises(errors.ConfigError, match=r"'karras' of 400 .* at most 142 steps"):
+        s.respace(400, "karras")
+    with pytest.raises(errors.ConfigError, match="at most 142 steps"):
+        s.respace(143, "karras")

@@ -352,3 +352,80 @@ def test_an_unwritable_folder_is_one_line(tmp_path, picture):
 def test_a_writable_folder_is_made_and_left_empty(tmp_path):
     folder = images.writable_folder(tmp_path / "a" / "b")
     assert folder.is_dir() and os.listdir(folder) == []
+
+
+# ============================================================ chains, sheets, animations
+
+
+def test_a_recipe_for_people():
+    own = {"mode": "text", "model_hash": "0123456789", "prompt": "a red fox", "seed": 5}
+    source = {"name": "fox.png", "width": 8, "height": 8, "sha256": "ab" * 32, "recipe": own}
+    evil = {"name": "evil\x1b[2J\n", "width": 1, "height": 1, "sha256": "cd"}
+    recipe = {
+        "mode": "variations",
+        "prompt": "x" * 300,
+        "steps": {"decoder": 25, "upsampler_0": 27},
+        "guidance": {"decoder": 1.5},
+        "images": [source, evil],
+    }
+    found = images.described(recipe)
+    assert all(line.isprintable() and len(line) < 300 for line in found)
+    lines = [" ".join(line.split()) for line in found]
+    for line in (
+        "mode variations",
+        "decoder upsampler_0",
+        "guidance 1.5 -",
+        "steps 25 27",
+        f"drawn from 1: fox.png, 8x8, sha256 {'ab' * 32}, drawn by:",
+        "prompt a red fox",
+        "drawn from 2: evil [2J , 1x1, sha256 cd, given".replace("  ", " "),
+    ):
+        assert line in lines
+    hostile = {"images": {"a": 1}, "pictures": [3], "steps": {"x": [1, {"y": None}]}, "seed": None}
+    assert images.described(hostile)
+
+
+def test_a_source_keeps_the_recipe_of_ours_alone(tmp_path):
+    pixels = np.zeros((9, 8, 3), np.uint8)
+    own = {"mode": "text", "model_hash": "0123456789", "prompt": "a red fox", "seed": 5}
+    images.write_png(tmp_path / "ours.png", pixels, own)
+    images.write_png(tmp_path / "other.png", pixels, {"prompt": "theirs", "steps": 20})
+    Image.fromarray(pixels).save(tmp_path / "photo.jpg")
+    found = {path.name: images.open_source(path) for path in tmp_path.iterdir()}
+    assert {name: one.recipe for name, one in found.items()} == {
+        "ours.png": own,
+        "other.png": None,
+        "photo.jpg": None,
+    }
+    record = found["ours.png"].record
+    assert record == images.source(pixels, "ours.png") | {"recipe": own}
+    # The chain is in the text for other programs too, and is read back whole.
+    images.write_png(tmp_path / "next.png", pixels, own | {"images": [record]})
+    with Image.open(tmp_path / "next.png") as picture:
+        parameters = images.parse_parameters(picture.text["parameters"])
+    assert json.loads(parameters["images"]) == [record]
+
+
+def test_a_contact_sheet_takes_pictures_of_any_size():
+    sizes = [(8, 8), (300, 100), (40, 30)]
+    given = [np.full((*size, 3), k * 50, np.uint8) for k, size in enumerate(sizes)]
+    sheet = images.contact_sheet(given, ["a", "b", "c"], side=64, columns=3)
+    assert sheet.shape[1] == 3 * 66 + 2 and sheet.shape[0] > 66
+    assert (sheet[2:66, 2:66] == 0).all()  # 8 x 8, enlarged eight times
+    middle = sheet[2:66, 68:132]
+    assert (middle[:, :20] == 255).all() and abs(int(middle[32, 32, 0]) - 50) <= 1
+
+
+def test_an_animation_goes_there_and_back(tmp_path):
+    frames = [np.full((8, 8, 3), k * 60, np.uint8) for k in range(4)]
+    path = images.save_animation(tmp_path / "a.webp", frames, milliseconds=50)
+    with Image.open(path) as film:
+        shown = []
+        for k in range(film.n_frames):
+            film.seek(k)
+            shown.append(np.asarray(film.convert("RGB"))[0, 0, 0])
+    assert shown == [0, 60, 120, 180, 120, 60]
+    for name, some in (("a.mp4", frames), ("a.webp", frames[:1])):
+        with pytest.raises(errors.ConfigError, match=r"expected"):
+            images.save_animation(tmp_path / name, some)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.webp"]

@@ -12,8 +12,8 @@ import torch
 import transformers
 from diffusers.schedulers import scheduling_unclip
 
+from unclip import UnCLIP
 from unclip.cascade import bundle, runs
-from unclip.cascade.pipeline import UnCLIP
 from unclip.files import tensors
 from unclip.interop import clip as hf
 from unclip.interop import formats

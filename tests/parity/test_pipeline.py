@@ -21,8 +21,8 @@ from diffusers.schedulers import scheduling_unclip
 from PIL import Image
 from torch.nn import functional
 
+from unclip import UnCLIP
 from unclip.cascade import bundle
-from unclip.cascade.pipeline import UnCLIP
 from unclip.diffusion import schedule
 from unclip.input.decode.image import for_clip
 from unclip.input.decode.text import VOCABULARY, Tokenizer
@@ -352,7 +352,8 @@ def test_stages_with_float32_tables(karlo, parity):
     z_i, small, large = run(karlo.pipeline, noise, tables="float32", prompt=PROMPTS)
     ours = karlo.model.draw_prior(PROMPTS, seeds, noise=noise)
     drawn = karlo.model.decode(z_i, PROMPTS, seeds, noise=noise, stages=1)
-    upsampled = karlo.model._upsample("upsampler_0", 2 * small - 1, seeds, {}, noise)
+    low, names = 2 * small - 1, ["upsampler_0"]
+    upsampled = karlo.model.draw_upsamplers(low, seeds, names, noise=noise)["upsampler_0"]
     against = "diffusers UnCLIPPipeline unchanged"
     parity("Karlo's prior: z_i, relative to the largest", against, relative(ours, z_i), 1e-3)
     parity(

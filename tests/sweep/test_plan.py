@@ -32,6 +32,14 @@ def test_the_models_own_setting_is_the_same_cell(plain):
     assert whole[0].id == named[0].id
 
 
+def test_a_sampler_brings_its_own_eta(plain):
+    samplers = ("ddpm", "ddim", "euler-ancestral", "dpm++2m")
+    cells = plan.cells(plain({"sweep.guidance": (1.0,), "sweep.sampler": samplers}), MEASURED)
+    assert {c.settings["sampler"]: c.settings["eta"] for c in cells} == {
+        "ddpm": 0.0, "ddim": 0.0, "euler-ancestral": 1.0, "dpm++2m": 0.0,
+    }  # fmt: skip
+
+
 def test_axes_that_do_not_apply_draw_nothing_twice(plain):
     config = plain(
         {

@@ -171,6 +171,121 @@ def test_the_picture_depends_on_both_conditions(drawing):
     assert not np.allclose(other, base, atol=1e-3)
 
 
+def test_guidance_leads_away_from_a_negative_caption_and_embedding(drawing):
+    """In place of the dropped conditions, each by itself."""
+    task, params, frozen, batch, z_i, sample_keys, run = drawing
+    plain = given(batch, z_i)
+    draw = jax.jit(
+        lambda conditions, scale: task.sample(
+            params, frozen, conditions, sample_keys, draw={"guidance": scale}
+        )
+    )
+    unguided, usual = run(1.0), np.asarray(run(3.0))
+    caption = {"negative_tokens": batch["tokens"], "negative_text_mask": batch["text_mask"]}
+    # Where guidance comes from and goes to are the same, there is none.
+    same = draw(plain | caption | {"negative_z_i": z_i}, 3.0)
+    np.testing.assert_allclose(same, unguided, atol=1e-4)
+    other = {name: rows[::-1] for name, rows in caption.items()}
+    away = draw(plain | other | {"negative_z_i": z_i}, 3.0)
+    assert np.abs(away - same).max() > 1e-3
+    np.testing.assert_allclose(
+        draw(plain | other | {"negative_z_i": z_i}, 1.0), unguided, atol=1e-5
+    )
+    # One alone: the other condition is dropped, as it is without a negative one.
+    text_alone = draw(plain | caption, 3.0)
+    assert np.abs(text_alone - usual).max() > 1e-3 and np.abs(text_alone - same).max() > 1e-3
+
+
+def test_guidance_off_outside_its_interval(drawing):
+    task, params, frozen, batch, z_i, sample_keys, run = drawing
+    draw = jax.jit(
+        lambda **draw: task.sample(params, frozen, given(batch, z_i), sample_keys, draw=draw)
+    )
+    off = {"guidance_rescale": 0.5}
+    whole = draw(guidance=4.0, guidance_low=0.0, guidance_high=1.0, guidance_rescale=0.0)
+    np.testing.assert_allclose(whole, run(4.0), atol=1e-6)
+    # Its steps are at 0 and at 999.
+    none = draw(guidance=4.0, guidance_low=0.4, guidance_high=0.6, **off)
+    np.testing.assert_allclose(none, run(1.0), atol=1e-6)
+    for low, high in ((0.5, 1.0), (0.0, 0.5)):
+        half = draw(guidance=4.0, guidance_low=low, guidance_high=high, **off)
+        assert np.abs(half - run(4.0)).max() > 1e-3 and np.abs(half - run(1.0)).max() > 1e-3
+    assert draw._cache_size() == 1
+
+
+def test_inversion_tells_how_near_its_draw_comes(made, with_model, batch_of):
+    """x_T leads back to the pictures, and the error is that of the draw."""
+    task, params, _ = made("upsampler")
+
+    class Known:
+        """The eps of pictures that are N(0, 1/4), as a trained network would have it."""
+
+        def apply(self, variables, x_t, t, low):
+            a = gaussian.expand(task.schedule.at(task.schedule.alpha_bar, t), x_t)
+            return jnp.sqrt(1 - a) / (a / 4 + 1 - a) * x_t
+
+    task = with_model(task, Known())
+    batch = batch_of(task, 3)
+    low, x_0 = {"low": to_float(batch["low"])}, 0.9 * to_float(batch["image"])
+    sample_keys = keys.sample_keys(jax.random.key(0), batch["sample"])
+    settings, worst = {"steps": 20}, {}
+    for iterations in (1, 6):
+        x_T, error = jax.jit(
+            lambda x_0, n=iterations: task.invert(
+                params, None, low, x_0, sample_keys, draw=settings, iterations=n
+            )
+        )(x_0)
+        back = task.sample(params, None, low, sample_keys, draw=settings, x_T=x_T)
+        want = np.sqrt(np.mean((np.asarray(back) - x_0) ** 2, axis=(1, 2, 3)))
+        np.testing.assert_allclose(error, want, atol=1e-5)
+        worst[iterations] = error.max()
+    assert worst[6] < 0.005 < worst[1] < 0.1
+
+
+def test_a_task_fills_holes(made, batch_of):
+    task, params, _ = made("upsampler", draw={"steps": 3})
+    batch = batch_of(task, 2)
+    sample_keys = keys.sample_keys(jax.random.key(0), batch["sample"])
+    known, low = to_float(batch["image"]), to_float(batch["low"])
+    mask = np.zeros((2, 8, 8, 1), np.float32)
+    mask[:, :4] = 1.0
+    filled = jax.jit(
+        lambda known: task.inpaint(
+            params, None, {"low": low}, sample_keys, known, mask, jump_length=1, resamples=2
+        )
+    )(known)
+    np.testing.assert_array_equal(filled[:, 4:], known[:, 4:])
+    assert np.abs(filled[:, :4] - known[:, :4]).max() > 0.1 and np.abs(filled).max() <= 1
+
+
+def test_a_sampler_brings_its_own_eta(made):
+    """Unless one is asked for; the task's own is meant for the task's own sampler."""
+    task, _, _ = made("decoder", draw={"sampler": "ddim", "eta": 0.3})
+    assert task.checked_draw({})["eta"] == 0.3
+    assert task.checked_draw({"sampler": "ddim"})["eta"] == 0.3
+    assert task.checked_draw({"sampler": "dpm++2m"})["eta"] == 0.0
+    assert task.checked_draw({"sampler": "euler-ancestral"})["eta"] == 1.0
+    assert task.checked_draw({"sampler": "euler-ancestral", "eta": 0.5})["eta"] == 0.5
+    assert made("decoder", draw={"sampler": "dpm++2m-sde"})[0].draw["eta"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("draw", "said"),
+    [
+        ({"guidance_low": -0.1}, "guidance_low -0.1: expected 0 to 1"),
+        ({"guidance_rescale": 1.5, "guidance_high": "x"}, "guidance_high 'x': .*guidance_rescale"),
+        (
+            {"guidance_low": 0.8, "guidance_high": 0.2},
+            r"guidance_low 0\.8 is above guidance_high 0\.2",
+        ),
+        ({"spacing": "karras", "steps": 400}, "at most 142 steps"),
+    ],
+)
+def test_settings_of_guidance_out_of_range(made, draw, said):
+    with pytest.raises(errors.ConfigError, match=said):
+        made("decoder")[0].checked_draw(draw)
+
+
 def test_mistakes_in_a_draw_are_told_together(made):
     """When the task is made, and when it is asked to draw with other settings."""
     task, _, _ = made("decoder")
@@ -181,7 +296,7 @@ def test_mistakes_in_a_draw_are_told_together(made):
         said = str(caught.value)
         assert "'statik': did you mean 'static'" in said and "'dimm': did you mean 'ddim'" in said
         assert "did you mean 'guidance'" in said and "steps" in said and "\n" not in said
-    with pytest.raises(errors.ConfigError, match="only 'ddim' has an eta"):
+    with pytest.raises(errors.ConfigError, match=r"only 'ddim', .* have an eta"):
         task.checked_draw({"eta": 0.5})
     with pytest.raises(errors.ConfigError, match="guidance nan: expected a finite number"):
         task.checked_draw({"guidance": float("nan")})
@@ -338,7 +453,7 @@ def test_timesteps_of_a_net_for_the_last_step(made, batch_of):
         ({"guidance": None, "eta": float("nan")}, "guidance None: .*; decoder: eta nan: expected"),
         ({"spacing": 5}, "spacing 5 has 5 steps: expected as many as steps=25"),
         ({"spacing": "10,x"}, "unknown spacing '10,x'"),
-        ({"steps": 0, "sampler": "euler"}, "sampling steps 0: .*; unknown sampler 'euler'"),
+        ({"steps": 0, "sampler": "eular"}, "sampling steps 0: .*; unknown sampler 'eular'"),
     ],
 )
 def test_what_no_draw_has_is_told_at_once(made, draw, said):

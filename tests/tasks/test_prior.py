@@ -163,6 +163,27 @@ def test_the_candidate_nearer_to_the_caption_is_kept(drawing):
     np.testing.assert_allclose(got, alone[best, np.arange(4)], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["diffusion", pytest.param("ar", marks=pytest.mark.slow)])
+def test_guidance_leads_away_from_a_negative_caption(made, batch_of, kind):
+    settings = {"steps": 2} if kind == "diffusion" else {}
+    task, params, frozen = made("prior", kind, draw={"candidates": 1, "guidance": 3.0, **settings})
+    batch = batch_of(task, 4)
+    sample_keys = keys.sample_keys(jax.random.key(9), batch["sample"])
+    caption = captions_of(batch)
+    draw = jax.jit(
+        lambda conditions, scale: task.sample(
+            params, frozen, conditions, sample_keys, draw={"guidance": scale}
+        )
+    )
+    negative = lambda step: {f"negative_{k}": v[::step] for k, v in caption.items()}
+    scale = 3.0 if kind == "diffusion" else 30.0  # of codes, which do not move by little
+    unguided = draw(caption, 1.0)
+    np.testing.assert_allclose(draw(caption | negative(1), scale), unguided, atol=1e-4)
+    away = draw(caption | negative(-1), scale)
+    assert np.abs(away - unguided).max() > 1e-3
+    assert np.abs(away - draw(caption, scale)).max() > 1e-3
+
+
 def test_a_draw_does_not_depend_on_the_rows_beside_it(drawing, made):
     task, frozen, batch, draw = drawing
     params = made("prior")[1]

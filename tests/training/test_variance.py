@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from unclip import UnCLIP
 from unclip.cascade import runs
 from unclip.cascade.bundle import Part
-from unclip.cascade.pipeline import UnCLIP
 from unclip.training import start, variance
 
 pytestmark = pytest.mark.usefixtures("cheap_runs")

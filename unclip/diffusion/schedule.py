@@ -21,7 +21,9 @@ import numpy as np
 
 from unclip import errors
 
-SPACINGS = ("even", "trailing", "log-snr", "fast27")
+SPACINGS = ("even", "trailing", "log-snr", "karras", "fast27")
+KARRAS_RHO, KARRAS_MOST = 7.0, 80.0  # arXiv 2206.00364, table 1: rho and sigma_max
+SAME = 0.1  # of the steps by "karras": so many may fall on a timestep that is taken
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -119,17 +121,24 @@ class Schedule:
             "log-snr": evenly in the logarithm of the signal-to-noise ratio, both ends included
               (DPM-Solver, arXiv 2206.00927, section 3.4); a step that is taken is replaced by the
               next noisier one.
+            "karras": even in (sigma / alpha)^(1/7) from 80 down to the cleanest step, and the
+              noisiest step before them (arXiv 2206.00364, eq. 5, whose networks start from 80;
+              cosine's noisiest is at 20,000, where a draw has to start from noise alone).
             "10,10,3,2,2": so many in each of equal sections, from the cleanest on, each section's
               ends included (GLIDE, Improved DDPM); the numbers add up to n.
             "fast27": that, but for the noisiest step, in place of which stands the second below it
               (GLIDE's, for 27 steps of DDIM).
+            Timesteps are integers, those that the network was trained on. "log-snr" and "karras"
+            take the one that is nearest in log-SNR; one that is taken is replaced by the next
+            noisier one, in "karras" for at most a tenth of the steps, beyond which it is refused.
           timesteps: or the original indices to keep, in any order. Sampling then starts at the
             greatest of them, which need not be the noisiest step.
 
         Raises:
-          ConfigError: n is not an integer in 1..N; unknown spacing, or sections that do not add
-            up to n or hold more steps than there are; a timestep is not of this schedule or comes
-            twice; both or neither of n and timesteps are given.
+          ConfigError: n is not an integer in 1..N; unknown spacing, or sections that do not add up
+            to n or hold more steps than there are, or more steps than "karras" can tell apart; a
+            timestep is not of this schedule or comes twice; both or neither of n and timesteps are
+            given.
         """
         if (n is None) == (timesteps is None):
             raise errors.ConfigError("respace needs either a number of steps or timesteps")
@@ -160,10 +169,9 @@ class Schedule:
         if spacing == "log-snr":
             log = np.log(self.signal_to_noise)
             wanted = np.linspace(log[0], log[-1], n) if n > 1 else log[-1:]
-            keep = np.abs(log[None] - wanted[:, None]).argmin(1)
-            keep = np.maximum.accumulate(keep - np.arange(n)) + np.arange(n)
-            # Ties pushed beyond the noisiest step are pushed back from there.
-            return np.minimum(keep, most - np.arange(n)[::-1])
+            return _apart(np.abs(log[None] - wanted[:, None]).argmin(1), most)
+        if spacing == "karras":
+            return self._karras(n)
         words = str(spacing).split(",")
         if not all(word.strip().isdecimal() for word in words):
             raise errors.unknown("spacing", str(spacing), (*SPACINGS, "10,10,3,2,2"))
@@ -184,6 +192,24 @@ class Schedule:
             first += size
         return np.array(keep)
 
+    def _karras(self, n: int) -> np.ndarray:
+        most, sigma = len(self) - 1, self.signal_to_noise**-0.5
+        halfway = (np.log(sigma[1:]) + np.log(sigma[:-1])) / 2
+
+        def nearest(n):
+            ends = np.minimum([sigma[0], KARRAS_MOST], sigma[-1]) ** (1 / KARRAS_RHO)
+            wanted = np.linspace(*ends, n - 1) ** KARRAS_RHO if n > 2 else sigma[: n - 1]
+            return np.append(np.searchsorted(halfway, np.log(wanted)), most)
+
+        fits = lambda n: n - len(np.unique(nearest(n))) <= SAME * n
+        if not fits(n):
+            largest = next(m for m in range(n - 1, 0, -1) if fits(m))
+            raise errors.ConfigError(
+                f"spacing 'karras' of {n} steps: they fall on {len(np.unique(nearest(n)))} "
+                f"different timesteps of {len(self)}; expected at most {largest} steps"
+            )
+        return _apart(nearest(n), most)
+
     def _positions(self, timesteps: Sequence[int]) -> np.ndarray:
         given = np.sort(np.asarray(timesteps).reshape(-1))
         if not given.size or given.dtype.kind not in "iu":
@@ -198,6 +224,13 @@ class Schedule:
                 f"{self.timesteps[0]} to {self.timesteps[-1]}; nearest: {nearest}"
             )
         return np.searchsorted(self.timesteps, given)
+
+
+def _apart(keep: np.ndarray, most: int) -> np.ndarray:
+    """Ascending positions with each that is taken moved up, and back from the last, `most`."""
+    at = np.arange(len(keep))
+    keep = np.maximum.accumulate(keep - at) + at
+    return np.minimum(keep, most - at[::-1])
 
 
 def _ends(first: int, last: int, n: int) -> np.ndarray:

@@ -3,10 +3,12 @@
 A generated PNG holds two text chunks: `parameters`, the text that AUTOMATIC1111's web UI writes
 and many tools read, and `unclip`, our recipe as JSON, which is exact. The recipe has what is needed
 to draw the picture again: the model's hash, mode, prompt, seed and every setting; of a picture that
-it was drawn from, name and hash. A grid has the recipes of all of its pictures.
+it was drawn from, name, hash and, where that one was drawn too, its own recipe, so that a chain of
+edits is whole in its last picture. A grid has the recipes of all of its pictures.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -16,6 +18,7 @@ import pathlib
 import re
 import tempfile
 import unicodedata
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +30,8 @@ from unclip.files import picture as pictures
 from unclip.files import replacing
 
 MAX_RECIPE_CHARS = 256 << 10
+_DEPTH = 100  # edits of a chain that are described
+MAX_SOURCE_CHARS = 64 << 10  # of the recipe of a source: a recipe is written twice, once quoted
 
 # Recipe field -> the name AUTOMATIC1111 gives it, in its order.
 _KNOWN = {
@@ -94,20 +99,73 @@ def read_recipe(path: str | os.PathLike) -> dict[str, Any] | None:
     return parse_parameters(parameters) if parameters is not None else None
 
 
-def source(image: np.ndarray, path: str | os.PathLike = "") -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A picture that others are drawn from.
+
+    Attributes:
+      pixels: uint8 [H, W, 3], upright RGB.
+      name: of its file, "" where there is none.
+      recipe: how it was drawn itself; None for any other picture.
+    """
+
+    pixels: np.ndarray
+    name: str = ""
+    recipe: Mapping[str, Any] | None = None
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What a recipe says of it: `source`."""
+        return source(self.pixels, self.name, self.recipe)
+
+
+def open_source(path: str | os.PathLike) -> Source:
+    """A user's picture with its name and, where it is a PNG of ours, its recipe.
+
+    Raises:
+      DataError: as `read_image`.
+    """
+    pixels, recipe = read_image(path), None
+    with contextlib.suppress(errors.DataError):  # JPEG and WebP
+        recipe = read_recipe(path)
+    return Source(pixels, os.path.basename(os.fspath(path)), kept_recipe(recipe))
+
+
+def kept_recipe(recipe: Any) -> dict[str, Any] | None:
+    """A recipe as others may carry it, or None for one that no model of ours can repeat.
+
+    A recipe of more than `MAX_SOURCE_CHARS` is not kept: the chain begins at its picture then.
+    """
+    if not isinstance(recipe, Mapping) or "grid_columns" in recipe:
+        return None
+    if not all(isinstance(recipe.get(name), str) for name in ("mode", "model_hash")):
+        return None
+    try:
+        plain = _plain(recipe)
+    except errors.ConfigError:
+        return None
+    return plain if len(json.dumps(plain)) <= MAX_SOURCE_CHARS else None
+
+
+def source(
+    image: np.ndarray, path: str | os.PathLike = "", recipe: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """What a recipe says of a picture that others are drawn from.
 
     Args:
       image: uint8 [H, W, 3], as `read_image` gives it; path: of its file, whose name is kept.
+      recipe: how it was drawn itself, as `kept_recipe` gives it.
 
     Returns:
-      {"name", "width", "height", "sha256": hex, of the pixels row by row}.
+      {"name", "width", "height", "sha256": hex, of the pixels row by row} and "recipe" where there
+      is one.
     """
     image = _checked(image)
     height, width = image.shape[:2]
     hashed = hashlib.sha256(f"{width}x{height} RGB uint8\n".encode() + image.tobytes())
     name = os.path.basename(os.fspath(path))
-    return {"name": name, "width": width, "height": height, "sha256": hashed.hexdigest()}
+    found = {"name": name, "width": width, "height": height, "sha256": hashed.hexdigest()}
+    return found | ({"recipe": dict(recipe)} if recipe else {})
 
 
 def grid_recipe(recipes: Sequence[Mapping[str, Any]], columns: int) -> dict[str, Any]:
@@ -138,6 +196,56 @@ def recipes_of(recipe: Mapping[str, Any]) -> list[dict[str, Any]]:
     if not isinstance(own, list) or not all(isinstance(one, dict) for one in own):
         raise errors.ConfigError("a grid without its pictures' recipes: each is in its own PNG")
     return [shared | one for one in own]
+
+
+def described(recipe: Mapping[str, Any], depth: int = 0) -> list[str]:
+    """A recipe in lines for people: plain fields, a table of the stages' settings, its sources.
+
+    What it holds is untrusted: any value is shown as one printable line of 200 signs at most.
+    """
+    recipe, lines, pad = dict(recipe), [], "  " * depth
+    sources, pictures = recipe.pop("images", None), recipe.pop("pictures", None)
+    staged = {name: value for name, value in recipe.items() if isinstance(value, Mapping)}
+    order = ["mode", "prompt", "negative_prompt", "from_prompt", "seed"]
+    first = [name for name in order if name in recipe]
+    rest = sorted(recipe.keys() - staged.keys() - set(first))
+    width = max((len(_shown(name)) for name in [*first, *rest]), default=0)
+    for name in [*first, *rest]:
+        lines.append(f"{pad}{_shown(name):<{width}}  {_shown(recipe[name])}")
+    if staged:
+        stages = sorted({_shown(stage) for values in staged.values() for stage in values})
+        rows = [["", *stages]]
+        for name, values in sorted(staged.items()):
+            values = {_shown(stage): value for stage, value in values.items()}
+            cells = [_shown(values[stage]) if stage in values else "-" for stage in stages]
+            rows.append([_shown(name), *cells])
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        table = ("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths)) for row in rows)
+        lines += [f"{pad}{line}".rstrip() for line in table]
+    for number, one in enumerate(sources if isinstance(sources, list) else [], 1):
+        one = dict(one) if isinstance(one, Mapping) else {"name": one}
+        own = one.pop("recipe", None)
+        size = f"{_shown(one.get('width'))}x{_shown(one.get('height'))}"
+        what = "drawn by" if isinstance(own, Mapping) else "given"
+        lines.append(
+            f"{pad}drawn from {number}: {_shown(one.get('name')) or 'a picture'}, {size}, sha256 "
+            f"{_shown(one.get('sha256'))}, {what}{':' if isinstance(own, Mapping) else ''}"
+        )
+        if isinstance(own, Mapping):
+            lines += described(own, depth + 1) if depth < _DEPTH else [f"{pad}  …"]
+    if isinstance(pictures, list):
+        for number, one in enumerate(pictures, 1):
+            lines.append(f"{pad}picture {number}:")
+            lines += described(one, depth + 1) if isinstance(one, Mapping) else []
+    elif pictures is not None:
+        lines.append(f"{pad}pictures  {_shown(pictures)}")
+    return lines
+
+
+def _shown(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    text = "".join(sign if sign.isprintable() else " " for sign in text)
+    return text if len(text) <= 200 else text[:199] + "…"
 
 
 def format_parameters(recipe: Mapping[str, Any], size: str | None = None) -> str:
@@ -249,6 +357,76 @@ def grid(
     return np.asarray(canvas)
 
 
+def contact_sheet(
+    images: Sequence[np.ndarray],
+    labels: Sequence[str] | None = None,
+    *,
+    side: int = 128,
+    columns: int | None = None,
+) -> np.ndarray:
+    """A grid of pictures of any sizes, each made to fit a white square of `side` pixels.
+
+    Args:
+      images: uint8 [H, W, 3] each; a small one is enlarged by a whole factor, so that its pixels
+        stay what they are.
+      labels, columns: as in `grid`.
+
+    Returns:
+      uint8 [rows, columns, 3].
+    """
+    cells = []
+    for image in images:
+        picture, cell = Image.fromarray(_checked(image)), Image.new("RGB", (side, side), "white")
+        factor = max(side // max(picture.size), 1)
+        if factor > 1:
+            picture = picture.resize([factor * n for n in picture.size], Image.Resampling.NEAREST)
+        picture.thumbnail((side, side), Image.Resampling.BICUBIC)
+        cell.paste(picture, tuple((side - n) // 2 for n in picture.size))
+        cells.append(np.asarray(cell))
+    return grid(cells, columns, labels=labels)
+
+
+def save_animation(
+    path: str | os.PathLike,
+    frames: Sequence[np.ndarray] | np.ndarray,
+    *,
+    milliseconds: int = 100,
+    there_and_back: bool = True,
+) -> pathlib.Path:
+    """Writes pictures as a lossless animated WebP that repeats for ever, atomically.
+
+    Args:
+      path: ends in .webp; replaced when it exists.
+      frames: uint8 [H, W, 3] each, of one size, two at least; milliseconds: that each is shown.
+      there_and_back: after the last frame come those before it, backwards.
+
+    Raises:
+      ConfigError: another ending, or fewer than two frames. DataError: it cannot be written.
+    """
+    check_animation(path, len(frames))
+    whole = [Image.fromarray(_checked(frame)) for frame in frames]
+    whole += whole[-2:0:-1] if there_and_back else []
+    with replacing(path) as temporary:
+        whole[0].save(
+            temporary,
+            format="WEBP",
+            lossless=True,
+            save_all=True,
+            append_images=whole[1:],
+            duration=milliseconds,
+            loop=0,
+        )
+    return pathlib.Path(path)
+
+
+def check_animation(path: str | os.PathLike, frames: int) -> None:
+    """Refuses what `save_animation` would: call it before the frames are drawn."""
+    if pathlib.Path(path).suffix.lower() != ".webp":
+        raise errors.ConfigError(f"animation {path}: expected a name that ends in .webp")
+    if frames < 2:
+        raise errors.ConfigError(f"an animation of {frames} pictures: expected at least 2")
+
+
 def save_pictures(
     pictures: Sequence[np.ndarray] | np.ndarray,
     recipes: Sequence[Mapping[str, Any]],
@@ -352,6 +530,8 @@ def read_image(path: str | os.PathLike, size: int | None = None) -> np.ndarray:
       DataError: not there, too large, damaged or of another format.
     """
     with _reported(path, pictures.FORMATS), pictures.upright(path) as picture:
+        if getattr(picture, "is_animated", False):
+            warnings.warn(f"{path} is animated: its first frame is taken", stacklevel=2)
         picture = pictures.rgb(picture)
     if size is not None:
         side = min(picture.size)

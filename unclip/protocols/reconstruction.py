@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from unclip import errors
+from unclip.drawing.basis import projected
 from unclip.files import images
 from unclip.files.moments import Moments
 from unclip.measure.picture_set import First, PictureSet, Prepared
@@ -209,5 +210,4 @@ class Reconstruction(base.EvaluationProtocol):
         components = self.columns[column]
         if components == FULL:
             return z_i[number]
-        first = codes.PCA(pca.mean, pca.components[:, :components], pca.scale[:components])
-        return np.asarray(codes.decode(first, codes.encode(first, z_i[number])))
+        return projected(pca, z_i[number], components)

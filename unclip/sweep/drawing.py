@@ -26,7 +26,7 @@ import numpy as np
 import unclip
 from unclip import errors, protocols
 from unclip.cascade import runs, spaces
-from unclip.cascade.pipeline import UnCLIP
+from unclip.drawing.model import UnCLIP
 from unclip.files import images, lock
 from unclip.runtime import collectives, distributed, progress, sharding
 from unclip.sweep import plan, store
@@ -200,7 +200,11 @@ class Runner:
             self._warnings = dict.fromkeys(spaces.mixed(parts))
             mesh = sharding.make_mesh(self.config["mesh"], jax.local_devices())
             model = UnCLIP(
-                parts, model_hash=cell.model_hash, batch_size=self.config["batch_size"], mesh=mesh
+                parts,
+                model_hash=cell.model_hash,
+                batch_size=self.config["batch_size"],
+                fixed_batch=True,
+                mesh=mesh,
             )
             self._model = (cell.parts | {"weights": cell.settings["weights"]}, model)
         return self._model[1]

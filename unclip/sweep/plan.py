@@ -16,8 +16,8 @@ from typing import Any
 
 from unclip import errors, tasks
 from unclip.cascade import bundle, runs
-from unclip.cascade.pipeline import EMBEDS
-from unclip.diffusion.samplers import HAVE_ETA, SAMPLERS
+from unclip.diffusion.samplers import HAVE_ETA, SAMPLERS, own_eta
+from unclip.drawing.text import EMBEDS
 from unclip.sweep.store import FORMAT
 from unclip.sweep.weights import BRANCHES, NEWEST, branch_of, checkpoint_hash, digest
 
@@ -258,6 +258,7 @@ def _cell(source: Source, config: Mapping, point: dict, measured: Mapping, capti
     settings["seed"] = settings["seed"] or 0
     arch, decoder = runs.describe_part(source.paths["decoder"], "decoder")
     draws = {"decoder": decoder.get("draw", {})}
+    decoder_sampler = draws["decoder"].get("sampler") or None
     asked = settings["embed"]
     settings["embed"] = _embed(source, arch, decoder, asked) if captions else None
     if settings["embed"] == "prior":
@@ -274,6 +275,8 @@ def _cell(source: Source, config: Mapping, point: dict, measured: Mapping, capti
             settings[axis] = AXES[axis](draws[stage][name])
     if settings["sampler"] not in (None, *HAVE_ETA):
         settings["eta"] = 0.0  # other samplers have no eta
+    elif point.get("eta") is None and point.get("sampler") not in (None, decoder_sampler):
+        settings["eta"] = own_eta(settings["sampler"])  # the decoder's is meant for its own
     parts, names = {}, {}
     for part, path in sorted(source.paths.items()):
         wanted = settings["step"] if part == config["step_of"] else None

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from unclip import errors
-from unclip.cascade.pipeline import UnCLIP
+from unclip.cascade.pipeline import Pipeline
 from unclip.files import images
 from unclip.files.moments import StatisticsFile, read_statistics, write_statistics
 from unclip.measure import embedders
@@ -106,7 +106,7 @@ class Scorer:
             found[name] = given[name]
         return found
 
-    def score(self, folder: pathlib.Path, model: UnCLIP) -> dict[str, Any]:
+    def score(self, folder: pathlib.Path, model: Pipeline) -> dict[str, Any]:
         """The measurements of a folder of pictures: "values", "scores", "facts", "warnings", …"""
         fake = picture_sets.open_pictures(folder)
         if len(fake) != self.total:

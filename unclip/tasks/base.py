@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, Protocol
 
 import flax.linen as nn
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip import errors
-from unclip.diffusion import samplers
+from unclip.diffusion import gaussian, guidance, repaint, samplers
 from unclip.diffusion.schedule import Schedule
 from unclip.input.decode import transforms
 from unclip.runtime import optim
@@ -152,6 +153,8 @@ class Task(Protocol):
         draw=None,
         x_T=None,
         noise=None,
+        tell=None,
+        tell_every=1,
     ):
         """Draws what the stage makes, a row a key.
 
@@ -159,6 +162,7 @@ class Task(Protocol):
           conditions: {name: rows}, by stage; sample_keys: typed keys [B], one a picture.
           draw: settings that replace `self.draw`'s; numbers among them may be traced.
           x_T: optional starting noise [B, ...]; noise: seam for parity tests, [steps, B, ...].
+          tell, tell_every: see `samplers.sample`; a stage without diffusion tells nothing.
         """
 
 
@@ -290,12 +294,17 @@ class Stage:
         return {}
 
     def checked_draw(self, given, name=None):
-        own = self.draw or {}
+        own = dict(self.draw or {})
+        if given.get("sampler", own.get("sampler")) != own.get("sampler"):
+            own.pop("eta", None)  # it was meant for the other sampler
         if given.get("steps", own.get("steps")) != own.get("steps"):
             # Sections of another number of steps say nothing about these.
-            sections = own.get("spacing", "even") not in ("even", "trailing", "log-snr")
+            sections = own.get("spacing", "even") not in ("even", "trailing", "log-snr", "karras")
             given = ({"spacing": "even"} if sections else {}) | dict(given)
         given = {**own, **given}
+        if "eta" in self.draw_defaults and "eta" not in given:
+            chosen = given.get("sampler", self.draw_defaults["sampler"])
+            given["eta"] = samplers.own_eta(chosen)
         return _checked_draw(
             name or self.stage, self.draw_defaults, given, self.schedule, self.draw_choices
         )
@@ -309,6 +318,9 @@ class Stage:
 
 
 TIMESTEPS = ("uniform", "loss_aware")
+# Guidance of a diffusion: see `guidance.in_interval` and `guidance.classifier_free`.
+GUIDANCE = MappingProxyType({"guidance_low": 0.0, "guidance_high": 1.0, "guidance_rescale": 0.0})
+FRACTIONS = tuple(GUIDANCE)  # settings from 0 to 1
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -339,6 +351,18 @@ class Diffusion(Stage):
             return {}
         return {"memory": timesteps.seen(self.trained_steps, t, loss, valid)}
 
+    def guided(self, model_fn, draw, *, learned_variance=False) -> gaussian.ModelFn:
+        """`guidance.with_guidance` as the settings of a draw say."""
+        last = len(self.schedule) - 1
+        return guidance.with_guidance(
+            model_fn,
+            guidance.in_interval(
+                draw["guidance"], draw["guidance_low"], draw["guidance_high"], last
+            ),
+            rescale=draw["guidance_rescale"],
+            learned_variance=learned_variance,
+        )
+
     @property
     def trained_steps(self) -> int:
         """How many timesteps training draws from, the cleanest ones."""
@@ -354,6 +378,127 @@ class Diffusion(Stage):
             return memory, metrics
         metrics = dict(metrics)
         return timesteps.remember(memory, metrics.pop("memory"), rows), metrics
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Pictures(Diffusion):
+    """What the diffusion stages that make pictures draw alike: fields `parametrisation`, `variance`
+    and a method `denoiser`."""
+
+    def denoiser(self, params, frozen, conditions, sample_keys, draw):
+        """(denoise, respaced schedule) for `diffusion.samplers`, under conditions and guidance.
+
+        Args:
+          sample_keys: of conditions that are drawn, one a picture; draw: complete.
+        """
+        raise NotImplementedError
+
+    def shape(self, conditions) -> tuple[int, int, int]:
+        """(H, W, 3) of the pictures that the conditions make."""
+        return (self.image_size, self.image_size, 3)
+
+    def sample(
+        self,
+        params,
+        frozen,
+        conditions,
+        sample_keys,
+        *,
+        draw=None,
+        x_T=None,
+        noise=None,
+        tell=None,
+        tell_every=1,
+    ):
+        """Draws pictures float32 [B, H, W, 3] in [-1, 1].
+
+        Args:
+          frozen, conditions: see `denoiser`.
+          sample_keys: typed keys [B], one a picture.
+          draw: settings in place of the task's own; those that `cascade.pipeline.TRACED` names may
+            be traced.
+          x_T: optional starting noise [B, H, W, 3].
+          noise: seam for parity tests, [steps, B, H, W, 3] standard normal.
+          tell, tell_every: see `samplers.sample`.
+        """
+        draw = {**self.draw, **(draw or {})}
+        denoise, respaced = self.denoiser(params, frozen, conditions, sample_keys, draw)
+        if x_T is None:
+            x_T = samplers.draw_noise(sample_keys, self.shape(conditions))
+        pictures = samplers.sample(
+            denoise,
+            respaced,
+            x_T,
+            sample_keys,
+            sampler=draw["sampler"],
+            eta=draw["eta"],
+            noise=noise,
+            tell=tell,
+            tell_every=tell_every,
+        )
+        return jnp.clip(pictures, -1.0, 1.0)
+
+    def invert(
+        self, params, frozen, conditions, x_0, sample_keys, *, draw=None, iterations: int = 1
+    ):
+        """The x_T from which a draw by "ddim" with eta 0 leads back to pictures (section 3.1).
+
+        Args:
+          conditions, draw: those of the draw that will start from x_T; of draw the steps, spacing
+            and guidance matter. Guidance above 1 is inverted badly: see `samplers.ddim_invert`,
+            also for iterations.
+          x_0: float32 [B, H, W, 3] in [-1, 1].
+          sample_keys: typed keys [B], those of the draw.
+
+        Returns:
+          (x_T float32 [B, H, W, 3], error float32 [B]: root mean square of what the draw gives
+          minus x_0).
+        """
+        draw = {**self.draw, **(draw or {})}
+        denoise, respaced = self.denoiser(params, frozen, conditions, sample_keys, draw)
+        x_T = samplers.ddim_invert(denoise, respaced, x_0, iterations=iterations)
+        back = samplers.sample(denoise, respaced, x_T, None, sampler="ddim", eta=0.0)
+        error = (jnp.clip(back, -1.0, 1.0) - x_0) ** 2
+        return x_T, jnp.sqrt(error.mean(axis=(1, 2, 3)))
+
+    def inpaint(
+        self,
+        params,
+        frozen,
+        conditions,
+        sample_keys,
+        known,
+        mask,
+        *,
+        draw=None,
+        jump_length: int = 10,
+        resamples: int = 10,
+        tell=None,
+        tell_every=1,
+    ):
+        """Fills holes of pictures, float32 [B, H, W, 3]; see `repaint.inpaint`.
+
+        Args:
+          known: float32 [B, H, W, 3] in [-1, 1]; mask: [B, H, W, 1], 1 = to be filled.
+          Other arguments as in `sample`.
+        """
+        draw = {**self.draw, **(draw or {})}
+        denoise, respaced = self.denoiser(params, frozen, conditions, sample_keys, draw)
+        pictures = repaint.inpaint(
+            denoise,
+            respaced,
+            samplers.draw_noise(sample_keys, self.shape(conditions)),
+            sample_keys,
+            known,
+            mask,
+            sampler=draw["sampler"],
+            eta=draw["eta"],
+            jump_length=jump_length,
+            resamples=resamples,
+            tell=tell,
+            tell_every=tell_every,
+        )
+        return jnp.clip(pictures, -1.0, 1.0)
 
 
 def _checked_draw(
@@ -381,13 +526,23 @@ def _checked_draw(
     for name, valid in choices.items():
         if draw[name] not in valid:
             wrong.append(errors.unknown(name, draw[name], valid))
-    for name in ("guidance", "temperature", "top_p", "eta"):
+    for name in ("guidance", "temperature", "top_p", "eta", *FRACTIONS):
         value = draw.get(name, 1.0)
         if not isinstance(value, int | float | np.number) or not np.isfinite(value):
             wrong.append(errors.ConfigError(f"{stage}: {name} {value!r}: expected a finite number"))
             draw[name] = defaults[name]  # the rest is looked at with the stage's own
         elif name == "top_p" and not 0 < value <= 1:
             wrong.append(errors.ConfigError(f"{stage}: top_p {value!r}: expected (0, 1]"))
+        elif name in FRACTIONS and not 0 <= value <= 1:
+            wrong.append(errors.ConfigError(f"{stage}: {name} {value!r}: expected 0 to 1"))
+    low, high = draw.get("guidance_low", 0.0), draw.get("guidance_high", 1.0)
+    if low > high:
+        wrong.append(
+            errors.ConfigError(
+                f"{stage}: guidance_low {low!r} is above guidance_high {high!r}: expected 0 "
+                "(cleanest) <= low <= high <= 1 (noisiest)"
+            )
+        )
     candidates = draw.get("candidates", 1)
     if not isinstance(candidates, int | np.integer) or candidates < 1:
         wrong.append(errors.ConfigError(f"{stage}: candidates {candidates!r}: expected at least 1"))

@@ -13,9 +13,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from unclip import errors
-from unclip.diffusion import gaussian, guidance, losses, samplers, schedule
+from unclip.diffusion import gaussian, guidance, losses, schedule
 from unclip.models import decoder as decoder_model
 from unclip.tasks import base, keys
 from unclip.tasks.arrays import to_float, unit
@@ -51,7 +52,7 @@ def needs(model: decoder_model.Decoder, text_encoder: str) -> tuple[str, ...]:
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class DecoderTask(base.Diffusion):
+class DecoderTask(base.Pictures):
     """The decoder.
 
     Args:
@@ -73,7 +74,8 @@ class DecoderTask(base.Diffusion):
       image_drop, text_drop: fractions of training samples without z_i, without caption.
       stored: the input delivers z_i, and no picture is encoded.
       timesteps: see `base.Diffusion`.
-      draw: settings of `sample`: steps, spacing, guidance, sampler, eta, threshold.
+      draw: settings of `sample`: steps, spacing, guidance, guidance_low, guidance_high,
+        guidance_rescale, sampler, eta, threshold.
     """
 
     clip: FrozenClip | None = None
@@ -100,6 +102,7 @@ class DecoderTask(base.Diffusion):
             "steps": 25,
             "spacing": "even",
             "guidance": 8.0,
+            **base.GUIDANCE,
             "sampler": "ddpm",
             "eta": 0.0,
             "threshold": "static",
@@ -190,14 +193,14 @@ class DecoderTask(base.Diffusion):
         """z_i [B, D] as the network is given it."""
         return self.z_scale * unit(z_i) if self.z_scale and z_i is not None else z_i
 
-    def empty(self, batch_size: int, context: int | None = None):
+    def empty(self, batch_size: int, context: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The empty caption: (tokens int32 [B, L], mask bool [B, L]), L = `context` of the task."""
         context = context or self.context
         if self.t5:
             return self.t5.empty(batch_size, context)
-        ends = jnp.array([self.vocabulary - 2, self.vocabulary - 1], jnp.int32)
-        tokens = jnp.zeros((batch_size, context), jnp.int32).at[:, :2].set(ends)
-        return tokens, jnp.arange(context)[None, :].repeat(batch_size, 0) < 2
+        tokens = np.zeros((batch_size, context), np.int32)
+        tokens[:, :2] = self.vocabulary - 2, self.vocabulary - 1
+        return tokens, np.broadcast_to(np.arange(context) < 2, tokens.shape)
 
     def text(self, frozen, tokens, mask, drop):
         """Caption conditions, rows of `drop` (bool [B]) replaced by the empty caption."""
@@ -234,75 +237,60 @@ class DecoderTask(base.Diffusion):
             self, raw.astype(jnp.float32), x_0, t, eps, batch["valid"], weight, train=train
         )
 
-    def sample(
-        self,
-        params,
-        frozen,
-        conditions,
-        sample_keys,
-        *,
-        draw=None,
-        x_T=None,
-        noise=None,
-    ):
-        """Draws pictures float32 [B, S, S, 3] in [-1, 1].
+    def denoiser(self, params, frozen, conditions, sample_keys, draw):
+        """See `base.Pictures`.
 
         Args:
           frozen: {name: parameters} of at least the parts in `frozen_names`.
           conditions: "z_i" [B, D], None or absent for a decoder without it; "tokens" int32 and
             "text_mask" bool [B, L] of the captions, L = `self.context`, CLIP's or T5's; optionally
             "drop_image" and "drop_text" bool [B], True = without z_i or without the caption, as
-            training drops them and as guidance's unconditional half is.
-          sample_keys: typed keys [B], one a picture.
-          draw: steps, spacing, sampler, threshold (static); guidance, eta (may be traced).
-          x_T: optional starting noise [B, S, S, 3].
-          noise: seam for parity tests, [steps, B, S, S, 3] standard normal.
+            training drops them and as guidance's unconditional half is. What guidance leads away
+            from, in place of the dropped conditions: "negative_tokens" and "negative_text_mask"
+            like the captions', "negative_z_i" [B, D].
         """
-        draw = {**self.draw, **(draw or {})}
         tokens, mask = conditions["tokens"], conditions["text_mask"]
         nowhere = jnp.zeros(tokens.shape[0], bool)
+        z_i, away = conditions.get("z_i"), conditions.get("negative_z_i")
         no_image = conditions.get("drop_image", nowhere)
         no_text = conditions.get("drop_text", nowhere)
         conditional = self.text(frozen, tokens, mask, no_text)
-        null = self.text(frozen, tokens, mask, ~nowhere)
+        has_negative = "negative_tokens" in conditions
+        if has_negative:
+            tokens, mask = conditions["negative_tokens"], conditions["negative_text_mask"]
+        drop_text = nowhere if has_negative else ~nowhere
+        null = self.text(frozen, tokens, mask, drop_text)
 
         both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), conditional, null)
-        z_i = guidance.twice(self.scaled(conditions.get("z_i")))
-        no_image, no_text = guidance.twice((no_image, no_text))
+        if away is None:
+            z_i, drop_image = guidance.twice(self.scaled(z_i)), ~nowhere
+        else:
+            z_i, drop_image = jnp.concatenate([self.scaled(z_i), self.scaled(away)]), nowhere
+        no_image = jnp.concatenate([no_image, drop_image])
+        no_text = jnp.concatenate([no_text, drop_text])
 
         def model_fn(x_t, t, drop):
+            del drop  # the rows are conditioned and unconditioned already
             return self.model.apply(
                 {"params": params},
                 x_t,
                 t,
                 z_i=z_i,
                 **both,
-                drop_image=drop | no_image,
-                drop_text=drop | no_text if self.own_null else None,
+                drop_image=no_image,
+                drop_text=no_text if self.own_null else None,
             )
 
-        learned = self.variance == "learned_range"
-        guided = guidance.with_guidance(model_fn, draw["guidance"], learned_variance=learned)
         respaced = self.schedule.respace(draw["steps"], draw["spacing"])
+        learned = self.variance == "learned_range"
         denoise = gaussian.make_denoise(
-            guided,
+            self.guided(model_fn, draw, learned_variance=learned),
             respaced,
             parametrisation=self.parametrisation,
             variance=self.variance,
             clip=THRESHOLDS[draw["threshold"]](),
         )
-        if x_T is None:
-            x_T = samplers.draw_noise(sample_keys, (self.image_size, self.image_size, 3))
-        pictures = samplers.sample(
-            denoise,
-            respaced,
-            x_T,
-            sample_keys,
-            sampler=draw["sampler"],
-            eta=draw["eta"],
-            noise=noise,
-        )
-        return jnp.clip(pictures, -1.0, 1.0)
+        return denoise, respaced
 
     def predict(self):
         """`sample`: a picture for every caption and the z_i of its true picture; `bound`: what

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from unclip import errors
-from unclip.diffusion import gaussian, guidance, losses, samplers, schedule
+from unclip.diffusion import gaussian, losses, samplers, schedule
 from unclip.files.moments import Moments
 from unclip.models import prior as prior_model
 from unclip.models import prior_ar
@@ -129,6 +129,15 @@ class _Conditioned(base.Stage):
         out = {"z_t": z_t, "text_hidden": hidden, "text_mask": mask}
         return out | {"drop_text": drop} if self.model.learned_null else out
 
+    def away_from(self, frozen, given):
+        """The `conditions` that guidance leads away from: of "negative_tokens" and
+        "negative_text_mask" where `given` has them, of a dropped caption where not."""
+        tokens, mask = given["tokens"], given["text_mask"]
+        negative = "negative_tokens" in given
+        if negative:
+            tokens, mask = given["negative_tokens"], given["negative_text_mask"]
+        return self.conditions(frozen, tokens, mask, jnp.full(len(tokens), not negative))
+
     def predict(self):
         """`sample`: draws z_i for the captions and compares it with the pictures' own."""
 
@@ -179,7 +188,8 @@ class DiffusionPriorTask(_Conditioned, base.Diffusion):
       variance: of sampling: "fixed_small" (Karlo), "fixed_large" or "analytic" (paper), see
         `gaussian.with_analytic_variance`.
       timesteps: see `base.Diffusion`.
-      draw: settings of `sample`: steps, spacing, guidance, sampler, eta, candidates.
+      draw: settings of `sample`: steps, spacing, guidance, guidance_low, guidance_high,
+        guidance_rescale, sampler, eta, candidates.
       Other arguments: see `_Conditioned`.
     """
 
@@ -195,6 +205,7 @@ class DiffusionPriorTask(_Conditioned, base.Diffusion):
             "steps": 25,
             "spacing": "even",
             "guidance": 4.0,
+            **base.GUIDANCE,
             "sampler": "ddpm",
             "eta": 0.0,
             "candidates": 2,
@@ -296,16 +307,22 @@ class DiffusionPriorTask(_Conditioned, base.Diffusion):
         draw=None,
         x_T=None,
         noise=None,
+        tell=None,
+        tell_every=1,
     ):
         """Draws z_i for captions: `candidates` each, the better dot product with z_t is kept.
 
         Args:
           conditions: "tokens" int32 and "text_mask" bool [B, L]; optionally "drop_text" bool [B],
             True = without the caption, as training drops it and as guidance's unconditional half
-            is. sample_keys: typed keys [B], one a picture.
-          draw: steps, spacing, sampler, candidates (static); guidance, eta (may be traced).
+            is; "negative_tokens", "negative_text_mask": the caption that guidance leads away from,
+            in place of the dropped one. sample_keys: typed keys [B], one a picture.
+          draw: settings in place of the task's own; those that `cascade.pipeline.TRACED` names may
+            be traced.
           x_T: optional starting noise [candidates * B, D].
           noise: seam for parity tests, [steps, candidates * B, D] standard normal.
+          tell, tell_every: see `samplers.sample`; of the first candidate, in the space that
+            `encode` leads to.
 
         Returns:
           z_i float32 [B, D], in CLIP's own scale.
@@ -315,7 +332,7 @@ class DiffusionPriorTask(_Conditioned, base.Diffusion):
         batch, candidates = tokens.shape[0], draw["candidates"]
         no_text = conditions.get("drop_text", jnp.zeros(batch, bool))
         conditional = self.conditions(frozen, tokens, mask, no_text)
-        null = self.conditions(frozen, tokens, mask, jnp.ones(batch, bool))
+        null = self.away_from(frozen, conditions)
         every = jnp.concatenate([keys.fold(sample_keys, c) for c in range(candidates)])
 
         both = jax.tree.map(
@@ -330,7 +347,7 @@ class DiffusionPriorTask(_Conditioned, base.Diffusion):
 
         respaced = self.schedule.respace(draw["steps"], draw["spacing"])
         denoise = gaussian.make_denoise(
-            guidance.with_guidance(model_fn, draw["guidance"]),
+            self.guided(model_fn, draw),
             respaced,
             parametrisation="x0",
             variance="fixed_small" if self.variance == "analytic" else self.variance,
@@ -349,6 +366,8 @@ class DiffusionPriorTask(_Conditioned, base.Diffusion):
             sampler=draw["sampler"],
             eta=draw["eta"],
             noise=noise,
+            tell=tell,
+            tell_every=tell_every,
         )
         z = self.decode(frozen, z).reshape(candidates, batch, -1)
         score = jnp.sum(unit(z) * unit(conditional["z_t"])[None], axis=-1)
@@ -447,16 +466,20 @@ class ARPriorTask(_Conditioned):
         draw=None,
         x_T=None,
         noise=None,
+        tell=None,
+        tell_every=1,
     ):
         """Draws z_i float32 [B, D] for captions [B, L]; see `DiffusionPriorTask.sample`."""
         if x_T is not None or noise is not None:
             raise errors.ConfigError("the autoregressive prior draws codes; it takes no noise")
+        del tell, tell_every  # its codes come one after another, and show nothing before the last
         draw = {**self.draw, **(draw or {})}
         tokens, mask = conditions["tokens"], conditions["text_mask"]
         batch, pca = tokens.shape[0], self._pca(frozen)
         no_text = conditions.get("drop_text", jnp.zeros(batch, bool))
         conditional = self.conditions(frozen, tokens, mask, no_text)
-        null = self.conditions(frozen, tokens, mask, jnp.ones(batch, bool))
+        null = self.away_from(frozen, conditions)
+        has_null = self.model.learned_null and "negative_tokens" not in conditions
         drawn = []
         for candidate in range(draw["candidates"]):
             one = codes.sample(
@@ -465,7 +488,7 @@ class ARPriorTask(_Conditioned):
                 keys.fold(sample_keys, candidate),
                 *(conditional[name] for name in CONDITIONS),
                 drop=conditional.get("drop_text"),
-                uncond=None if self.model.learned_null else tuple(null[c] for c in CONDITIONS),
+                uncond=None if has_null else tuple(null[c] for c in CONDITIONS),
                 temperature=draw["temperature"],
                 top_p=draw["top_p"],
                 guidance=draw["guidance"],

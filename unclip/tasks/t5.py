@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from unclip.input.decode.text import T5Tokenizer
 from unclip.models import t5 as t5_model
@@ -33,7 +34,8 @@ class FrozenT5:
         hidden = self.model.apply({"params": params}, jnp.asarray(tokens), jnp.asarray(mask))
         return jax.lax.stop_gradient(hidden.astype(jnp.float32))
 
-    def empty(self, batch_size: int, context: int) -> tuple[jax.Array, jax.Array]:
+    def empty(self, batch_size: int, context: int) -> tuple[np.ndarray, np.ndarray]:
         """The empty caption: (tokens int32 [B, L], mask bool [B, L]), its end alone."""
-        tokens = jnp.zeros((batch_size, context), jnp.int32).at[:, 0].set(EOS)
+        tokens = np.zeros((batch_size, context), np.int32)
+        tokens[:, 0] = EOS
         return tokens, tokens == EOS

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from unclip import errors
-from unclip.diffusion import gaussian, samplers, schedule
+from unclip.diffusion import gaussian, schedule
 from unclip.input.decode import transforms
 from unclip.models import upsampler as upsampler_model
 from unclip.tasks import base, keys
@@ -29,7 +29,7 @@ LEVEL, LOW_NOISE = 5, 6  # tags of a sample's random draws, beside the decoder's
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class UpsamplerTask(base.Diffusion):
+class UpsamplerTask(base.Pictures):
     """One upsampler.
 
     Args:
@@ -159,30 +159,22 @@ class UpsamplerTask(base.Diffusion):
             )
         return draw
 
-    def sample(
-        self,
-        params,
-        frozen,
-        conditions,
-        sample_keys,
-        *,
-        draw=None,
-        x_T=None,
-        noise=None,
-    ):
-        """Draws pictures float32 [B, factor * h, factor * w, 3] in [-1, 1].
+    def shape(self, conditions):
+        height, width = (side * self.factor for side in conditions["low"].shape[1:3])
+        return (height, width, 3)
+
+    def denoiser(self, params, frozen, conditions, sample_keys, draw):
+        """See `base.Pictures`.
 
         Args:
           frozen: None, or {"last": parameters} of a second network of the same architecture, which
             makes the last step in place of the first (Karlo).
-          conditions: {"low": float32 [B, h, w, 3] in [-1, 1]}.
-          sample_keys: typed keys [B], one a picture; x_T, noise: as in `DecoderTask.sample`.
-          draw: steps, spacing, sampler (static); eta, noise_level (may be traced): the small
-            picture gets noise of that level, from the picture's own key.
+          conditions: {"low": float32 [B, h, w, 3] in [-1, 1]}; the pictures are [B, factor * h,
+            factor * w, 3].
+          sample_keys, draw: the small picture gets noise of level draw["noise_level"], from the
+            picture's own key.
         """
-        draw, low = {**self.draw, **(draw or {})}, conditions["low"]
-        last_params = (frozen or {}).get("last")
-        height, width = (side * self.factor for side in low.shape[1:3])
+        low, last_params = conditions["low"], (frozen or {}).get("last")
         respaced = self.schedule.respace(draw["steps"], draw["spacing"])
         told = ()
         if self.reads_level:
@@ -204,18 +196,7 @@ class UpsamplerTask(base.Diffusion):
             variance=self.variance,
             clip=1.0,
         )
-        if x_T is None:
-            x_T = samplers.draw_noise(sample_keys, (height, width, 3))
-        pictures = samplers.sample(
-            denoise,
-            respaced,
-            x_T,
-            sample_keys,
-            sampler=draw["sampler"],
-            eta=draw["eta"],
-            noise=noise,
-        )
-        return jnp.clip(pictures, -1.0, 1.0)
+        return denoise, respaced
 
     def predict(self):
         """`sample`: the batch's low-resolution pictures, drawn large."""

@@ -18,7 +18,7 @@ from unclip.embeddings.job import Job, embed, embed_shards
 from unclip.embeddings.store import Store
 from unclip.files import paths
 from unclip.models.unet import fold_params, unfold_params
-from unclip.runtime import checkpoint, distributed, flops, optim, sharding
+from unclip.runtime import checkpoint, compiled, distributed, flops, optim, sharding
 from unclip.runtime.collectives import on_host
 from unclip.runtime.writer import MetricWriter
 from unclip.training import data as inputs
@@ -46,7 +46,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     """
     workdir = paths.expanded(workdir)
     if config.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", paths.expanded(config.compilation_cache))
+        compiled.keep_at(paths.expanded(config.compilation_cache))
     plan = make_plan(config, workdir=workdir)
     plan.check()
     config, folder = plan.config, pathlib.Path(workdir)

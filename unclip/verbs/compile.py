@@ -41,14 +41,17 @@ def main(argv):
         raise errors.ConfigError("give either --topology (v5p:4x4x4, …) or --devices N")
     if _DEVICES.value:
         cli.refuse_idle({"quick": "only the compiler for TPUs can be stopped early; --topology"})
+    cli.refuse_idle({"compilation_cache": "what compiling costs is measured"})
     import jax
 
+    from unclip.runtime import compiled
     from unclip.training.ahead import examine, parse_topology, text, topology_devices
 
     options = {}
     for option in _OPTION.value:
         name, _, value = option.partition("=")
         options[name] = {"true": True, "false": False}.get(value, value)
+    compiled.keep(compiled.OFF)
     jax.config.update("jax_platforms", "cpu")
     if _DEVICES.value:
         jax.config.update("jax_num_cpu_devices", _DEVICES.value)

@@ -68,9 +68,7 @@ def main(argv):
         print(report.write(_WORKDIR.value, config))
         return
 
-    import jax
-
-    from unclip.runtime import distributed
+    from unclip.runtime import compiled, distributed
     from unclip.sweep import drawing, follow
 
     def finish():
@@ -81,7 +79,7 @@ def main(argv):
         return "no cell is finished yet"
 
     if config["compilation_cache"]:
-        jax.config.update("jax_compilation_cache_dir", config["compilation_cache"])
+        compiled.keep_at(config["compilation_cache"])
     distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     if _FOLLOW.value:
         follow.follow(config, _WORKDIR.value, _FOLLOW.value, _TIMEOUT.value, finish)

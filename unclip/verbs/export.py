@@ -12,7 +12,8 @@ import dataclasses
 from absl import flags
 
 from unclip import cli, errors
-from unclip.cascade import bundle, pipeline, runs, spaces
+from unclip.cascade import bundle, runs, spaces
+from unclip.drawing import modes
 
 _CLIP = flags.DEFINE_string("clip", None, "RUN or BUNDLE of CLIP")
 _PRIOR = flags.DEFINE_string("prior", None, "RUN or BUNDLE of the prior")
@@ -70,5 +71,5 @@ def main(argv):
         print(f"  several embedding spaces: {line}")
     for line in spaces.unknown(parts):
         print(f"  what it was trained with is unknown: {line}")
-    for mode, lacks in pipeline.lacking(parts).items():
+    for mode, lacks in modes.lacking(parts).items():
         print(f"  --mode {mode}: {f'no, it has {lacks}' if lacks else 'yes'}")

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from unclip import UnCLIP
 from unclip.cascade import bundle, runs
-from unclip.cascade.pipeline import UnCLIP
 from unclip.errors import ConfigError, DataError
 from unclip.files import tensors
 from unclip.interop import clip, formats, layout
