@@ -34,7 +34,7 @@ def test_a_cell_says_everything(paint, tmp_path):
     scores = record["scores"]["clip_cosine"]
     assert [row["score"] for row in record["kept"]["best"]] == sorted(scores)[::-1][:4]
     assert record["kept"]["worst"][0]["number"] == int(np.argmin(scores))
-    assert not (folder / "lock.json").exists()
+    assert not (folder / lock.CLAIM).exists()
 
 
 def test_judges_by_clip_name_it_in_their_keys(paint, tmp_path, monkeypatch):

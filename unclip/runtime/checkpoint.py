@@ -25,9 +25,9 @@ import numpy as np
 from absl import logging
 from orbax.checkpoint import v1 as ocp
 
-from unclip.errors import ConfigError, DataError
-from unclip.files.lock import DirectoryLock
-from unclip.runtime import distributed
+from unclip.errors import ConfigError, DataError, UnclipError
+from unclip.files.lock import CLAIM, DirectoryLock
+from unclip.runtime import collectives, distributed
 from unclip.runtime.sharding import nest, tree_paths
 
 STATE = "state"
@@ -228,10 +228,10 @@ class Checkpointer:
         with _io(f"cannot write checkpoints to {self.directory}"):
             self.directory.mkdir(parents=True, exist_ok=True)
         if distributed.is_main():
-            self._lock = DirectoryLock(self.directory)
+            self._lock = DirectoryLock(self.directory, on_lost=distributed.request_stop)
             self._tidy()
         distributed.barrier("checkpoint directory ready")
-        if not (self.directory / "lock.json").exists():
+        if not (self.directory / CLAIM).exists():
             raise ConfigError(
                 f"{self.directory} is not shared: process 0 wrote to it and process "
                 f"{distributed.process_index()} does not see that; put --workdir on "
@@ -329,6 +329,7 @@ class Checkpointer:
 
         Raises:
           DataError: this or the previous save could not be written; earlier steps are intact.
+          Stopped: another run has taken the directory.
         """
         step = int(step)
         if not (force or self.due(step)):
@@ -336,6 +337,7 @@ class Checkpointer:
         self.wait()
         if step in steps(self.directory):
             return False
+        self._still_ours()
         if self._failed:
             self._reopen()
         record = {"position": int(position), "meta": json.loads(json.dumps(dict(meta or {})))}
@@ -345,6 +347,16 @@ class Checkpointer:
             )
         self._pending = self._pool.submit(self._commit, step, response)
         return True
+
+    def _still_ours(self) -> None:
+        """Raises on every process where another run has taken the directory, or it is gone."""
+        failure = None
+        if self._lock is not None:
+            try:
+                self._lock.check()
+            except UnclipError as error:
+                failure = error
+        collectives.raise_together(failure)
 
     @contextlib.contextmanager
     def _saving(self, step: int) -> Iterator[None]:

@@ -127,7 +127,7 @@ class Runner:
         if status != "finished":
             folder.mkdir(parents=True, exist_ok=True)
             try:
-                held = lock.DirectoryLock(folder)
+                held = self._lock = lock.DirectoryLock(folder, on_lost=distributed.request_stop)
                 # Another job may have finished it between the check above and the lock.
                 mine = int(self.status(cell) != "finished")
             except errors.DataError as error:
@@ -147,7 +147,7 @@ class Runner:
             for old in folder.iterdir():
                 if old.is_dir():
                     shutil.rmtree(old)
-                elif old.name != "lock.json":
+                elif old.name not in (lock.OS_LOCK, lock.CLAIM):
                     old.unlink()
         distributed.barrier("cell cleared", BARRIER_S)
         started = time.perf_counter()
@@ -162,6 +162,7 @@ class Runner:
         record["kept"] = self.scorer.keep(record, folder)
         record["warnings"] = [*record["warnings"], *_summary(list(self._warnings))]
         scored = time.perf_counter()
+        self._lock.check()
         record |= {
             "id": cell.id,
             "settings": cell.settings,

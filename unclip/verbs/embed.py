@@ -90,7 +90,7 @@ def main(argv):
             os.makedirs(_OUT.value, exist_ok=True)
         except OSError as error:
             raise errors.DataError(f"cannot make {_OUT.value}: {error.strerror}") from error
-        lock = DirectoryLock(_OUT.value)
+        lock = DirectoryLock(_OUT.value, on_lost=distributed.request_stop)
     try:
         store = embed_shards(job)
     finally:
