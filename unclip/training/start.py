@@ -52,7 +52,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     config, folder = plan.config, pathlib.Path(workdir)
     found = lineage(plan, folder)
     with checkpoint.Checkpointer(
-        folder / "checkpoints", save_every_steps=config.save_steps, keep=config.keep
+        folder / "checkpoints", config.save_steps, config.keep, config.keep_every_steps or None
     ) as saver:
         latest = saver.latest()
         if latest is not None and latest > config.total_steps:
@@ -208,12 +208,13 @@ def restored(
     if saver.latest() is None:
         start = initial_params(plan.config, plan.params)
         start = start and plan.put(start)
-        return plan.init(jax.random.key(plan.config.seed), start), 0
+        return plan.init(jax.random.key(plan.config.seed), start), plan.config.skip_examples
     shapes = sharding.abstract(plan.state, plan.shardings)
     state, position, meta = saver.restore(None, shapes)
     if meta.get("data") not in (None, fingerprint):
         logging.warning("%s resumes with other shards than it began with", workdir)
-    return state, position
+    # What earlier starts left out is in the position already.
+    return state, position + max(plan.config.skip_examples - meta.get("skip_examples", 0), 0)
 
 
 def initial_params(config: ConfigDict, abstract_params):
