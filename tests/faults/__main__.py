@@ -24,6 +24,7 @@ MODULES = (
     "resume",
     "workers",
     "locks",
+    "checkpoints",
 )
 
 

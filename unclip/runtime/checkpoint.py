@@ -111,7 +111,7 @@ def verify(directory: str | os.PathLike, step: int | None = None) -> int:
     Every process of a job compares a share of them, and all raise what any one found.
 
     Returns:
-      How many files there are; 0 where the job died before the sums were written.
+      How many files there are; 0 where the sums are not taken yet.
 
     Raises:
       Damaged: a file is missing or different. DataError: one cannot be read.
@@ -123,6 +123,9 @@ def verify(directory: str | os.PathLike, step: int | None = None) -> int:
     try:
         with _io(f"cannot read checkpoint {directory / str(step)}"):
             expected = sums.read(directory, step)
+            if expected is None and not sums.expected(directory, step):
+                expected = sums.read(directory, step)  # taken just now, perhaps
+                found = "" if expected else "it has no checksums"
             if expected is not None:
                 found = sums.damage(directory, step, expected, share=share)
     except DataError as error:
@@ -309,8 +312,8 @@ class Checkpointer:
         """Clears the way for orbax, which reads the descriptions of all steps at once.
 
         A step that is not complete and older than a complete one was being deleted when the job
-        was killed. One without sums, written by a job that died before it took them, gets them if
-        its description can be read. What is damaged is set aside, unless nothing would be left.
+        was killed. One that was saved by a job that died before it took the sums gets them. What
+        is damaged is set aside, unless nothing would be left.
 
         Raises:
           DataError: something cannot be read, or all steps are damaged.
@@ -329,10 +332,10 @@ class Checkpointer:
                     bad[step] = "is not complete"
                 elif (expected := sums.read(self.directory, step)) is not None:
                     bad[step] = sums.damage(self.directory, step, expected, small=True)
-                elif _description(folder) is None:
-                    bad[step] = "has a damaged description"
-                else:
+                elif sums.expected(self.directory, step) and _description(folder) is not None:
                     sums.take(self.directory, step)
+                else:
+                    bad[step] = "has no checksums, or damaged ones"
             bad = {step: why for step, why in bad.items() if why}
             if bad and not whole - set(bad):
                 told = "; ".join(f"{step} {why}" for step, why in sorted(bad.items()))
@@ -343,6 +346,8 @@ class Checkpointer:
             for step, why in bad.items():
                 self._set_aside(step, why)
             sums.forget(self.directory, steps(self.directory))
+            for path in (self.directory / "sums").glob("*.pending"):
+                path.unlink()
 
     def _set_aside(self, step: int, why: str) -> None:
         target = self.directory / f"set-aside-{step}-{os.urandom(3).hex()}"
@@ -400,6 +405,8 @@ class Checkpointer:
             self._reopen()
         record = {"position": int(position), "meta": json.loads(json.dumps(dict(meta or {})))}
         with self._saving(step):
+            if distributed.is_main():
+                sums.expect(self.directory, step)
             response = self._orbax.save_checkpointables_async(
                 step, {STATE: nest(tree_paths(state))}, custom_metadata=record, force=True
             )

@@ -1,7 +1,8 @@
 """Checksums of a checkpoint's files: taken once a step is whole, compared before it is trusted.
 
 `<directory>/sums/<step>.json` holds the size and CRC-32 of every file of a step, since the array
-format does not detect a flipped bit, and a CRC-32 of its own.
+format does not detect a flipped bit, and a CRC-32 of its own. While a step is being saved there is
+`<step>.pending`: a whole step with neither has lost its sums, and nothing speaks for its files.
 """
 
 import concurrent.futures
@@ -22,6 +23,10 @@ Sums = dict[str, list[int]]  # {path inside the step: [size, CRC-32]}
 
 def _path(directory: pathlib.Path, step: int) -> pathlib.Path:
     return directory / "sums" / f"{step}.json"
+
+
+def _pending(directory: pathlib.Path, step: int) -> pathlib.Path:
+    return directory / "sums" / f"{step}.pending"
 
 
 def _own(sums: Sums) -> int:
@@ -46,6 +51,21 @@ def _synced(path: pathlib.Path) -> list[int] | None:
     return None if path.is_dir() else _of(path)
 
 
+def expect(directory: pathlib.Path, step: int) -> None:
+    """Notes that a step is about to be saved.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    _pending(directory, step).parent.mkdir(exist_ok=True)
+    _pending(directory, step).touch()
+
+
+def expected(directory: pathlib.Path, step: int) -> bool:
+    """Whether a step was being saved, and its sums were not taken yet, when its job died."""
+    return _pending(directory, step).exists()
+
+
 def take(directory: pathlib.Path, step: int) -> None:
     """Writes the sums of a step, whose files are on disk by then, so that a power cut spares them.
 
@@ -58,6 +78,7 @@ def take(directory: pathlib.Path, step: int) -> None:
         found = dict(zip(paths, pool.map(_synced, paths)))
     sums = {p.relative_to(folder).as_posix(): s for p, s in found.items() if s is not None}
     files.write_object(_path(directory, step), {"files": sums, "crc": _own(sums)})
+    _pending(directory, step).unlink(missing_ok=True)
 
 
 def read(directory: pathlib.Path, step: int) -> Sums | None:
