@@ -20,7 +20,7 @@ import pathlib
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -166,7 +166,7 @@ def _description(folder: pathlib.Path) -> Any:
         # orbax logs a damaged description and continues without one.
         whole = found.metadata.get(STATE) is not None and "position" in found.custom_metadata
         return found if whole else None
-    except OSError:
+    except (OSError, MemoryError):
         raise
     except Exception as error:  # a parser's: of JSON, of a database
         if re.search(_TRANSIENT, str(error)):
@@ -179,13 +179,16 @@ _TRANSIENT = "os_error_code=|RESOURCE_EXHAUSTED|Out of memory|DEADLINE_EXCEEDED|
 PAUSES_S = (0.5, 2.0, 8.0)  # before a read is tried again
 
 
-def _patiently(folder: pathlib.Path, read: Any) -> Any:
-    """What `read` gives, tried again after a while where it fails; other processes read along.
+def _patiently(folder: pathlib.Path, read: Callable, alone: bool = False) -> Any:
+    """What `read` gives, tried again after a while where it fails.
+
+    Args:
+      alone: whether no other process of the job reads along, and would have to try again too.
 
     Raises:
       DataError: it failed again; nothing was changed.
     """
-    pauses = PAUSES_S if distributed.process_count() == 1 else ()
+    pauses = PAUSES_S if alone or distributed.process_count() == 1 else ()
     for pause in (*pauses, None):
         try:
             with _io(f"cannot read checkpoint {folder}"):
@@ -265,7 +268,7 @@ class Checkpointer:
         try:
             if distributed.is_main():
                 self._lock = DirectoryLock(self.directory, on_lost=distributed.request_stop)
-                self._inspect()
+                _patiently(self.directory, self._inspect, alone=True)
         except UnclipError as error:
             failure = error
             self._release()
@@ -339,7 +342,7 @@ class Checkpointer:
             bad = {step: why for step, why in bad.items() if why}
             if bad and not whole - set(bad):
                 told = "; ".join(f"{step} {why}" for step, why in sorted(bad.items()))
-                raise DataError(
+                raise Damaged(
                     f"no step in {self.directory} is whole ({told}): put a copy of one in its "
                     "place, or move the folder away to start anew"
                 )
