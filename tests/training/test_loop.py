@@ -741,3 +741,18 @@ def test_spikes_and_the_best_step_are_kept(tiny_config, tmp_path):
         loop.save({}, step)
     named = [call[2] for call in saver.calls if call[0] == "name"]
     assert named == [10, 20]
+
+
+def test_a_workdir_that_vanishes_ends_the_run(tiny_config, tmp_path, monkeypatch):
+    """With the code of input and output, at the next save, and without a new folder."""
+    folder = tmp_path / "run"
+
+    def vanish(step=None):
+        if step == 2:
+            shutil.rmtree(folder)
+        return False
+
+    monkeypatch.setattr(distributed, "should_stop", vanish)
+    with pytest.raises(errors.DataError, match="checkpoints is gone: it was moved or removed"):
+        train(tiny_config("clip", {"total_steps": 6, "save_steps": 4}), str(folder))
+    assert not folder.exists()

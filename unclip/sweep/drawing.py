@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 import unclip
-from unclip import errors, protocols
+from unclip import errors, files, protocols
 from unclip.cascade import runs, spaces
 from unclip.cascade.pipeline import UnCLIP
 from unclip.files import images, lock
@@ -97,6 +97,9 @@ class Runner:
           Stopped: asked to stop; the same command starts again with the unfinished cell.
         """
         images.writable_folder(self.workdir / "cells")
+        if distributed.is_main():
+            for folder in (self.workdir, self.workdir / "cells"):
+                files.remove_strays(folder)
         same = int(digest([cell.id for cell in cells])[:7], 16)
         if collectives.from_main(same) != same:
             raise errors.Stopped("the processes saw different checkpoints; run the command again")

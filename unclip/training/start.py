@@ -55,6 +55,8 @@ def train(config: ConfigDict, workdir: str) -> None:
     with checkpoint.Checkpointer(
         folder / "checkpoints", config.save_steps, config.keep, config.keep_every_steps or None
     ) as saver:
+        if distributed.is_main():
+            files.remove_strays(folder)
         latest = saver.latest()
         if latest is not None and latest > config.total_steps:
             return _say(f"nothing to do: {latest} of {config.total_steps} steps")
