@@ -25,6 +25,7 @@ MODULES = (
     "workers",
     "locks",
     "checkpoints",
+    "runs",
 )
 
 
