@@ -18,7 +18,7 @@ SHIPPED = ("configs/*.py", "data/emoji/*.tar", "third_party/*/*")
 
 REQUIRES = [
     "absl-py>=2.1",
-    "filelock>=3.15",
+    "filelock>=4.3",
     "flax>=0.12.8",
     "grain>=0.2.18",
     "jax>=0.10.2,<0.13",
@@ -31,7 +31,6 @@ REQUIRES = [
     "orbax-checkpoint>=0.12.8,<0.13",
     "pillow>=12.0",
     "protobuf>=5.29",
-    "psutil>=7.0",
     "safetensors>=0.6",
     "tensorboardX>=2.6.4",
     "tokenizers>=0.22",

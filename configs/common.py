@@ -133,6 +133,10 @@ def base(stage: str, args: ConfigDict) -> ConfigDict:
     config.log_steps = 20
     config.save_steps = 1000
     config.keep = 2
+    config.keep_every_steps = 0  # multiples of it are never deleted; 0 = none
+    config.keep_best = ""  # such as "lowest held_out/loss": its best step is saved and kept
+    config.spike_factor = 10.0  # see training/spikes.py; 0 judges no step
+    config.skip_examples = 0  # left out, in all, since the run began: on resuming the input jumps
     config.eval_steps = 500
     config.eval_examples = 512
     config.sample_steps = 0  # sample grids every so many steps; 0 = only at the end

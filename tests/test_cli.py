@@ -385,3 +385,21 @@ def test_help_imports_nothing_heavy():
     )
     ran = _run("-c", script)
     assert ran.stdout.splitlines()[-1] == "[]", ran.stdout + ran.stderr
+
+
+def test_a_stop_before_the_work_began_can_be_resumed():
+    """SIGTERM while the verb's libraries are still being imported."""
+    code = """
+import importlib, os, signal, time
+from unclip import cli
+
+def slow(name):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(30)
+
+importlib.import_module = slow
+cli.main(["train"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 75
+    assert done.stderr == "unclip train: SIGTERM before it began; the same command starts it\n"

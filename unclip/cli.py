@@ -18,6 +18,7 @@ import importlib.util
 import os
 import pathlib
 import re
+import signal
 import sys
 import textwrap
 import traceback
@@ -50,6 +51,7 @@ VERBS = {
 _IO_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 # Mappings of a config whose names are the user's own.
 _USERS_NAMES = ("input.where", "input.held_out_where")
+_RESUMABLE = ("train", "embed", "evaluate")
 _TEXT = ("prompt", "from_prompt", "labels")  # flags that are no paths
 _HELP = ("-h", "-help", "--help", "-?", "--helpshort")
 _VERSION = ("-version", "--version")
@@ -90,6 +92,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     verb, *rest = args
     if verb not in verbs:
         _fail("", errors.unknown("verb", verb, verbs))
+    if verb in _RESUMABLE:
+        _leave_on_sigterm(verb)
     try:
         module = importlib.import_module(_module(verb))
     except ModuleNotFoundError as error:
@@ -133,6 +137,21 @@ def run_app(main: Callable[[list[str]], Any]) -> NoReturn:
         where = f": {error.filename}" if error.filename else ""
         _fail(verb, errors.DataError(f"{error.strerror}{where}"))
     sys.exit(0)
+
+
+def _leave_on_sigterm(verb: str) -> None:
+    """Ends with the code of a job that can be resumed, until `distributed.listen` knows better.
+
+    Imports and the first words with other processes take seconds, in which nothing is done yet.
+    """
+
+    def leave(number, _frame):
+        said = f"unclip {verb}: {signal.Signals(number).name} before it began"
+        print(f"{said}; the same command starts it", file=sys.stderr, flush=True)
+        os._exit(errors.Stopped.exit_code)  # an exception may be lost in what is being imported
+
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGTERM, leave)
 
 
 def refuse_idle(idle: Mapping[str, str]) -> None:

@@ -35,6 +35,10 @@ class DataError(UnclipError):
     exit_code = 74
 
 
+class Damaged(DataError):
+    """What was written once is proven to be other than it was."""
+
+
 class NumericsError(UnclipError):
     """Training met non-finite numbers and did not recover."""
 

@@ -1,7 +1,8 @@
-"""Faults of the input, injected by the thousand: `python tests/faults [--scale 0.02] [NAME …]`.
+"""Faults, injected by the thousand: `python tests/faults [--scale 0.02] [NAME …]`.
 
-Every module here breaks something that training reads, and counts what came of it. Scale 1 has the
-counts that docs/data.md states; CI runs a fraction. Exits with 1 if anything went wrong.
+Every module here breaks something that training reads or keeps, and counts what came of it. Scale 1
+has the counts that docs/input.md and docs/reliability.md state; CI runs a fraction. Exits with 1 if
+anything went wrong.
 """
 
 import argparse
@@ -22,6 +23,9 @@ MODULES = (
     "array_records",
     "resume",
     "workers",
+    "locks",
+    "checkpoints",
+    "runs",
 )
 
 

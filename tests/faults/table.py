@@ -1,4 +1,4 @@
-"""One line per fault: what was injected into the input, and the outcome."""
+"""One line per fault: what was injected, and the outcome."""
 
 from typing import NamedTuple
 

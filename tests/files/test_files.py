@@ -1,5 +1,7 @@
 """Files within limits, and files that appear whole."""
 
+import os
+
 import pytest
 
 from unclip import errors, files
@@ -30,3 +32,13 @@ def test_a_value_that_is_no_json_leaves_the_old_file(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         files.write_object(path, {"a": float("nan")})
     assert files.read_object(path) == {"a": 1} and len(list(tmp_path.iterdir())) == 1
+
+
+def test_strays_of_killed_jobs_go_and_others_stay(tmp_path):
+    names = (".a.json.0123456789ab.tmp", ".b.json.ba9876543210.tmp", ".c.tmp", "d.0123456789ab.tmp")
+    for name in names:
+        (tmp_path / name).write_text("")
+        if not name.startswith(".b"):
+            os.utime(tmp_path / name, (0, 0))
+    files.remove_strays(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(names[1:])

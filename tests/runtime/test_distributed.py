@@ -112,8 +112,8 @@ def test_alone_everything_is_a_no_op(monkeypatch):
 
 
 WORKER = """
-import os, sys, time
-from unclip.runtime import checkpoint, distributed, sharding
+import os, pathlib, sys, time
+from unclip.runtime import checkpoint, distributed, sharding, sums
 from unclip.errors import Stopped
 distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 import jax, jax.numpy as jnp, numpy as np
@@ -135,6 +135,15 @@ with checkpoint.Checkpointer(sys.argv[3], 1) as checkpointer:
     assert position == 12 and meta == {"norm": norm}
     for a, b in zip(got["params"]["w"].addressable_shards, state["params"]["w"].addressable_shards):
         assert np.asarray(a.data).tobytes() == np.asarray(b.data).tobytes()
+    checkpointer.save(4, state, 16)
+    checkpointer.wait()
+    distributed.barrier("saved twice")
+    sums.SMALL_BYTES = 0
+    if me == 1:
+        data = max(pathlib.Path(sys.argv[3], "4", "state").rglob("d/*"), key=os.path.getsize)
+        data.write_bytes(bytes([data.read_bytes()[0] ^ 1]) + data.read_bytes()[1:])
+    distributed.barrier("damaged")
+    assert checkpointer.restore(None, sharding.abstract(abstract, where))[1] == 12
 try:
     distributed.barrier("only one comes", 0.5) if me == 0 else time.sleep(1)
     assert me == 1

@@ -34,7 +34,7 @@ def test_a_cell_says_everything(paint, tmp_path):
     scores = record["scores"]["clip_cosine"]
     assert [row["score"] for row in record["kept"]["best"]] == sorted(scores)[::-1][:4]
     assert record["kept"]["worst"][0]["number"] == int(np.argmin(scores))
-    assert not (folder / "lock.json").exists()
+    assert not (folder / lock.CLAIM).exists()
 
 
 def test_judges_by_clip_name_it_in_their_keys(paint, tmp_path, monkeypatch):
@@ -131,12 +131,12 @@ def test_finished_cells_are_skipped_and_new_settings_drawn(paint, tmp_path):
 
 
 @pytest.mark.parametrize("blow", ["kill", "stop"])
-def test_a_cell_cut_short_is_drawn_again_whole(paint, tmp_path, blow):
-    """As if nothing had happened: the same numbers, and nothing of the first try is left."""
+def test_a_cell_cut_short_goes_on_with_what_is_whole(paint, tmp_path, blow):
+    """As if nothing had happened: the same numbers, and what is damaged is drawn again."""
     model, runner, _ = paint
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     runner(whole).run(runner(whole).cells())
-    model.calls = 0
+    each, model.calls = model.calls // 2, 0
 
     def kill():
         raise KeyboardInterrupt
@@ -151,10 +151,13 @@ def test_a_cell_cut_short_is_drawn_again_whole(paint, tmp_path, blow):
     if blow == "stop":
         assert raised.value.exit_code == 75 and "cell 2 of 2" in raised.value.message
     begun = store.cell_folder(cut, job.cells()[1].id)
-    assert list((begun / "pictures").iterdir()) and len(store.read_cells(cut)[0]) == 1
+    there = sorted((begun / "pictures").iterdir())
+    assert there and len(store.read_cells(cut)[0]) == 1
     (begun / "pictures" / "0000009-0.png").write_bytes(b"half a picture")
-    model.after = None
+    model.after, before = None, model.calls
     assert runner(cut).run(runner(cut).cells()) == 1
+    assert each > 1 and 0 < model.calls - before < each
+    assert not list(begun.glob("drawn-*"))
     assert values_of(cut) == values_of(whole)
     assert files_of(cut).keys() == files_of(whole).keys()
 

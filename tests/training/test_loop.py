@@ -18,7 +18,7 @@ from PIL import Image
 from unclip import errors, tasks
 from unclip.cascade import runs
 from unclip.files import images
-from unclip.runtime import checkpoint, distributed
+from unclip.runtime import checkpoint, distributed, optim
 from unclip.training import checks
 from unclip.training.checkup import examine
 from unclip.training.evaluators.held_out import HeldOutLoss
@@ -427,14 +427,13 @@ def test_a_run_of_bad_steps_ends_with_an_error(tiny_config, tmp_path, monkeypatc
     assert f"checkpoints/{latest}" in str(caught.value)
     assert series(tmp_path, "skipped") == {1: 0, 2: 0, 3: 1, 4: 1, 5: 1}
     assert series(tmp_path, "loss")[3] is None
-    early, late = state_of(tmp_path, 2), state_of(tmp_path, latest)
-    for branch in ("params", "ema", "opt"):
-        jax.tree.map(np.testing.assert_array_equal, early[branch], late[branch])
+    assert latest == 2, "the state at step 2 is the one whose loss is NaN"
+    assert "--config.skip_examples=24" in str(caught.value)
 
 
 def test_no_checkpoint_yet_is_said(tiny_config, tmp_path):
     class Saver:
-        wait = latest = lambda self: None
+        wait = distrust = lambda self: None
 
     class Writer:
         scalars = lambda self, step, values: None
@@ -669,3 +668,91 @@ def test_a_full_disk_is_one_line_and_loses_nothing(flat, run_of, tmp_path):
     assert "cannot write checkpoint" in last and "latest complete step: 2" in last
     assert checkpoint.steps(workdir / "checkpoints") == [2]
     jax.tree.map(np.testing.assert_array_equal, before, state_of(workdir))
+
+
+def explode(monkeypatch, step):
+    """The learning rate of one step throws the parameters far off, finite; later losses are not."""
+    usual = optim.make_learning_rate
+
+    def make(*args, **kwargs):
+        rate = usual(*args, **kwargs)
+        return lambda applied: jnp.where(applied == step, 1e25, rate(applied))
+
+    monkeypatch.setattr(optim, "make_learning_rate", make)
+
+
+def test_an_explosion_leaves_a_good_state_that_goes_on(tiny_config, tmp_path, monkeypatch):
+    """With one checkpoint kept, the lost one, which was saved, does not push out the good one."""
+    changes = {"total_steps": 12, "max_skipped_steps": 3, "save_steps": 1, "keep": 1}
+    whole, blown = tmp_path / "whole", tmp_path / "blown"
+    train(tiny_config("clip", changes), str(whole))
+    with monkeypatch.context() as context:
+        explode(context, 6)
+        with pytest.raises(errors.NumericsError, match=r"the last good state is .*/6, from which"):
+            train(tiny_config("clip", changes), str(blown))
+    assert checkpoint.steps(blown / "checkpoints") == [6]
+    assert len(list((blown / "checkpoints").glob("set-aside-7-*"))) == 1
+    train(tiny_config("clip", changes), str(blown))
+    assert_same_state(whole, blown)
+
+
+def test_samples_that_are_left_out_are_left_out_once(tiny_config, tmp_path):
+    """The input jumps at the start that says so, and not again at the next."""
+    changes = {"save_steps": 1, "total_steps": 2, "keep": 9}
+    train(tiny_config("clip", changes), str(tmp_path))
+    for total in (3, 4):
+        train(
+            tiny_config("clip", changes | {"total_steps": total, "skip_examples": 16}),
+            str(tmp_path),
+        )
+    position = lambda step: checkpoint.stored(tmp_path / "checkpoints", step)[2]["position"]
+    batch = position(2) // 2
+    assert [position(step) for step in (2, 3, 4)] == [2 * batch, 3 * batch + 16, 4 * batch + 16]
+
+
+def test_spikes_and_the_best_step_are_kept(tiny_config, tmp_path):
+    """Over a saver that only notes what it is asked."""
+
+    class Saver:
+        def __init__(self):
+            self.directory, self.calls = tmp_path, []
+
+        def __getattr__(self, name):
+            if name == "due":
+                return lambda step: False
+            return lambda *args, **more: self.calls.append((name, *args)) or 17
+
+    class Batches:
+        position = 0
+
+    config = tiny_config("clip", {"spike_factor": 10.0, "keep_best": "lowest held_out/loss"})
+    plan, saver = make_plan(config, shapes_only=True), Saver()
+    loop = Loop(plan, None, tmp_path, saver, None, Batches(), [], fingerprint="")
+    for step in range(1, 60):
+        loop.judge(step, {"loss": 2.0 + step % 2, "grad_norm": 1.0, "skipped": 0})
+    assert saver.calls == [("trust", step - 1) for step in range(1, 60)]
+    saver.calls.clear()
+    for step, loss in enumerate((900.0, 900.0, 2.0), 60):
+        loop.judge(step, {"loss": loss, "grad_norm": 1.0, "skipped": 0})
+    assert saver.calls == [("name_trusted", "before_spike"), ("trust", 61)]
+    saver.calls.clear()
+    for step, value in ((10, 3.0), (20, 2.0), (30, float("nan")), (40, 2.5)):
+        loop.compare(step, {"held_out/loss": value, "other": 0.0})
+        loop.save({}, step)
+    named = [call[2] for call in saver.calls if call[0] == "name"]
+    assert named == [10, 20]
+
+
+def test_a_workdir_that_vanishes_ends_the_run(tiny_config, tmp_path, monkeypatch):
+    """With the code of input and output, at the next save, and without a new folder."""
+    folder = tmp_path / "run"
+
+    def vanish(step=None):
+        if step == 2:
+            shutil.rmtree(folder)
+        return False
+
+    monkeypatch.setattr(distributed, "should_stop", vanish)
+    with pytest.raises(errors.DataError, match="checkpoints is gone: it was moved or removed"):
+        train(tiny_config("clip", {"total_steps": 6, "save_steps": 4}), str(folder))
+    assert not folder.exists()

@@ -1,6 +1,7 @@
 """The karlo configs: every stage goes on from a bundle's weights, in its architecture and space."""
 
 import importlib
+import itertools
 
 import jax
 import ml_dtypes
@@ -10,10 +11,10 @@ import pytest
 from unclip import errors, tasks
 from unclip.cascade import bundle, runs
 from unclip.models.unet import fold_params
-from unclip.runtime import checkpoint
+from unclip.runtime import checkpoint, distributed
 from unclip.training.loop import Loop
-from unclip.training.plan import follow_init, make_task
-from unclip.training.start import initial_params, train
+from unclip.training.plan import follow_init, make_plan, make_task
+from unclip.training.start import PARTIAL, Prepared, initial_params, train
 
 pytestmark = pytest.mark.usefixtures("cheap_runs")
 # Karlo's architecture at tiny width, named as a converter does: what differs from the defaults.
@@ -234,3 +235,29 @@ def test_statistics_of_another_size_are_refused(config_of, karlo, tmp_path):
     config = config_of("prior", init_from=str(tmp_path / "other"))
     with pytest.raises(errors.ConfigError, match=r"statistics {'mean': \(8,\)"):
         train(config, str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "ar"])
+def test_statistics_go_on_where_they_were_stopped(tiny_config, run_of, tmp_path, monkeypatch, kind):
+    """Bit for bit those of a start that was not stopped."""
+    changes = {"clip": run_of("clip"), "batch_size": 8}
+    if kind == "ar":
+        changes |= {"arch.codes": 4, "arch.buckets": 8}
+    config = tiny_config("prior", changes, arg=f"emoji,runlocal,kind={kind}")
+    if kind == "ar":
+        with config.unlocked():
+            del config.arch["head_dim"], config.task.draw["steps"]
+    fits = []
+    for folder, stops in ((tmp_path / "whole", ()), (tmp_path / "parts", (1, 1))):
+        folder.mkdir()
+        plan = make_plan(config, workdir=folder)
+        plan.check()
+        for number in stops:
+            calls = itertools.count(1)
+            stop = lambda step=None, calls=calls, number=number: next(calls) == number
+            with monkeypatch.context() as context, pytest.raises(errors.Stopped, match="embedded"):
+                context.setattr(distributed, "should_stop", stop)
+                Prepared(plan, folder)
+        fits.append(Prepared(plan, folder).task.weights["statistics"])
+        assert not (folder / PARTIAL).exists()
+    jax.tree.map(np.testing.assert_array_equal, *fits)

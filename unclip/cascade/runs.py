@@ -66,6 +66,15 @@ def read_prior_statistics(
     return statistics
 
 
+def read_partial(path: str | pathlib.Path, space: str) -> dict[str, np.ndarray]:
+    """What `write_prior_statistics` wrote of the same space; empty where there is nothing of it."""
+    try:
+        found, of = _read_statistics(path)
+    except errors.DataError:
+        return {}
+    return found if of == space else {}
+
+
 def _read_statistics(path: str | pathlib.Path) -> tuple[dict[str, np.ndarray], str | None]:
     try:
         with safetensors.safe_open(path, "np") as file:

@@ -55,6 +55,7 @@ def embed(
     batch_size: int,
     captions: tuple[str, ...] = ("txt",),
     limit: int | None = None,
+    start: int = 0,
     threads: int = 4,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Embeds samples in the collection's order, centre crops.
@@ -65,7 +66,7 @@ def embed(
       clip_arch: fields of the frozen CLIP; params: its parameters.
       batch_size: global, a multiple of the mesh's data and fsdp axes.
       captions: where captions come from: the first of these that a sample has.
-      limit: stop after this many samples.
+      limit: the number of the sample to stop before; start: of the one to begin with.
 
     Yields:
       (z_i float32 [b, D], z_t float32 [b, D], valid bool [b]); rows that are not valid are bad
@@ -79,13 +80,16 @@ def embed(
             model.image_size, model.context, captions=captions, draw_caption=False
         ),
         batch_size=batch_size,
+        start=start,
         process_index=distributed.process_index(),
         process_count=distributed.process_count(),
         threads=threads,
     )
     total = len(collection) if limit is None else min(limit, len(collection))
-    with batches, progress.progress(total, "embedding", "img") as bar:
-        seen = 0
+    if start >= total:
+        return
+    with batches, progress.progress(total, "embedding", "img", initial=start) as bar:
+        seen = start
         for batch in batches:
             valid = collectives.gather_rows(batch["valid"])
             batch = sharding.put_batch(batch, mesh)

@@ -4,13 +4,16 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import secrets
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from unclip import errors
 
 MAX_JSON_BYTES = 64 << 20
+_STRAY = re.compile(r"\..*\.[0-9a-f]{12}\.tmp")  # as `replacing` names them
 # What a file is that was expected to be another, by its first bytes, in lower case.
 _MISTAKEN = {
     b"version http": "a Git LFS pointer, not the file: fetch the file itself",
@@ -58,11 +61,33 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         temporary = None
+        _sync(path.parent)
     except OSError as error:
         raise errors.DataError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def _sync(folder: pathlib.Path) -> None:
+    """Has a folder's names on disk itself, where its file system can."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def remove_strays(folder: str | os.PathLike) -> None:
+    """Removes the temporary files that killed jobs left in a folder.
+
+    Those younger than an hour may be another job's that is alive, and stay.
+    """
+    for path in pathlib.Path(folder).glob(".*.tmp"):
+        with contextlib.suppress(OSError):
+            if _STRAY.fullmatch(path.name) and time.time() - path.stat().st_mtime > 3600:
+                path.unlink()
 
 
 def read_object(path: str | os.PathLike, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:

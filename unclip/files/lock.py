@@ -1,129 +1,145 @@
 """A lock that lets only one job at a time write to a directory; used by `checkpoint`."""
 
 import contextlib
-import json
+import errno
 import os
 import pathlib
-import socket
 import threading
 import time
+from collections.abc import Callable
 
-import psutil
+import filelock
 from absl import logging
 
-from unclip.errors import DataError
+from unclip.errors import DataError, Stopped
 
 HEARTBEAT_S = 20.0
 SILENCE_S = 90.0  # longer than a heartbeat plus the attribute cache of a network file system
+OS_LOCK = "lock"  # held open by its owner; says nothing of him
+CLAIM = "lock.owner"  # who the owner is, touched at every heartbeat
 
 
 class DirectoryLock:
-    """Holds `<directory>/lock.json` until `release`, taking it over from a run that has died.
+    """Holds a directory until `release`, taking it over from a run that has died.
 
-    On the same host a dead process is recognised by its number and start time. A lock of another
-    host is watched: its owner touches the file every `HEARTBEAT_S` seconds, and a lock that was not
-    touched for `SILENCE_S` seconds is stale. A pre-empted job that restarts on another host waits
-    no longer than that.
+    Two locks of the library filelock, since neither is enough. The operating system's (flock) goes
+    with its process, even one that is killed, and stays with one that is frozen; but some mounts
+    have none, and some keep it to one host. The claim beside it is a file that its owner touches
+    every `HEARTBEAT_S` seconds. It is replaced at once where its process is known to be gone, by
+    boot, process number and start, and otherwise when it was not touched for `SILENCE_S` seconds by
+    the clock of the one who waits: a pre-empted job that restarts on another host waits no longer
+    than that. Of several that wait, one gets it.
+
+    Args:
+      directory: exists.
+      on_lost: called, by another thread, when the directory was taken away from this job.
 
     Raises:
-      DataError: a live run holds the directory, or the file cannot be written.
+      DataError: a live job holds the directory, or it cannot be written.
     """
 
-    def __init__(self, directory: str | os.PathLike):
-        self._path = pathlib.Path(directory) / "lock.json"
-        self._text = json.dumps(
-            {
-                "host": socket.gethostname(),
-                "pid": os.getpid(),
-                "started": psutil.Process().create_time(),
-                "id": os.urandom(8).hex(),
-            }
+    def __init__(self, directory: str | os.PathLike, on_lost: Callable[[], None] | None = None):
+        self.directory = pathlib.Path(directory)
+        self._os = filelock.FileLock(
+            self.directory / OS_LOCK, fallback_to_soft=False, thread_local=False
         )
-        if not self._create():
-            self._take_over()
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="checkpoint-lock", daemon=True)
-        self._thread.start()
-
-    def _create(self) -> bool:
+        self._claim = filelock.SoftFileLease(
+            self.directory / CLAIM,
+            lease_duration=SILENCE_S,
+            heartbeat_interval=HEARTBEAT_S,
+            on_compromise=lambda _: on_lost and on_lost(),
+            thread_local=False,
+        )
+        self._releasing = threading.Lock()
         try:
-            with open(self._path, "x") as file:
-                file.write(self._text)
-        except FileExistsError:
-            return False
+            self._take()
         except OSError as error:
-            raise DataError(f"cannot write {self._path}: {error.strerror}") from error
-        return True
+            self._let_go()
+            raise DataError(f"cannot write to {directory}: {error.strerror or error}") from error
+        except BaseException:
+            self._let_go()
+            raise
 
-    def _take_over(self) -> None:
-        owner = self._owner()
-        if self._alive(owner):
-            raise DataError(
-                f"{self._path.parent} is in use by process {owner['pid']} on "
-                f"{owner['host']}; give this run another --workdir, or remove "
-                f"{self._path} if that run is gone"
-            )
-        logging.warning(
-            "taking over %s from process %s on %s, which is gone",
-            self._path.parent,
-            owner["pid"],
-            owner["host"],
-        )
-        # If two jobs find the same stale lock, renaming decides: only one rename succeeds.
-        grave = self._path.with_name(f"lock.{os.urandom(8).hex()}")
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(self._path, grave)
-        if not self._create():
-            raise DataError(f"{self._path.parent} was taken by another run just now")
-        grave.unlink(missing_ok=True)
-
-    def _owner(self) -> dict:
+    def _take(self) -> None:
         try:
-            owner = json.loads(self._path.read_text())
-            return {
-                "pid": int(owner["pid"]),
-                "host": str(owner["host"]),
-                "started": float(owner["started"]),
-            }
-        except (OSError, ValueError, KeyError, TypeError):
-            # The writer was killed while writing it, so it names no owner: stale unless it is
-            # touched.
-            return {"pid": 0, "host": "an unknown host", "started": 0.0}
+            self._os.acquire(timeout=0)
+        except filelock.Timeout:
+            raise DataError(self._in_use()) from None
+        except (OSError, NotImplementedError) as error:
+            if not _no_such_lock(error):
+                raise
+            logging.info("%s has no locks of the system: %s", self.directory, error)
+        try:
+            self._claim.acquire(timeout=0)
+            return
+        except filelock.Timeout:
+            logging.warning("%s: watching it for %g s", self._in_use(), SILENCE_S)
+        path, seen, touched = self.directory / CLAIM, None, False
 
-    def _alive(self, owner: dict) -> bool:
-        if owner["host"] == socket.gethostname():
-            try:
-                # Containers reuse process numbers, so the start time decides.
-                return abs(psutil.Process(owner["pid"]).create_time() - owner["started"]) < 2.0
-            except psutil.NoSuchProcess:
-                return False
-        logging.warning(
-            "%s belongs to process %s on %s: watching it for %g s",
-            self._path,
-            owner["pid"],
-            owner["host"],
-            SILENCE_S,
+        def touched_or_replaced() -> bool:
+            nonlocal seen, touched
+            with contextlib.suppress(OSError):
+                now = path.stat()
+                mark = (now.st_ino, now.st_mtime_ns)
+                touched = seen not in (None, mark)
+                seen = mark
+            return touched
+
+        try:
+            self._claim.acquire(
+                timeout=SILENCE_S + 2 * HEARTBEAT_S,
+                poll_interval=min(1.0, SILENCE_S / 10),
+                cancel_check=touched_or_replaced,
+            )
+        except filelock.Timeout:
+            raise DataError(self._in_use()) from None
+        logging.warning("took over %s from a job that is gone", self.directory)
+
+    def _in_use(self) -> str:
+        owner = self._claim.owner
+        who = f"process {owner.pid} on {owner.hostname}" if owner else "another process"
+        return (
+            f"{self.directory} is in use by {who}; give this run another folder, or remove "
+            f"{self.directory / CLAIM} if that run is gone"
         )
-        before, deadline = self._path.stat().st_mtime_ns, time.monotonic() + SILENCE_S
-        while time.monotonic() < deadline:
-            time.sleep(min(1.0, SILENCE_S / 10))
-            try:
-                if self._path.stat().st_mtime_ns != before:
-                    return True
-            except FileNotFoundError:
-                return False
-        return False
 
-    def _beat(self) -> None:
-        while not self._done.wait(HEARTBEAT_S):
-            with contextlib.suppress(OSError):  # a full disk must not end the run from this thread
-                os.utime(self._path)
+    def check(self) -> None:
+        """Returns if the directory is still this job's; call it before what must be written alone.
+
+        Raises:
+          Stopped: another job has taken it.
+          DataError: the directory is gone.
+        """
+        for pause in (0.0, 0.1, 1.0):  # a network file system may be late
+            time.sleep(pause)
+            owner = self._claim.owner
+            if owner is not None and owner.token == self._claim.token:
+                return
+        if not self.directory.is_dir():
+            raise DataError(f"{self.directory} is gone: it was moved or removed while in use")
+        who = f"process {owner.pid} on {owner.hostname}" if owner else "somebody"
+        raise Stopped(
+            f"{self.directory} was taken from this job by {who}: it writes no more there; "
+            "what it saved before is whole"
+        )
 
     def release(self) -> None:
-        """Removes the lock if it is still ours; safe to call twice."""
-        if not self._done.is_set():
-            self._done.set()
-            self._thread.join()
+        """Lets the next one have the directory; safe to call twice."""
+        with self._releasing:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        with contextlib.suppress(OSError):
+            self._claim.release(force=True)
+        if self._os.is_locked:
+            # While it is still held: whoever opened this file meanwhile sees that it is no more.
             with contextlib.suppress(OSError):
-                if self._path.read_text() == self._text:
-                    self._path.unlink()
+                (self.directory / OS_LOCK).unlink()
+            with contextlib.suppress(OSError):
+                self._os.release(force=True)
+
+
+def _no_such_lock(error: Exception) -> bool:
+    """Whether a mount has no locks, as its answer to flock."""
+    names = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
+    return isinstance(error, NotImplementedError) or error.errno in names

@@ -2,9 +2,12 @@
 
 A step is a folder `<directory>/<step>` written by orbax (a temporary name, then one rename). The
 state is stored as plain nested dicts named by path, so that the containers of an optimiser do not
-matter; the data position and the meta (config, fingerprint) are in its JSON. Beside it,
-`sums/<step>.json` holds a CRC-32 of every file, since the array format does not detect a flipped
-bit.
+matter; the data position and the meta (config, fingerprint) are in its JSON. `sums` proves what is
+damaged; only that is ever set aside. What cannot be read for another reason (memory, a network file
+system, too many open files) is tried again and then left as it is.
+
+A step is trusted once the loss after it was sound, and steps are deleted only when enough trusted
+ones follow: a run that blows up, which shows one step late, keeps the state from before.
 """
 
 import concurrent.futures
@@ -16,8 +19,8 @@ import os
 import pathlib
 import re
 import shutil
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,9 +28,10 @@ import numpy as np
 from absl import logging
 from orbax.checkpoint import v1 as ocp
 
-from unclip.errors import ConfigError, DataError
-from unclip.files.lock import DirectoryLock
-from unclip.runtime import distributed
+from unclip import files
+from unclip.errors import ConfigError, Damaged, DataError, UnclipError
+from unclip.files.lock import CLAIM, DirectoryLock
+from unclip.runtime import collectives, distributed, sums
 from unclip.runtime.sharding import nest, tree_paths
 
 STATE = "state"
@@ -37,6 +41,7 @@ _COMPLETE = (
     f"{STATE}/_METADATA",
     f"{STATE}/manifest.ocdbt",
 )
+NAMED = "named.json"  # the steps that are kept by name
 _SHOWN = 10
 
 
@@ -100,45 +105,35 @@ def _choose(directory: pathlib.Path, step: int | None) -> int:
     return there[-1] if step is None else step
 
 
-def _sums(folder: pathlib.Path) -> dict[str, list[int]]:
-    sums = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        crc, size = 0, 0
-        with open(path, "rb") as file:
-            while block := file.read(1 << 22):
-                crc, size = zlib.crc32(block, crc), size + len(block)
-        sums[path.relative_to(folder).as_posix()] = [size, crc]
-    return sums
-
-
 def verify(directory: str | os.PathLike, step: int | None = None) -> int:
     """Compares every file of a step with the checksums taken when it was written.
 
+    Every process of a job compares a share of them, and all raise what any one found.
+
     Returns:
-      How many files were compared; 0 where the job died before the sums were written.
+      How many files there are; 0 where the sums are not taken yet.
 
     Raises:
-      DataError: a file is missing or different.
+      Damaged: a file is missing or different. DataError: one cannot be read.
     """
     directory = pathlib.Path(directory)
     step = _choose(directory, step)
-    record = directory / "sums" / f"{step}.json"
-    if not record.exists():
-        return 0
-    with _io(f"cannot read checkpoint {directory / str(step)}"):
-        expected = json.loads(record.read_text())
-        found = _sums(directory / str(step))
-    for name, (size, crc) in expected.items():
-        if name not in found:
-            raise DataError(f"checkpoint {directory / str(step)} is damaged: {name} is missing")
-        if found[name] != [size, crc]:
-            how = (
-                "has other contents"
-                if found[name][0] == size
-                else (f"has {found[name][0]} bytes, expected {size}")
-            )
-            raise DataError(f"checkpoint {directory / str(step)} is damaged: {name} {how}")
-    return len(expected)
+    found, expected, failure = "", None, None
+    share = (distributed.process_index(), distributed.process_count())
+    try:
+        with _io(f"cannot read checkpoint {directory / str(step)}"):
+            expected = sums.read(directory, step)
+            if expected is None and not sums.expected(directory, step):
+                expected = sums.read(directory, step)  # taken just now, perhaps
+                found = "" if expected else "it has no checksums"
+            if expected is not None:
+                found = sums.damage(directory, step, expected, share=share)
+    except DataError as error:
+        failure = error
+    if found:
+        failure = Damaged(f"checkpoint {directory / str(step)} is damaged: {found}")
+    collectives.raise_together(failure)
+    return len(expected or ())
 
 
 def stored(
@@ -154,15 +149,57 @@ def stored(
     """
     directory = pathlib.Path(directory).absolute()
     step = _choose(directory, step)
-    with _io(f"cannot read checkpoint {directory / str(step)}"):
-        metadata = ocp.checkpointables_metadata(directory / str(step))
-        if metadata.metadata.get(STATE) is None:
-            # orbax logs a damaged description and continues without one.
-            raise DataError(
-                f"cannot read checkpoint {directory / str(step)}: its description "
-                f"{STATE}/_METADATA is damaged"
-            )
-        return step, tree_paths(metadata.metadata[STATE]), dict(metadata.custom_metadata)
+    metadata = _patiently(directory / str(step), lambda: _description(directory / str(step)))
+    if metadata is None:
+        raise DataError(f"cannot read checkpoint {directory / str(step)}: damaged description")
+    return step, tree_paths(metadata.metadata[STATE]), dict(metadata.custom_metadata)
+
+
+def _description(folder: pathlib.Path) -> Any:
+    """What orbax says of a step; None where that is damaged.
+
+    Raises:
+      OSError: it cannot be read.
+    """
+    try:
+        found = ocp.checkpointables_metadata(folder)
+        # orbax logs a damaged description and continues without one.
+        whole = found.metadata.get(STATE) is not None and "position" in found.custom_metadata
+        return found if whole else None
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # a parser's: of JSON, of a database
+        if re.search(_TRANSIENT, str(error)):
+            raise OSError(_reason(error)) from error
+        return None
+
+
+# As the array library and XLA tell of what has nothing to do with a file's contents.
+_TRANSIENT = "os_error_code=|RESOURCE_EXHAUSTED|Out of memory|DEADLINE_EXCEEDED|UNAVAILABLE"
+PAUSES_S = (0.5, 2.0, 8.0)  # before a read is tried again
+
+
+def _patiently(folder: pathlib.Path, read: Callable, alone: bool = False) -> Any:
+    """What `read` gives, tried again after a while where it fails.
+
+    Args:
+      alone: whether no other process of the job reads along, and would have to try again too.
+
+    Raises:
+      DataError: it failed again; nothing was changed.
+    """
+    pauses = PAUSES_S if alone or distributed.process_count() == 1 else ()
+    for pause in (*pauses, None):
+        try:
+            with _io(f"cannot read checkpoint {folder}"):
+                return read()
+        except Damaged:
+            raise
+        except DataError as error:
+            if pause is None:
+                raise
+            logging.warning("%s: tried again in %g s", error, pause)
+            time.sleep(pause)
 
 
 def difference(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
@@ -227,28 +264,31 @@ class Checkpointer:
         self._pending: concurrent.futures.Future | None = None
         with _io(f"cannot write checkpoints to {self.directory}"):
             self.directory.mkdir(parents=True, exist_ok=True)
-        if distributed.is_main():
-            self._lock = DirectoryLock(self.directory)
-            self._tidy()
-        distributed.barrier("checkpoint directory ready")
-        if not (self.directory / "lock.json").exists():
+        failure = None
+        try:
+            if distributed.is_main():
+                self._lock = DirectoryLock(self.directory, on_lost=distributed.request_stop)
+                _patiently(self.directory, self._inspect, alone=True)
+        except UnclipError as error:
+            failure = error
+            self._release()
+        collectives.raise_together(failure)
+        if not (self.directory / CLAIM).exists():
             raise ConfigError(
                 f"{self.directory} is not shared: process 0 wrote to it and process "
                 f"{distributed.process_index()} does not see that; put --workdir on "
                 "storage that every process mounts"
             )
-        policies = ocp.training.preservation_policies
-        kept = [policies.LatestN(keep)]
-        if keep_every is not None:
-            kept.append(policies.EveryNSteps(keep_every))
-        self._keep = policies.AnyPreservationPolicy(kept)
+        self._kept, self._kept_every = keep, keep_every
+        self._trusted = (steps(self.directory) or [0])[-1] - 1  # of the newest nothing is known
+        self._untrusted = None  # the newest step that was saved and is not trusted yet
+        self._failed = False
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         try:
             self._orbax = self._open()
         except DataError:
             self._release()
             raise
-        self._failed = False
-        self._pool = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
 
     def _open(self) -> ocp.training.Checkpointer:
         with _io(f"cannot write checkpoints to {self.directory}"):
@@ -258,7 +298,8 @@ class Checkpointer:
                 save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(
                     self._every
                 ),
-                preservation_policy=self._keep,
+                # And which are deleted: `_prune`.
+                preservation_policy=ocp.training.preservation_policies.PreserveAll(),
                 cleanup_tmp_directories=True,
             )
 
@@ -270,23 +311,46 @@ class Checkpointer:
         self._orbax = self._open()
         self._failed = False
 
-    def _tidy(self) -> None:
-        """Clears away half-written steps, so that their numbers can be saved again.
+    def _inspect(self) -> None:
+        """Clears the way for orbax, which reads the descriptions of all steps at once.
 
-        One older than a complete step was being deleted when the job was killed; a newer one is
-        kept under another name, for inspection.
+        A step that is not complete and older than a complete one was being deleted when the job
+        was killed. One that was saved by a job that died before it took the sums gets them. What
+        is damaged is set aside, unless nothing would be left.
+
+        Raises:
+          DataError: something cannot be read, or all steps are damaged.
         """
         whole = set(steps(self.directory))
-        for path in list(self.directory.iterdir()):
-            if path.name.isdecimal() and int(path.name) not in whole:
-                if whole and int(path.name) < max(whole):
-                    with _io(f"cannot remove {path}"):
-                        shutil.rmtree(path)
+        there = {int(p.name) for p in self.directory.iterdir() if p.name.isdecimal()}
+        bad = {}
+        with _io(f"cannot read the checkpoints in {self.directory}"):
+            for path in self.directory.glob(".deleting-*"):
+                shutil.rmtree(path)
+            for step in sorted(there):
+                folder = self.directory / str(step)
+                if step not in whole and whole and step < max(whole):
+                    shutil.rmtree(folder)
+                elif step not in whole:
+                    bad[step] = "is not complete"
+                elif (expected := sums.read(self.directory, step)) is not None:
+                    bad[step] = sums.damage(self.directory, step, expected, small=True)
+                elif sums.expected(self.directory, step) and _description(folder) is not None:
+                    sums.take(self.directory, step)
                 else:
-                    self._set_aside(int(path.name), "was not complete")
-        for record in (self.directory / "sums").glob("*.json"):
-            if record.stem.isdecimal() and int(record.stem) not in whole:
-                record.unlink()
+                    bad[step] = "has no checksums, or damaged ones"
+            bad = {step: why for step, why in bad.items() if why}
+            if bad and not whole - set(bad):
+                told = "; ".join(f"{step} {why}" for step, why in sorted(bad.items()))
+                raise Damaged(
+                    f"no step in {self.directory} is whole ({told}): put a copy of one in its "
+                    "place, or move the folder away to start anew"
+                )
+            for step, why in bad.items():
+                self._set_aside(step, why)
+            sums.forget(self.directory, steps(self.directory))
+            for path in (self.directory / "sums").glob("*.pending"):
+                path.unlink()
 
     def _set_aside(self, step: int, why: str) -> None:
         target = self.directory / f"set-aside-{step}-{os.urandom(3).hex()}"
@@ -311,6 +375,7 @@ class Checkpointer:
         position: int,
         meta: Mapping[str, Any] | None = None,
         force: bool = False,
+        trusted: bool = True,
     ) -> bool:
         """Starts writing a step and returns once the arrays are copied off the devices.
 
@@ -323,28 +388,44 @@ class Checkpointer:
           position: the data source's state, one integer.
           meta: JSON values, e.g. {"config": …, "fingerprint": fingerprint(params)}.
           force: save at this step regardless of the interval.
+          trusted: whether it is among those that are kept at once, or only when `trust` is told.
 
         Returns:
           Whether a save was started.
 
         Raises:
           DataError: this or the previous save could not be written; earlier steps are intact.
+          Stopped: another run has taken the directory.
         """
         step = int(step)
         if not (force or self.due(step)):
             return False
         self.wait()
-        if step in steps(self.directory):
+        self._still_ours()
+        if collectives.from_main(int(step in steps(self.directory))):
             return False
         if self._failed:
             self._reopen()
         record = {"position": int(position), "meta": json.loads(json.dumps(dict(meta or {})))}
         with self._saving(step):
+            if distributed.is_main():
+                sums.expect(self.directory, step)
             response = self._orbax.save_checkpointables_async(
                 step, {STATE: nest(tree_paths(state))}, custom_metadata=record, force=True
             )
-        self._pending = self._pool.submit(self._commit, step, response)
+        self._pending = self._pool.submit(self._commit, step, response, trusted)
+        self._untrusted = None if trusted else step
         return True
+
+    def _still_ours(self) -> None:
+        """Raises on every process where another run has taken the directory, or it is gone."""
+        failure = None
+        if self._lock is not None:
+            try:
+                self._lock.check()
+            except UnclipError as error:
+                failure = error
+        collectives.raise_together(failure)
 
     @contextlib.contextmanager
     def _saving(self, step: int) -> Iterator[None]:
@@ -356,19 +437,85 @@ class Checkpointer:
             there = self.latest()
             raise DataError(f"{error} (latest complete step: {there})") from error
 
-    def _commit(self, step: int, response: Any) -> None:
+    def _commit(self, step: int, response: Any, trusted: bool) -> None:
         with self._saving(step):
             response.result()
             if distributed.is_main():
-                folder = self.directory / "sums"
-                folder.mkdir(exist_ok=True)
-                temporary = folder / f".{step}.tmp"
-                temporary.write_text(json.dumps(_sums(self.directory / str(step))))
-                temporary.replace(folder / f"{step}.json")
-                whole = set(steps(self.directory))
-                for record in folder.glob("*.json"):
-                    if record.stem.isdecimal() and int(record.stem) not in whole:
-                        record.unlink(missing_ok=True)
+                sums.take(self.directory, step)
+                if trusted:
+                    self._prune(step)
+
+    def trust(self, step: int) -> None:
+        """Says that the states up to this step are sound, so that older ones may go.
+
+        Deletes, in the background, the complete steps that are neither among the `keep` newest
+        trusted ones, nor multiples of `keep_every`, nor kept by name.
+        """
+        self._trusted = max(step, self._trusted)
+        if self._untrusted is not None and self._untrusted <= step:
+            self._untrusted = None
+            if distributed.is_main():  # after the save, by the same thread
+                self._pool.submit(self._prune, self._trusted)
+
+    def _prune(self, trusted: int) -> None:
+        there = steps(self.directory)
+        sound = [step for step in there if step <= trusted]
+        kept = {*sound[-self._kept :], *(about["step"] for about in self.named().values())}
+        for step in sound:
+            if step not in kept and not (self._kept_every and step % self._kept_every == 0):
+                # Renamed first: what has its step's name is whole.
+                grave = self.directory / f".deleting-{step}"
+                with contextlib.suppress(OSError):  # what is left goes at the next start
+                    (self.directory / str(step)).rename(grave)
+                    shutil.rmtree(grave)
+        sums.forget(self.directory, steps(self.directory))
+
+    def named(self) -> dict[str, dict[str, Any]]:
+        """{name: {"step": int, …}} of the steps that are kept by name."""
+        path = self.directory / NAMED
+        if not path.exists():
+            return {}
+        try:
+            found = files.read_object(path)
+            return {
+                str(name): {**about, "step": int(about["step"])} for name, about in found.items()
+            }
+        except (DataError, KeyError, TypeError, ValueError) as error:
+            logging.warning("%s is damaged, nothing is kept by name: %s", path, error)
+            return {}
+
+    def about(self, name: str) -> dict[str, Any]:
+        """What is said of the step of a name; empty where there is none."""
+        return self.named().get(name, {})
+
+    def name(self, name: str, step: int, about: Mapping[str, Any] | None = None) -> None:
+        """Keeps a step until another one gets its name."""
+        if distributed.is_main():
+            named = self.named() | {name: {**(about or {}), "step": int(step)}}
+            files.write_object(self.directory / NAMED, named)
+
+    def name_trusted(self, name: str) -> int | None:
+        """`name` for the newest trusted step, which is returned; None where there is none."""
+        sound = [step for step in steps(self.directory) if step <= self._trusted]
+        if sound:
+            self.name(name, sound[-1])
+        return sound[-1] if sound else None
+
+    def distrust(self) -> int | None:
+        """Sets aside the steps that were never trusted, where a trusted one is left.
+
+        Returns:
+          The step that the next start goes on from; None where there is none.
+        """
+        self.wait()
+        there = steps(self.directory)
+        sound = [step for step in there if step <= self._trusted]
+        if sound and distributed.is_main():
+            for step in there:
+                if step > self._trusted:
+                    self._set_aside(step, "was followed by a loss that is not sound")
+        distributed.barrier("distrusted steps set aside")
+        return (sound or there or [None])[-1]
 
     def wait(self) -> None:
         """Returns when the last save is on disk.
@@ -384,9 +531,8 @@ class Checkpointer:
         """Reads a step onto the given shapes, dtypes and shardings.
 
         The mesh, the device count, the process count and the dtypes may differ from those of the
-        save. With `step` None a damaged newest step is moved aside with a warning and the one
-        before it is read (in a job of several processes it is an error instead, since they must
-        agree).
+        save. With `step` None a newest step that is proven damaged is moved aside with a warning
+        and the one before it is read; process 0 chooses, the others follow.
 
         Args:
           step: which, or None for the newest complete one.
@@ -397,19 +543,23 @@ class Checkpointer:
 
         Raises:
           ConfigError: the checkpoint is of another model; a table says which leaves differ.
-          DataError: nothing to read, or it cannot be read.
+          DataError: nothing to read, or it cannot be read; nothing was changed.
         """
         self.wait()
-        tried = step
         while True:
+            # One process sees the folder first, and another must not see it otherwise.
+            tried = step or collectives.from_main(self.latest() or 0) or None
             try:
-                return load(self.directory, tried, abstract_state)
-            except DataError as error:
-                there = steps(self.directory)
-                if step is not None or distributed.process_count() > 1 or len(there) < 2:
+                found = load(self.directory, tried, abstract_state)
+                self._trusted = min(self._trusted, (tried or 0) - 1)
+                return found
+            except Damaged as error:
+                if step is not None or collectives.from_main(len(steps(self.directory))) < 2:
                     raise
                 logging.warning("%s", error)
-                self._set_aside(there[-1], "cannot be read")
+                if distributed.is_main():
+                    self._set_aside(tried, "is damaged")
+                distributed.barrier("damaged step set aside")
                 self._reopen()
 
     def _release(self) -> None:
@@ -448,10 +598,11 @@ def load(
     Arguments, results and errors are those of `restore`.
     """
     directory = pathlib.Path(directory).absolute()
+    step = _choose(directory, step)
+    # First, so that damage is not reported as another model.
+    _patiently(directory / str(step), lambda: verify(directory, step))
     step, there, record = stored(directory, step)
     wanted = tree_paths(abstract_state)
-    if distributed.is_main():
-        verify(directory, step)  # first, so that damage is not reported as another model
     table = difference(there, wanted)
     if table:
         raise ConfigError(
@@ -459,11 +610,9 @@ def load(
             f"(expected {len(wanted)} leaves, found {len(there)}):",
             table,
         )
-    with _io(f"cannot read checkpoint {directory / str(step)}"):
-        tree = ocp.load_checkpointables(
-            directory / str(step),
-            {STATE: nest({path: _placed(leaf) for path, leaf in wanted.items()})},
-        )[STATE]
+    placed = nest({path: _placed(leaf) for path, leaf in wanted.items()})
+    read = lambda: ocp.load_checkpointables(directory / str(step), {STATE: placed})[STATE]
+    tree = _patiently(directory / str(step), read)
     found = tree_paths(tree)
     state = jax.tree.unflatten(jax.tree.structure(abstract_state), [found[p] for p in wanted])
     return state, int(record["position"]), dict(record["meta"])
@@ -493,9 +642,9 @@ def load_subtree(
       DataError: it cannot be read.
     """
     directory = pathlib.Path(directory).absolute()
+    step = _choose(directory, step)
+    _patiently(directory / str(step), lambda: verify(directory, step))
     step, there, _ = stored(directory, step)
-    if distributed.is_main():
-        verify(directory, step)
     for prefix in prefixes:
         if not any(path == prefix or path.startswith(prefix + "/") for path in there):
             top = sorted({path.split("/")[0] for path in there})
@@ -516,5 +665,9 @@ def load_subtree(
             )
     context = ocp.Context()
     context.pytree_options.loading.partial_load = True
-    with _io(f"cannot read checkpoint {directory / str(step)}"), context:
-        return ocp.load_checkpointables(directory / str(step), {STATE: nest(wanted)})[STATE]
+
+    def read():
+        with context:
+            return ocp.load_checkpointables(directory / str(step), {STATE: nest(wanted)})[STATE]
+
+    return _patiently(directory / str(step), read)

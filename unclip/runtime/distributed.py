@@ -207,9 +207,12 @@ def listen() -> None:
 
 
 def request_stop() -> None:
-    """Asks this process to stop at its next poll, as SIGTERM does (for a job of one process)."""
+    """Asks this job to stop at its next poll, as SIGTERM does; from any thread."""
     global _stop
-    _stop = True
+    if process_count() > 1:  # JAX's preemption service tells the others
+        os.kill(os.getpid(), signal.SIGTERM)
+    else:
+        _stop = True
 
 
 def should_stop(step: int | None = None) -> bool:

@@ -24,12 +24,13 @@ import jax
 import numpy as np
 
 import unclip
-from unclip import errors, protocols
+from unclip import errors, files, protocols
 from unclip.cascade import runs, spaces
 from unclip.drawing.model import UnCLIP
 from unclip.files import images, lock
 from unclip.runtime import collectives, distributed, progress, sharding
 from unclip.sweep import plan, store
+from unclip.sweep.drawn import PICTURES, Drawn
 from unclip.sweep.scoring import BARRIER_S, Scorer, announce, picture_name
 from unclip.sweep.weights import check_spaces, digest, load_part
 
@@ -97,6 +98,9 @@ class Runner:
           Stopped: asked to stop; the same command starts again with the unfinished cell.
         """
         images.writable_folder(self.workdir / "cells")
+        if distributed.is_main():
+            for folder in (self.workdir, self.workdir / "cells"):
+                files.remove_strays(folder)
         same = int(digest([cell.id for cell in cells])[:7], 16)
         if collectives.from_main(same) != same:
             raise errors.Stopped("the processes saw different checkpoints; run the command again")
@@ -127,7 +131,7 @@ class Runner:
         if status != "finished":
             folder.mkdir(parents=True, exist_ok=True)
             try:
-                held = lock.DirectoryLock(folder)
+                held = self._lock = lock.DirectoryLock(folder, on_lost=distributed.request_stop)
                 # Another job may have finished it between the check above and the lock.
                 mine = int(self.status(cell) != "finished")
             except errors.DataError as error:
@@ -144,24 +148,31 @@ class Runner:
         folder = store.cell_folder(self.workdir, cell.id)
         if distributed.is_main():  # what a killed job left
             store.cell_path(self.workdir, cell.id).unlink(missing_ok=True)
+            kept = self._drawn(cell, folder).clear()
+            if kept:
+                announce(f"{cell.id}: goes on with {kept} of {self.total} pictures")
             for old in folder.iterdir():
-                if old.is_dir():
+                if old.is_dir() and old.name != PICTURES:
                     shutil.rmtree(old)
-                elif old.name != "lock.json":
+                elif old.is_file() and not old.name.startswith(("drawn-", lock.OS_LOCK)):
                     old.unlink()
         distributed.barrier("cell cleared", BARRIER_S)
         started = time.perf_counter()
         model = self.model(cell)
         loaded = time.perf_counter()
-        self._draw(cell, model, folder / "pictures")
+        self._draw(cell, model, folder)
         drawn = time.perf_counter()
         distributed.barrier("cell drawn", BARRIER_S)
-        record = self.scorer.score(folder / "pictures", model)
+        drawn_now = self._drawn(cell, folder)
+        self._warnings = drawn_now.warnings | self._warnings
+        record = self.scorer.score(folder / PICTURES, model)
         if not distributed.is_main():
             return
+        recipe = images.read_recipe(folder / PICTURES / picture_name(0, self.config["samples"]))
         record["kept"] = self.scorer.keep(record, folder)
         record["warnings"] = [*record["warnings"], *_summary(list(self._warnings))]
         scored = time.perf_counter()
+        self._lock.check()
         record |= {
             "id": cell.id,
             "settings": cell.settings,
@@ -171,7 +182,7 @@ class Runner:
                 "hash": cell.model_hash,
                 "parts": {part: list(where) for part, where in cell.parts.items()},
             },
-            "recipe": self._recipe,
+            "recipe": recipe,
             "seconds": {
                 "load": loaded - started,
                 "draw": drawn - loaded,
@@ -184,6 +195,18 @@ class Runner:
             "versions": versions(),
         }
         store.write_cell(self.workdir, record)
+        drawn_now.forget()
+
+    def _drawn(self, cell: plan.Cell, folder: pathlib.Path) -> Drawn:
+        """What an earlier job drew of the cell, with the same software on the same devices."""
+        devices = f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}"
+        head = {
+            "cell": cell.identity,
+            "batch_size": self.config["batch_size"],
+            "devices": devices,
+            "versions": versions(),
+        }
+        return Drawn(folder, head)
 
     # ------------------------------------------------------------ drawing
 
@@ -211,6 +234,8 @@ class Runner:
 
     def _draw(self, cell: plan.Cell, model: UnCLIP, folder: pathlib.Path) -> None:
         """This process's share of the cell's pictures, as PNG with recipes."""
+        drawn = self._drawn(cell, folder)
+        there = drawn.names
         settings = cell.settings
         stages = {"prior": {}, "decoder": {}}
         for axis, (stage, name) in plan.DRAW.items():
@@ -228,11 +253,15 @@ class Runner:
         with bar, concurrent.futures.ThreadPoolExecutor(4, "png") as pool:
             for start in range(0, polls * chunk, chunk):
                 if distributed.should_stop():
-                    raise errors.Stopped(f"its {bar.count} pictures here are drawn again")
+                    raise errors.Stopped(f"its {bar.count} pictures here are kept")
                 rows = mine[start : start + chunk]
                 if not rows:
                     continue
                 both = [(i, k) for i in rows for k in range(samples)]
+                names = [picture_name(i * samples + k, samples) for i, k in both]
+                if there.issuperset(names):
+                    bar.update(len(names))
+                    continue
                 with warnings.catch_warnings(record=True) as caught:
                     warnings.simplefilter("always")
                     made = self.protocol.draw(
@@ -242,15 +271,15 @@ class Runner:
                         rows=[i for i, _ in both],
                     )
                 # The model warns of each only once, at the first cell.
-                self._warnings |= dict.fromkeys(str(warning.message) for warning in caught)
-                self._recipe = made.recipes[0]
-                names = [picture_name(i * samples + k, samples) for i, k in both]
+                told = dict.fromkeys(str(warning.message) for warning in caught)
+                self._warnings |= told
                 written = [
-                    pool.submit(images.write_png, folder / name, image, recipe)
+                    pool.submit(images.write_png, folder / PICTURES / name, image, recipe)
                     for name, image, recipe in zip(names, made.images, made.recipes)
                 ]
                 for future in written:
                     future.result()
+                drawn.add(distributed.process_index(), names, told)
                 bar.update(len(made))
 
 

@@ -102,8 +102,17 @@ class Task(Protocol):
     def statistics_shapes(self) -> dict[str, jax.ShapeDtypeStruct] | None:
         """What `fit` gives, or None for a stage that measures nothing before it is trained."""
 
-    def fit(self, embeddings: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
-        """What the stage must know of the training data, from batches of (z_i, z_t) [b, D]."""
+    def fit(
+        self,
+        embeddings: Iterable[tuple[np.ndarray, np.ndarray]],
+        sums: dict[str, Any] | None = None,
+    ) -> dict[str, np.ndarray]:
+        """What the stage must know of the training data, from batches of (z_i, z_t) [b, D].
+
+        Args:
+          sums: what an earlier call that was cut short had added up, or empty; numbers, arrays and
+            lists of arrays, kept up to date batch by batch.
+        """
 
     def loss(self, params, frozen, batch, key, *, train: bool):
         """(scalar float32, {name: scalar}): means over the rows with `batch["valid"]`."""

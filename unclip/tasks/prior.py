@@ -157,15 +157,22 @@ class _Conditioned(base.Stage):
         return {"sample": sample}
 
 
-def _moments(width: int, batches: Iterable[np.ndarray]) -> Moments:
+def _moments(width: int, batches: Iterable[np.ndarray], sums: dict | None = None) -> Moments:
     """Sums over batches of embeddings [b, width].
+
+    Args:
+      sums: of batches before these, or empty; kept up to date batch by batch.
 
     Raises:
       DataError: fewer than two rows in all.
     """
-    moments = Moments(width)
+    moments, sums = Moments(width), {} if sums is None else sums
+    if "count" in sums:
+        moments.count = int(sums["count"])
+        moments.total, moments.outer = sums["total"], sums["outer"]
     for rows in batches:
         moments.add(rows)
+        sums |= {"count": moments.count, "total": moments.total, "outer": moments.outer}
     if moments.count < 2:
         raise errors.DataError(
             f"{moments.count} embeddings were seen; a covariance needs at least 2"
@@ -236,9 +243,9 @@ class DiffusionPriorTask(_Conditioned, base.Diffusion):
         mask = tokens == 0
         return model.init(key, z, jnp.zeros((1,), jnp.int32), z, hidden, mask)["params"]
 
-    def fit(self, embeddings: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
+    def fit(self, embeddings, sums=None):
         """Mean and standard deviation of z_i, float32 [D], from (z_i, z_t) batches [b, D]."""
-        moments = _moments(self.clip.model.embed_dim, (z_i for z_i, _ in embeddings))
+        moments = _moments(self.clip.model.embed_dim, (z_i for z_i, _ in embeddings), sums)
         std = np.sqrt(np.maximum(np.diag(moments.covariance()), 1e-12))
         return {"mean": np.float32(moments.mean()), "std": np.float32(std)} | self.unmeasured
 
@@ -407,9 +414,10 @@ class ARPriorTask(_Conditioned):
             jnp.zeros((1,), jnp.int32),
         )["params"]
 
-    def fit(self, embeddings: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
+    def fit(self, embeddings, sums=None):
         """PCA of z_i and quantile edges of z_i . z_t (unit vectors), from (z_i, z_t) batches."""
-        dots = []
+        sums = {} if sums is None else sums
+        dots = sums.setdefault("dots", [])
 
         def rows():
             for z_i, z_t in embeddings:
@@ -417,7 +425,7 @@ class ARPriorTask(_Conditioned):
                 dots.append(np.sum(z_i * z_t, axis=-1) / np.maximum(norms, 1e-8))
                 yield z_i
 
-        moments = _moments(self.clip.model.embed_dim, rows())
+        moments = _moments(self.clip.model.embed_dim, rows(), sums)
         pca = codes.fit_pca(moments.mean(), moments.covariance(), dims=self.model.codes)
         edges = codes.fit_dot_edges(np.concatenate(dots), self.model.dot_buckets)
         return {

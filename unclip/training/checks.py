@@ -24,6 +24,7 @@ RANGES = {
     **dict.fromkeys(("batch_size", "total_steps", "accumulate", "max_skipped_steps"), _COUNT),
     **dict.fromkeys(("log_steps", "save_steps", "keep", "statistics_examples"), _COUNT),
     **dict.fromkeys(("eval_steps", "sample_steps", "metric_steps"), _NOT_NEGATIVE),
+    **dict.fromkeys(("keep_every_steps", "spike_factor", "skip_examples"), _NOT_NEGATIVE),
     **dict.fromkeys(("eval_examples", "sample_examples", "metric_examples"), _NOT_NEGATIVE),
     "ema": _FRACTION,
     "input.cache_gib": (1 / 64, math.inf, "a number of GiB of at least 0.016"),
@@ -59,6 +60,19 @@ def numbers(config: ConfigDict) -> list[errors.ConfigError]:
             found.append(errors.ConfigError(f"--config.{name}={value}: expected {expected}"))
             node[leaf] = type(value)(greatest if number and math.inf > value > least else least)
     return found
+
+
+def best(config: ConfigDict) -> list[errors.ConfigError]:
+    """What is wrong with the metric whose best step is kept."""
+    order, _, metric = config.keep_best.partition(" ")
+    if not config.keep_best or (order in ("lowest", "highest") and "/" in metric):
+        return []
+    return [
+        errors.ConfigError(
+            f"--config.keep_best={config.keep_best!r}: expected 'lowest NAME' or 'highest NAME', "
+            "with a name of metrics.jsonl, such as 'lowest held_out/loss'"
+        )
+    ]
 
 
 def sizes(config: ConfigDict) -> list[errors.ConfigError]:

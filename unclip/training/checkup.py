@@ -187,7 +187,7 @@ def _disk(plan: Plan, workdir: str, problems: list[str]) -> dict:
     free = shutil.disk_usage(folder).free
     leaves = jax.tree.leaves(plan.state)
     saved = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)  # one copy of each
-    copies = plan.config.keep + 1
+    copies = plan.config.keep + 2
     needed = saved * copies
     if needed > free:
         problems.append(

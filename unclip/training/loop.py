@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
 from unclip import errors
 from unclip.files import images
@@ -19,6 +20,7 @@ from unclip.runtime.checkpoint import Checkpointer
 from unclip.runtime.writer import MetricWriter
 from unclip.training.evaluators.passes import Evaluator
 from unclip.training.plan import Plan
+from unclip.training.spikes import SpikeGuard
 
 
 class Loop:
@@ -51,6 +53,8 @@ class Loop:
         self.evaluators, self.fingerprint, self.needed_flops = evaluators, fingerprint, needed_flops
         self.measured = set()  # (step, evaluator's prefix): what need not be measured again
         self.skipped = 0  # consecutive steps
+        self.guard, self.spike = SpikeGuard(self.config.spike_factor), ""
+        self.best = {}  # {"metric", "value", "step"} of the step that is kept as the best
         self.pending = None  # (step, metrics on the device) of the step before
         self.loss = "?"
         self.clock, self.clock_step, self.paused = time.perf_counter(), None, 0.0
@@ -68,7 +72,7 @@ class Loop:
         """
         config = self.config
         bar = progress.progress(config.total_steps, config.stage, initial=first)
-        compiled = None
+        compiled, self.best = None, self.saver.about("best")
         try:
             with bar:
                 for step in range(first, config.total_steps):
@@ -94,6 +98,8 @@ class Loop:
                     # What all steps were for is on disk before a measurement can fail.
                     self.save(state, config.total_steps, force=True)
                     self.saver.wait()
+                    if not (self.skipped or self.spike):
+                        self.saver.trust(config.total_steps)
                     if not self.evaluate(state, config.total_steps):
                         self.stop(state, config.total_steps)
         finally:
@@ -116,9 +122,13 @@ class Loop:
         self.log_pending()
         self.save(state, step, force=True)
         self.saver.wait()
+        saved = (
+            f"saved step {step}"
+            if self.saver.latest() == step
+            else (f"the newest saved step is {self.saver.latest()}")
+        )
         raise errors.Stopped(
-            f"asked to stop: saved step {step} of {self.config.total_steps}; "
-            "the same command resumes"
+            f"asked to stop: {saved} of {self.config.total_steps}; the same command resumes"
         )
 
     def compile(self, step_fn, state, step):
@@ -176,19 +186,41 @@ class Loop:
                     found[name] = value
             if found:
                 self.writer.scalars(step, found)
+                self.compare(step, found)
         self.paused += time.perf_counter() - pause
         return True
 
+    def compare(self, step, found):
+        """Notes whether a step is the best so far by the metric of `config.keep_best`."""
+        order, _, metric = self.config.keep_best.partition(" ")
+        value = found.get(metric) if order else None
+        if value is None or not np.isfinite(value):
+            return
+        sign = 1 if order == "lowest" else -1
+        known = self.best.get("metric") == metric
+        if not known or sign * float(value) < sign * self.best["value"]:
+            self.best = {"metric": metric, "value": float(value), "step": step}
+
     def save(self, state, step, force=False):
-        """Saves the state and the input's position where a save is due."""
-        if not (force or self.saver.due(step)):
+        """Saves the state and the input's position where a save is due.
+
+        Nothing is saved while steps are skipped: the state is the one that makes them fail.
+        """
+        best = self.best.get("step") == step
+        if not (force or best or self.saver.due(step)):
             return
         self.log_pending()  # a kill right after the save must not lose this step's line
+        if self.skipped:
+            return
         pause = time.perf_counter()
         meta = {
-            "stage": self.config.stage, "preset": self.config.preset, "data": self.fingerprint
+            "stage": self.config.stage, "preset": self.config.preset, "data": self.fingerprint,
+            "skip_examples": self.config.skip_examples,
         }  # fmt: skip
-        self.saver.save(step, state, self.batches.position, meta, force=force)
+        position = self.batches.position
+        saved = self.saver.save(step, state, position, meta, force=force or best, trusted=False)
+        if best and saved:
+            self.saver.name("best", step, self.best)
         self.paused += time.perf_counter() - pause
 
     def log_pending(self):
@@ -198,18 +230,7 @@ class Loop:
         step, measured = self.pending
         self.pending = None
         measured = {name: float(value) for name, value in jax.device_get(measured).items()}
-        self.skipped = self.skipped + 1 if measured["skipped"] else 0
-        if self.skipped >= self.config.max_skipped_steps:
-            self.writer.scalars(step, measured)
-            self.saver.wait()
-            latest = self.saver.latest()
-            saved = "there is no checkpoint yet"
-            if latest is not None:  # skipped steps change nothing, so whatever was saved is good
-                saved = f"the last good state is {self.saver.directory / str(latest)}"
-            raise errors.NumericsError(
-                f"{self.skipped} steps in a row up to step {step} had a loss or gradient that is "
-                f"not finite; {saved}"
-            )
+        self.judge(step, measured)
         if self.clock_step is None:  # the first step after compiling also fills caches
             self.clock, self.clock_step, self.paused = time.perf_counter(), step, 0.0
         if step % self.config.log_steps and step != self.config.total_steps:
@@ -227,6 +248,45 @@ class Loop:
         self.writer.scalars(step, measured)
         self.loss = f"{measured['loss']:.4g}"
         self.clock, self.clock_step, self.paused = time.perf_counter(), step, 0.0
+
+    def judge(self, step, measured):
+        """Trusts the state before a step whose loss was sound, and ends a run that is lost."""
+        config = self.config
+        self.skipped = self.skipped + 1 if measured["skipped"] else 0
+        if not self.skipped:
+            spike = self.guard.see(measured["loss"], measured["grad_norm"])
+            if spike and not self.spike:
+                kept = self.saver.name_trusted("before_spike")
+                logging.warning(
+                    "step %d: %s. Until it is back nothing is deleted%s. To go back there: stop, "
+                    "move the newer steps away, and start again with a lower "
+                    "--config.optim.learning_rate or --config.skip_examples=%d",
+                    step, spike, "" if kept is None else f", and step {kept} is kept",
+                    self.examples_since(kept, step),
+                )  # fmt: skip
+            self.spike = spike
+            if not spike:  # the loss was that of the state before the step
+                self.saver.trust(step - 1)
+            return
+        if self.skipped < config.max_skipped_steps:
+            return
+        self.writer.scalars(step, measured)
+        latest = self.saver.distrust()
+        saved = "there is no checkpoint yet"
+        if latest is not None:
+            saved = (
+                f"the last good state is {self.saver.directory / str(latest)}, from which the same "
+                "command goes on: with a lower --config.optim.learning_rate, or without the "
+                f"samples since, --config.skip_examples={self.examples_since(latest, step)}"
+            )
+        raise errors.NumericsError(
+            f"{self.skipped} steps in a row up to step {step} had a loss or gradient that is "
+            f"not finite; {saved}"
+        )
+
+    def examples_since(self, saved, step):
+        """What `config.skip_examples` is to be to leave out the samples since a saved step."""
+        return self.config.skip_examples + (step - (saved or 0)) * self.config.batch_size
 
     def list_bad(self):
         """Appends the samples that could not be used to a file of this process."""

@@ -179,7 +179,7 @@ def make_plan(
 
     config = _expanded(config)
     attempt(lambda: follow_init(config))
-    problems += checks.numbers(config)
+    problems += checks.numbers(config) + checks.best(config)
     no_network = checks.sizes(config)
     problems += no_network
     mesh = attempt(lambda: sharding.make_mesh(as_json(config.mesh), devices))

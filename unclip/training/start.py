@@ -35,6 +35,7 @@ from unclip.training.plan import (
     make_plan,
 )
 
+PARTIAL = "statistics-partial.safetensors"  # of a start that was asked to stop
 VARIANCE_EXAMPLES = 8192  # of the training samples, that a prior's analytic variance is measured on
 
 
@@ -52,8 +53,10 @@ def train(config: ConfigDict, workdir: str) -> None:
     config, folder = plan.config, pathlib.Path(workdir)
     found = lineage(plan, folder)
     with checkpoint.Checkpointer(
-        folder / "checkpoints", save_every_steps=config.save_steps, keep=config.keep
+        folder / "checkpoints", config.save_steps, config.keep, config.keep_every_steps or None
     ) as saver:
+        if distributed.is_main():
+            files.remove_strays(folder)
         latest = saver.latest()
         if latest is not None and latest > config.total_steps:
             return _say(f"nothing to do: {latest} of {config.total_steps} steps")
@@ -208,12 +211,13 @@ def restored(
     if saver.latest() is None:
         start = initial_params(plan.config, plan.params)
         start = start and plan.put(start)
-        return plan.init(jax.random.key(plan.config.seed), start), 0
+        return plan.init(jax.random.key(plan.config.seed), start), plan.config.skip_examples
     shapes = sharding.abstract(plan.state, plan.shardings)
     state, position, meta = saver.restore(None, shapes)
     if meta.get("data") not in (None, fingerprint):
         logging.warning("%s resumes with other shards than it began with", workdir)
-    return state, position
+    # What earlier starts left out is in the position already.
+    return state, position + max(plan.config.skip_examples - meta.get("skip_examples", 0), 0)
 
 
 def initial_params(config: ConfigDict, abstract_params):
@@ -296,11 +300,30 @@ class Prepared:
                 "or give --config.init_from=RUN or BUNDLE with statistics"
             )
         else:
-            statistics = self.plan.task.fit(self.pairs())
+            statistics = self.fit()
         if distributed.is_main():
             runs.write_prior_statistics(path, statistics, self.clip_hash)
+            (self.folder / PARTIAL).unlink(missing_ok=True)
         distributed.barrier("statistics", 600)
         return statistics
+
+    def fit(self) -> dict[str, np.ndarray]:
+        """The task's statistics of the training samples; goes on where an earlier start stopped.
+
+        Raises:
+          Stopped: asked to stop; what was added up is kept.
+        """
+        path, space = self.folder / PARTIAL, self.clip_hash + self.data.fingerprint
+        sums = runs.read_partial(path, space)
+        sums |= {name: [array] for name, array in sums.items() if name == "dots"}
+        try:
+            return self.plan.task.fit(self.pairs(sums), sums)
+        except errors.Stopped:
+            if distributed.is_main():
+                whole = lambda x: np.concatenate(x) if isinstance(x, list) else np.asarray(x)
+                runs.write_prior_statistics(path, {n: whole(x) for n, x in sums.items()}, space)
+            distributed.barrier("statistics in part", 600)
+            raise
 
     def unmeasured(self) -> bool:
         """Whether the statistics lack what only a trained network has."""
@@ -320,8 +343,12 @@ class Prepared:
             runs.write_prior_statistics(path, kept | zeros, self.clip_hash)
         return bool(zeros)
 
-    def pairs(self):
-        """Batches of (z_i, z_t) [b, D] of the training samples."""
+    def pairs(self, sums: dict[str, Any]):
+        """Batches of (z_i, z_t) [b, D] of the training samples.
+
+        Args:
+          sums: "seen": how many samples were looked at already; it is kept up to date.
+        """
         config, limit = self.config, self.config.statistics_examples
         if inputs.stores_embeddings(config):
             data, _ = self.with_embeddings(self.data, None)
@@ -335,10 +362,17 @@ class Prepared:
             batch_size=config.batch_size,
             captions=config.input.captions,
             limit=limit,
+            start=int(sums.setdefault("seen", 0)),
             threads=config.input.threads,
         )
         for z_i, z_t, valid in stream:
             yield z_i[valid], z_t[valid]
+            sums["seen"] += len(valid)
+            if distributed.should_stop():
+                raise errors.Stopped(
+                    f"asked to stop: {sums['seen']} samples are embedded for the statistics; the "
+                    "same command goes on"
+                )
 
     @property
     def clip(self) -> bundle.Part:

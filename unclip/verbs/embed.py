@@ -14,7 +14,7 @@ import os
 
 from absl import flags
 
-from unclip import cli, errors
+from unclip import cli, errors, files
 from unclip.cascade import bundle, runs
 from unclip.embeddings.job import Job, embed_shards
 from unclip.embeddings.store import DTYPES, FILE
@@ -90,7 +90,8 @@ def main(argv):
             os.makedirs(_OUT.value, exist_ok=True)
         except OSError as error:
             raise errors.DataError(f"cannot make {_OUT.value}: {error.strerror}") from error
-        lock = DirectoryLock(_OUT.value)
+        lock = DirectoryLock(_OUT.value, on_lost=distributed.request_stop)
+        files.remove_strays(_OUT.value)
     try:
         store = embed_shards(job)
     finally:
