@@ -34,10 +34,11 @@ EQUAL = 0.03  # how far two networks of equal size may differ in parameters
 
 
 class Contender(NamedTuple):
-    """One side of a row: a call does the work once and waits for it."""
+    """One side of a row: a call does the work once and waits for it; ours calls `compiled`."""
 
     call: Callable[[], Any]
     parameters: int
+    compiled: Any = None
 
 
 class Sizes(NamedTuple):
@@ -78,8 +79,9 @@ def ours(model: Any, loss: Callable, arrays: Sequence, *, train: bool = True) ->
     count = _count(jax.tree.leaves(params))
     apply = lambda params, arrays: model.apply({"params": params}, *arrays)
     if not train:
-        forward = jax.jit(apply)
-        return Contender(lambda: jax.block_until_ready(forward(params, arrays)), count)
+        forward = jax.jit(apply).lower(params, arrays).compile()
+        call = lambda: jax.block_until_ready(forward(params, arrays))
+        return Contender(call, count, forward)
     tx, _ = optim.make_optimizer(params, total_steps=1000, clip_norm=None, **ADAMW)
 
     def step(params, opt, arrays):
@@ -87,14 +89,14 @@ def ours(model: Any, loss: Callable, arrays: Sequence, *, train: bool = True) ->
         updates, opt = tx.update(grads, opt, params)
         return optax.apply_updates(params, updates), opt
 
-    step = jax.jit(step, donate_argnums=(0, 1))
-    state = params, tx.init(params)
+    state = params, jax.jit(tx.init)(params)
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*state, arrays).compile()
 
     def call():
         nonlocal state
-        state = jax.block_until_ready(step(*state, arrays))
+        state = jax.block_until_ready(compiled(*state, arrays))
 
-    return Contender(call, count)
+    return Contender(call, count, compiled)
 
 
 def theirs(net: Any, loss: Callable, *, train: bool = True) -> Contender:
@@ -390,7 +392,7 @@ def measure(name: str, sizes: Sizes, turns: int) -> dict:
 
 
 def figures(found: dict, cores: int) -> list[dict]:
-    """What is kept of a row: the ratio of CPU time, and where cores share the work, of the clock."""
+    """What is kept of a row: the ratio of CPU time, and that of the clock where cores share."""
     what = f"{found['figure']}, {found['parameters'] / 1e6:.1f} M parameters, float32, "
     what += f"{cores} core{'s' * (cores > 1)}"
     kept = [record.figure(f"{what}: CPU time", found["ratio"], "×", found["against"])]
@@ -415,6 +417,9 @@ def main() -> None:
     parser.add_argument("--cores", type=int, default=1, choices=(1, 2))
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument(
+        "--profile", action="store_true", help="no peers: our ten dearest operations"
+    )
     parser.add_argument("--short", action="store_true", help="small layers, one turn")
     parser.add_argument("--out", help="FILE.json that keeps the ratios")
     given = parser.parse_args()
@@ -424,8 +429,8 @@ def main() -> None:
         wrong.append(f"--turns is {given.turns}, expected 1 or more")
     if given.cores > len(cores):
         wrong.append(f"--cores is {given.cores}, this process may use {len(cores)}")
-    if given.short and given.out:
-        wrong.append("--short measures nothing that --out could keep")
+    if given.out and (given.short or given.profile):
+        wrong.append("--short and --profile measure nothing that --out could keep")
     if missing := _missing():
         wrong.append(f"{', '.join(missing)} is missing: `make parity` installs it")
     if wrong:
@@ -440,6 +445,13 @@ def main() -> None:
     sizes, turns = (SHORT, 1) if given.short else (FULL, given.turns)
     kept = []
     for name in given.rows:
+        if given.profile:
+            from benchmarks import operations
+
+            call, _, compiled = ROWS[name][2](sizes)
+            call()
+            print(f"{name}:\n{operations.table(operations.profile(compiled, call))}", flush=True)
+            continue
         found = measure(name, sizes, turns)
         print(json.dumps({"cores": given.cores, **found}), flush=True)
         kept += figures(found, given.cores)

@@ -34,6 +34,7 @@ from unclip.models.transformer import (
     attention,
     gather_dtype,
     keep_rows,
+    over_rows,
     remat_policy,
     stack_blocks,
     timestep_embedding,
@@ -152,7 +153,8 @@ def _conv(style, features, kernel, name, zero=False):
 
 
 def _dense(style, features, name, **options):
-    return nn.Dense(features, dtype=style.dtype, promote_dtype=gather_dtype, name=name, **options)
+    options |= {"promote_dtype": gather_dtype, "dot_general": over_rows}
+    return nn.Dense(features, dtype=style.dtype, name=name, **options)
 
 
 def downsample(x):
