@@ -186,13 +186,13 @@ def _dalle2_unet(sizes: Sizes) -> Contender:
     net = peers.dalle2_pytorch().Unet(
         sizes.channels,
         dim_mults=(1, 2, 3, 4),
-        num_resnet_blocks=max(sizes.blocks - 1, 1),  # and one that it always has
+        num_resnet_blocks=sizes.blocks,
         self_attn=(False, True, True, True),
         attn_heads=4,
         attn_dim_head=sizes.channels,
         image_embed_dim=emb.shape[-1],
         text_embed_dim=context.shape[-1],
-        cond_dim=context.shape[-1],
+        cond_dim=8 * sizes.channels // 3,  # as wide as makes it equally large
         cond_on_image_embeds=True,
         cond_on_text_encodings=True,
         max_text_len=context.shape[1],
