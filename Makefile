@@ -40,7 +40,8 @@ lint: setup
 # without what it depends on, since it asks for torchvision, which has no such build. Other peers
 # stand aside in .cache, each in a folder of its own: torch-fidelity would put a package `tests`
 # beside ours, of torchvision only the Python code can be used, TensorFlow runs in a process of its
-# own, and diffusers 0.37.1 is the last that opens a whole Karlo folder.
+# own, diffusers 0.37.1 is the last that opens a whole Karlo folder, and of what DALLE2-pytorch
+# depends on its networks need two packages.
 parity: setup
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet --editable '.[dev,parity]'
@@ -63,6 +64,9 @@ parity: setup
 	test -d $(PEERS)/diffusers-0.37.1 || $(BIN)/python -m pip install --quiet --no-deps \
 	  --target $(PEERS)/diffusers-0.37.1 \
 	  diffusers==0.37.1 httpx==0.28.1 httpcore==1.0.9 h11==0.16.0 anyio==4.9.0
+	test -d $(PEERS)/dalle2-pytorch-1.15.6 || $(BIN)/python -m pip install --quiet --no-deps \
+	  --target $(PEERS)/dalle2-pytorch-1.15.6 \
+	  dalle2-pytorch==1.15.6 rotary-embedding-torch==0.9.1 einops==0.8.2
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 tests/parity
 
 clean:

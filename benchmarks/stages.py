@@ -5,7 +5,8 @@
 Prints one JSON line a stage: images a second, the first step's seconds (compilation included),
 peak memory of a device, and the model FLOPs reached of the chip's bf16 peak. Absolute times mean
 something on an accelerator only; on a CPU this checks that the stages run. --out FILE.json keeps
-the figures for docs/speed.md.
+the figures for docs/speed.md. --profile prints a step's ten dearest operations after each line.
+A T5 has random weights too: `--stages decoder --preset imagen --t5_preset t5-v1_1-base`.
 """
 
 import argparse
@@ -21,6 +22,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 from benchmarks import record
 from configs import clip, decoder, prior, upsampler
+from unclip.errors import ConfigError
+from unclip.input.decode.text import Tokenizer
 from unclip.runtime import flops, sharding
 from unclip.training.plan import make_plan
 
@@ -28,18 +31,20 @@ CONFIGS = {"clip": clip, "prior": prior, "decoder": decoder, "upsampler": upsamp
 CLIP_PRESETS = {"karlo": "ViT-L/14", "glide": "ViT-L/14", "paper": "ViT-H/16", "emoji": "emoji"}
 
 
-def random_batch(spec: dict, seed: int = 0) -> dict[str, np.ndarray]:
-    """A batch of a task's spec: noise for pictures, one caption length, every row valid."""
+def random_batch(spec: dict, tokenizer=None, seed: int = 0) -> dict[str, np.ndarray]:
+    """A batch of a task's spec: noise for pictures, one caption, every row valid.
+
+    tokenizer: the task's own, None for CLIP's.
+    """
     rng = np.random.default_rng(seed)
     out = {}
     for name, leaf in spec.items():
         if leaf.dtype == np.uint8:
             out[name] = rng.integers(0, 256, leaf.shape, np.uint8)
-        elif name == "tokens":
-            out[name] = np.tile(np.r_[49406, np.full(6, 320), 49407], (leaf.shape[0], 1))
-            out[name] = np.pad(out[name], ((0, 0), (0, leaf.shape[1] - 8))).astype(np.int32)
-        elif name == "text_mask":
-            out[name] = np.arange(leaf.shape[1])[None].repeat(leaf.shape[0], 0) < 8
+        elif name in ("tokens", "text_mask"):
+            texts = ["a photograph of a red fox"] * leaf.shape[0]
+            tokens, mask, _ = (tokenizer or Tokenizer()).encode(texts, leaf.shape[1])
+            out[name] = tokens if name == "tokens" else mask
         elif name == "sample":
             out[name] = np.stack([np.zeros(leaf.shape[0]), np.arange(leaf.shape[0])], 1)
             out[name] = out[name].astype(np.uint32)
@@ -50,17 +55,35 @@ def random_batch(spec: dict, seed: int = 0) -> dict[str, np.ndarray]:
     return out
 
 
-def measure(name: str, preset: str, batch_size: int, steps: int, overrides: dict) -> dict:
-    """One stage: builds the exact train step, runs it, reports."""
-    if name == "clip":
-        preset = CLIP_PRESETS.get(preset, preset)
-    config = CONFIGS[name].get_config(preset)
-    config.batch_size = batch_size
-    config.optim.warmup_steps, config.total_steps = 0, steps + 1
+def preset_of(name: str, preset: str) -> str:
+    """A stage's preset, with its config's other arguments, for the cascade's."""
+    first, comma, rest = preset.partition(",")
+    return (CLIP_PRESETS.get(first, first) if name == "clip" else first) + comma + rest
+
+
+def read_config(name: str, given: argparse.Namespace):
+    """The config of a stage as the flags want it.
+
+    Raises:
+      ConfigError: a preset that the stage does not have, or a field that its config has not.
+    """
+    config = CONFIGS[name].get_config(preset_of(name, given.preset))
+    config.batch_size = given.batch
+    config.optim.warmup_steps, config.total_steps = 0, given.steps + 1
     config.follow_init = False
     config.mesh = {"data": 1, "fsdp": -1, "tensor": 1}
-    for field, value in overrides.items():
-        config.arch[field] = value
+    if given.remat is not None:
+        config.arch.remat = given.remat
+    if given.dtype is not None:
+        config.arch.dtype = given.dtype
+    if given.t5_preset is not None and "t5_preset" in config:
+        config.t5_preset = given.t5_preset
+    return config
+
+
+def measure(name: str, preset: str, config, steps: int, profile: bool) -> tuple[dict, str]:
+    """One stage: builds the exact train step, runs it; what it took, and a profile's lines."""
+    batch_size = config.batch_size
     plan = make_plan(config, shapes_only=True)
     plan.check()
     frozen = {}
@@ -70,9 +93,11 @@ def measure(name: str, preset: str, batch_size: int, steps: int, overrides: dict
         frozen[part] = init(part, jax.random.key(1))
     state = plan.init(jax.random.key(0))
     step = plan.make_step()
-    batch = sharding.put_batch(random_batch(plan.task.batch_spec(batch_size)), plan.mesh)
+    batch = random_batch(plan.task.batch_spec(batch_size), plan.task.tokenizer)
+    batch = sharding.put_batch(batch, plan.mesh)
     frozen = frozen or None
     start = time.perf_counter()
+    step = step.lower(state, frozen, batch).compile()
     state, metrics = step(state, frozen, batch)
     loss = float(metrics["loss"])
     first = time.perf_counter() - start
@@ -81,10 +106,11 @@ def measure(name: str, preset: str, batch_size: int, steps: int, overrides: dict
         state, metrics = step(state, frozen, batch)
     jax.block_until_ready(state)
     seconds = (time.perf_counter() - start) / steps
+    operations = _profile(step, state, frozen, batch) if profile else ""
     stats = jax.devices()[0].memory_stats() or {}
     needed = plan.flops()
     used = flops.utilisation(needed, seconds, jax.devices())
-    return {
+    found = {
         "stage": name,
         "preset": preset,
         "device": jax.devices()[0].device_kind,
@@ -100,6 +126,17 @@ def measure(name: str, preset: str, batch_size: int, steps: int, overrides: dict
         "flop_utilisation": used and round(used, 3),
         "first_loss": round(loss, 4),
     }
+    return found, operations
+
+
+def _profile(step, state, frozen, batch) -> str:
+    from benchmarks import operations
+
+    def call():
+        nonlocal state
+        state = jax.block_until_ready(step(state, frozen, batch)[0])
+
+    return operations.table(operations.profile(step, call))
 
 
 def figures(found: dict) -> list[dict]:
@@ -128,14 +165,24 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--remat", default=None, help="policy name, '' for none")
     parser.add_argument("--dtype", default=None)
+    parser.add_argument("--t5_preset", default=None, help="size of the T5 that a decoder reads")
+    parser.add_argument("--profile", action="store_true", help="print the dearest operations")
     parser.add_argument("--out", help="FILE.json that keeps the figures")
     arguments = parser.parse_args()
-    overrides = {"remat": arguments.remat, "dtype": arguments.dtype}
-    overrides = {name: value for name, value in overrides.items() if value is not None}
-    kept = []
+    configs, wrong = {}, []
     for name in arguments.stages:
-        found = measure(name, arguments.preset, arguments.batch, arguments.steps, overrides)
-        print(json.dumps(found), flush=True)
+        try:
+            configs[name] = read_config(name, arguments)
+        except ConfigError as error:
+            wrong.append(f"{name}: {error.message}")
+    if wrong:
+        print("; ".join(wrong), file=sys.stderr)
+        sys.exit(ConfigError.exit_code)
+    kept = []
+    for name, config in configs.items():
+        preset = preset_of(name, arguments.preset)
+        found, operations = measure(name, preset, config, arguments.steps, arguments.profile)
+        print("\n".join(filter(None, [json.dumps(found), operations])), flush=True)
         kept += figures(found)
     if arguments.out:
         record.write(arguments.out, kept, device=jax.devices()[0].device_kind)

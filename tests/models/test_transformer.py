@@ -320,6 +320,43 @@ def test_layer_norm_is_exact_far_from_zero():
     np.testing.assert_allclose(y, ref, atol=5e-3)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
+def test_layer_norm_gradient_is_that_of_its_formula(dtype):
+    """Gains and biases may be kept in half precision, by converted weights."""
+    rng = np.random.default_rng(0)
+    x, dy = (jnp.asarray(rng.normal(1, 2, (3, 5, 8)), jnp.float32) for _ in range(2))
+    params = {n: jnp.asarray(rng.normal(1, 0.5, 8), dtype) for n in ("scale", "bias")}
+
+    def formula(params, x):
+        middle = x - x.mean(-1, keepdims=True)
+        normed = middle / jnp.sqrt((middle**2).mean(-1, keepdims=True) + 1e-5)
+        return normed * tf.beside(params["scale"], x) + tf.beside(params["bias"], x)
+
+    ours = lambda params, x: tf.LayerNorm().apply({"params": params}, x)
+    pull = lambda f: jax.jit(lambda p, x, dy: jax.vjp(f, p, x)[1](dy))(params, x, dy)
+    for got, want in zip(*(jax.tree.leaves(pull(f)) for f in (ours, formula)), strict=True):
+        assert got.dtype == want.dtype
+        tolerance = 1e-5 if got.dtype == jnp.float32 else 1e-2
+        np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance)
+
+
+def test_products_over_rows_are_plain_products_and_transpose_no_activations():
+    rng = np.random.default_rng(0)
+    x, kernel, dy = (
+        jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((3, 50, 8), (8, 16), (3, 50, 16))
+    )
+    numbers = (((2,), (0,)), ((), ()))
+
+    def gradients(product):
+        pull = lambda x, kernel, dy: jax.vjp(lambda *a: product(*a, numbers), x, kernel)[1](dy)
+        return jax.jit(pull).lower(x, kernel, dy).compile()
+
+    ours, plain = gradients(tf.over_rows), gradients(jax.lax.dot_general)
+    for got, want in zip(ours(x, kernel, dy), plain(x, kernel, dy), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    assert " copy(" in plain.as_text() and " copy(" not in ours.as_text()
+
+
 def test_timestep_embedding():
     t = np.array([0, 1, 500, 999])
     out = np.asarray(tf.timestep_embedding(jnp.asarray(t, jnp.int32), 320))

@@ -390,3 +390,13 @@ def test_patch_is_space_to_depth_row_by_row():
 def test_fields_that_do_not_fit_are_named(fields, message, batch):
     with pytest.raises(ConfigError, match=message):
         jax.eval_shape(UNet(**TINY | fields).init, jax.random.key(0), *batch)
+
+
+def test_upsampling_repeats_pixels_and_its_gradient_sums_them():
+    rng = np.random.default_rng(0)
+    x, dy = rng.normal(size=(2, 3, 5, 4)), rng.normal(size=(2, 6, 10, 4))
+    x, dy = np.float32(x), np.float32(dy)
+    y, pull = jax.vjp(unet.upsample_nearest, jnp.asarray(x))
+    np.testing.assert_array_equal(y, x.repeat(2, 1).repeat(2, 2))
+    sums = sum(dy[:, i::2, j::2] for i in (0, 1) for j in (0, 1))
+    np.testing.assert_allclose(pull(jnp.asarray(dy))[0], sums, rtol=1e-6, atol=1e-6)

@@ -13,6 +13,8 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -110,6 +112,32 @@ def torchmetrics():
 def prdc():
     """prdc: `.compute_prdc(real, fake, nearest_k)`, on scikit-learn's distances."""
     return _import("prdc-0.2", "prdc")
+
+
+DALLE2_PYTORCH = "dalle2-pytorch-1.15.6"
+# It imports these for CLIPs, VQGANs and pictures' augmentation; its networks call none of them.
+UNUSED = (
+    *("coca_pytorch", "kornia", "kornia.augmentation", "kornia.filters", "resize_right"),
+    *("vector_quantize_pytorch", "x_clip"),
+)
+
+
+@functools.cache
+def dalle2_pytorch():
+    """DALLE2-pytorch's networks and losses: `.Unet`, `.DiffusionPrior`, `.DiffusionPriorNetwork`.
+
+    Without its trainers, which its package imports first and which need much more.
+    """
+    package = types.ModuleType("dalle2_pytorch")
+    package.__path__ = [str(folder(DALLE2_PYTORCH) / "dalle2_pytorch")]
+    absent = {name: mock.MagicMock() for name in UNUSED if name not in sys.modules}
+    sys.modules.update({"dalle2_pytorch": package, **absent})
+    try:
+        _import(DALLE2_PYTORCH, "dalle2_pytorch.dalle2_pytorch")
+    finally:
+        for name in absent:
+            del sys.modules[name]
+    return sys.modules["dalle2_pytorch.dalle2_pytorch"]
 
 
 def random_inception(folder):

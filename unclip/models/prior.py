@@ -21,7 +21,13 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from unclip.errors import ConfigError
-from unclip.models.transformer import LayerNorm, Transformer, causal_mask, timestep_embedding
+from unclip.models.transformer import (
+    LayerNorm,
+    Transformer,
+    causal_mask,
+    over_rows,
+    timestep_embedding,
+)
 
 EXTRA_TOKENS = 4  # z_t, timestep, noised z_i, query
 
@@ -85,7 +91,7 @@ class TextInput(nn.Module):
                 self.vocab_size, self.width, dtype=self.dtype, embedding_init=init, name="token"
             )(text)
         else:
-            x = nn.Dense(self.width, dtype=self.dtype, name="proj")(text)
+            x = nn.Dense(self.width, dtype=self.dtype, dot_general=over_rows, name="proj")(text)
         mask = jnp.ones(text.shape[:2], bool) if text_mask is None else text_mask.astype(bool)
         if self.learned_null:
             shape = (self.context, self.width)

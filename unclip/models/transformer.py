@@ -204,7 +204,7 @@ def _by_heads_backward(kept, dy):
         q, k, v, own, y, top, total, dy = part
         softmax = _apart(jnp.exp(_logits(q, k, own, shared) - top) / total)
         dy = dy.astype(jnp.float32)
-        along = (dy * y).sum(-1, keepdims=True)
+        along = (dy * y) @ jnp.ones((y.shape[-1], 1), y.dtype)  # sums over a last axis are slow
         dlogits = softmax * (_apart(_product(dy, v.astype(jnp.float32), 2, 2)) - along)
         for mask in (own, shared):
             if mask is not None:
@@ -250,6 +250,19 @@ def keep_rows(x: jax.Array) -> jax.Array:
     other = PartitionSpec.UNCONSTRAINED if mesh.shape.get("tensor", 1) > 1 else None
     spec = PartitionSpec(axes, *[other] * (x.ndim - 1))
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def over_rows(x: jax.Array, kernel: jax.Array, numbers: Any, *args, **options) -> jax.Array:
+    """`jax.lax.dot_general` as `nn.Dense` calls it, x [..., W] as one matrix on CPUs.
+
+    The gradient of the kernel would else be a product over several axes, for which XLA transposes
+    all of x or of its cotangent first.
+    """
+    if _platform(x) != "cpu":
+        return jax.lax.dot_general(x, kernel, numbers, *args, **options)
+    rows, whole = x.reshape(-1, x.shape[-1]), (((1,), (0,)), ((), ()))
+    y = jax.lax.dot_general(rows, kernel, whole, *args, **options)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def _gather(kernel):
@@ -318,10 +331,45 @@ class LayerNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
         x = x.astype(jnp.float32)
-        centred = x - x.mean(-1, keepdims=True)
-        variance = jnp.square(centred).mean(-1, keepdims=True)
-        normed = centred * jax.lax.rsqrt(variance + self.eps)
-        return (normed * beside(scale, x) + beside(bias, x)).astype(self.dtype)
+        if _platform(x) == "cpu":
+            y = _norm_rows(x.reshape(-1, x.shape[-1]), scale, bias, self.eps).reshape(x.shape)
+        else:
+            centred, inverse = _centred(x, self.eps)
+            y = centred * inverse * beside(scale, x) + beside(bias, x)
+        return y.astype(self.dtype)
+
+
+def _centred(x, eps):
+    """x less its mean over the last axis, and one over its standard deviation there."""
+    centred = x - x.mean(-1, keepdims=True)
+    return centred, jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _norm_rows(x, scale, bias, eps):
+    """`LayerNorm` of float32 x [N, W] for CPUs, its gradient's sums as products with vectors.
+
+    XLA fuses a product's operand with nothing, so that the cotangent, which comes from several
+    layers, is made once, not again for every sum and for the result.
+    """
+    return _norm_rows_forward(x, scale, bias, eps)[0]
+
+
+def _norm_rows_forward(x, scale, bias, eps):
+    centred, inverse = _centred(x, eps)
+    return centred * inverse * scale[None] + bias[None], (x, scale, bias, inverse)
+
+
+def _norm_rows_backward(eps, kept, dy):
+    x, scale, bias, inverse = kept
+    normed = (x - x.mean(-1, keepdims=True)) * inverse
+    moved, ones = dy * normed, jnp.ones(len(x), x.dtype)
+    along = lambda rows: (rows @ (scale / x.shape[1]).astype(x.dtype))[:, None]
+    dx = inverse * (dy * scale[None] - along(dy) - normed * along(moved))
+    return dx, (ones @ moved).astype(scale.dtype), (ones @ dy).astype(bias.dtype)
+
+
+_norm_rows.defvjp(_norm_rows_forward, _norm_rows_backward)
 
 
 class Attention(nn.Module):
@@ -353,6 +401,7 @@ class Attention(nn.Module):
             dtype=self.dtype,
             param_dtype=jnp.float32,
             promote_dtype=gather_dtype,
+            dot_general=over_rows,
         )
         std = nn.initializers.normal(self.width**-0.5)
         shape = (*x.shape[:-1], self.heads, self.width // self.heads)
@@ -382,7 +431,11 @@ class MLP(nn.Module):
         """[…, W] -> […, W] in `dtype`."""
         width = x.shape[-1]
         dense = partial(
-            nn.Dense, dtype=self.dtype, param_dtype=jnp.float32, promote_dtype=gather_dtype
+            nn.Dense,
+            dtype=self.dtype,
+            param_dtype=jnp.float32,
+            promote_dtype=gather_dtype,
+            dot_general=over_rows,
         )
         std = nn.initializers.normal((2 * width) ** -0.5)
         h = activation_fn(self.activation)(dense(self.mlp_width, kernel_init=std, name="fc")(x))

@@ -31,9 +31,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 from unclip.errors import ConfigError, unknown
 from unclip.models.transformer import (
+    _platform,
     attention,
     gather_dtype,
     keep_rows,
+    over_rows,
     remat_policy,
     stack_blocks,
     timestep_embedding,
@@ -152,7 +154,18 @@ def _conv(style, features, kernel, name, zero=False):
 
 
 def _dense(style, features, name, **options):
-    return nn.Dense(features, dtype=style.dtype, promote_dtype=gather_dtype, name=name, **options)
+    options |= {"promote_dtype": gather_dtype, "dot_general": over_rows}
+    return nn.Dense(features, dtype=style.dtype, name=name, **options)
+
+
+def _sum_2x2(x):
+    """The sum of 2×2 positions, [B, H, W, C] -> [B, H/2, W/2, C], for CPUs: four slices are added.
+
+    XLA's reduction over two axes goes number by number there.
+    """
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // 2, 2, w // 2, 2, c)
+    return x[:, :, 0, :, 0] + x[:, :, 0, :, 1] + x[:, :, 1, :, 0] + x[:, :, 1, :, 1]
 
 
 def downsample(x):
@@ -163,8 +176,16 @@ def downsample(x):
 
 def upsample_nearest(x):
     """Each pixel four times: [B, H, W, C] -> [B, 2H, 2W, C]."""
+    return (_repeat_on_cpu if _platform(x) == "cpu" else _repeat)(x)
+
+
+def _repeat(x):
     b, h, w, c = x.shape
     return jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+
+
+_repeat_on_cpu = jax.custom_vjp(_repeat)
+_repeat_on_cpu.defvjp(lambda x: (_repeat(x), None), lambda _, dy: (_sum_2x2(dy),))
 
 
 class ResBlock(nn.Module):
