@@ -170,6 +170,7 @@ def examine(
     options: dict[str, str | bool] | None = None,
     hlo_file: str | None = None,
     quick: bool = False,
+    top: int = 0,
 ) -> dict:
     """Compiles and reports.
 
@@ -180,14 +181,17 @@ def examine(
       hlo_file: where to write the program's text.
       quick: return when memory is assigned, before code is generated; TPU only. The compiler
         cannot be stopped: it goes on in a thread until the process ends.
+      top: how many kernels are listed: custom ones, then the others, each by its estimate, or by
+        its operations where there is none.
 
     Returns:
       A JSON-able dict: "stage", "preset", "step", "devices", "mesh", "rows", "parameters",
       "trained_parameters", "memory_per_chip" (bytes by kind), "fits" (None where the chip's size
       is not known), "flops" ("model", "compiled": of all chips), "estimated_seconds",
       "communication_seconds", "utilisation", "collectives" ({kind: {"count", "bytes"}}),
-      "unknown_loops", "compile_seconds" ("trace", "wall", "cpu"), "problems". What the compiler
-      does not tell is None.
+      "unknown_loops", "compile_seconds" ("trace", "wall", "cpu"), "kernels" (the `top` dearest:
+      "name", "kind", "source", "runs", "seconds", "share" of all estimated seconds, "flops" and
+      "utilisation" of a chip), "problems". What the compiler does not tell is None.
 
     Raises:
       ConfigError: see `lower`; or the compiler has no such option.
@@ -232,13 +236,14 @@ def examine(
             path.write_text(program)
     out |= {"memory_per_chip": {}, "fits": None, "estimated_seconds": None, "utilisation": None}
     out |= {"communication_seconds": None, "collectives": None, "unknown_loops": None}
+    out["kernels"] = []
     model = plan.flops() if step == "train" else None
     out["flops"] = {"model": model, "compiled": None}
     if memory is None:
         out["memory_per_chip"] = {"temporaries": needed}
         out["fits"] = False
     else:
-        _measure(out, memory, program, chip)
+        _measure(out, memory, program, chip, top)
     out["problems"] = _problems(out, config)
     return out
 
@@ -286,12 +291,13 @@ def _out_of_memory(message: str) -> int | None:
     return found and int(float(size) * 1024 ** (1 + "KMGT".index(unit)))
 
 
-def _measure(out: dict, memory: dict[str, int], program: str, chip) -> None:
+def _measure(out: dict, memory: dict[str, int], program: str, chip, top: int) -> None:
     """Adds to a report what the compiled program and its text tell."""
     out["memory_per_chip"] = memory | {"total": sum(memory.values())}
     limit = out["devices"]["memory_bytes"]
     out["fits"] = memory and sum(memory.values()) <= limit if limit else None
-    found = hlo.summarise(program)
+    cycle = flops.chip_cycle(chip)
+    found = hlo.summarise(program, cycle and hlo.Chip(*cycle))
     chips = out["devices"]["count"]
     out["unknown_loops"] = found.unknown_loops
     out["collectives"] = {kind: c._asdict() for kind, c in found.collectives.items()}
@@ -300,16 +306,33 @@ def _measure(out: dict, memory: dict[str, int], program: str, chip) -> None:
     # Drawing recomputes nothing, so what runs is what is needed.
     counted["model"] = counted["model"] or counted["compiled"] or None
     clock, links = flops.chip_clock(chip), flops.chip_links(chip)
-    if clock and found.cycles:
+    # A custom kernel has its estimate even where the compiler was stopped before it made its own.
+    timed = any(kernel.cycles for kernel in found.kernels if kernel.kind != "custom")
+    if clock and timed:
         out["estimated_seconds"] = found.cycles / clock
         out["utilisation"] = flops.utilisation(
             counted["model"], out["estimated_seconds"], [chip] * chips
         )
+    out["kernels"] = [
+        _kernel(k, found.cycles, clock if timed else None, chip) for k in found.kernels[:top]
+    ]
     if links:
         moved = sum(
             c.bytes * (2 if kind == "all-reduce" else 1) for kind, c in found.collectives.items()
         )
         out["communication_seconds"] = moved / links
+
+
+def _kernel(kernel: hlo.Kernel, cycles: int, clock: float | None, chip) -> dict:
+    """A line of the report's "kernels"."""
+    seconds = kernel.cycles / clock if clock and kernel.cycles else None
+    return {
+        **{name: getattr(kernel, name) for name in ("name", "kind", "source", "runs")},
+        "seconds": seconds,
+        "share": seconds and kernel.cycles / cycles,
+        "flops": kernel.flops,
+        "utilisation": seconds and flops.utilisation(kernel.flops, seconds, [chip]),
+    }
 
 
 def _problems(out: dict, config: ConfigDict) -> list[str]:
@@ -378,6 +401,15 @@ def text(found: dict) -> str:
         lines.append("  none")
     if found["unknown_loops"]:
         lines.append(f"  {found['unknown_loops']} loop(s) of unknown length count once")
+    if found["kernels"]:
+        lines.append("kernels        ms of a step, share, runs, operations, utilisation")
+    for k in found["kernels"]:
+        lines.append(
+            f"  {known(k['seconds'], lambda v: f'{v * 1e3:.3f}'):>10}"
+            f" {known(k['share'], '{:.1%}'.format):>6} {k['runs']:>5,} {k['flops']:>10.3g}"
+            f" {known(k['utilisation'], '{:.2f}'.format):>5}  {k['kind']} {k['name']}"
+            f"  {k['source']}"
+        )
     took = found["compile_seconds"]
     shown = "{wall:.1f} s, CPU {cpu:.1f} s; tracing {trace:.1f} s".format(**took)
     lines.append(f"compile time   {shown}")

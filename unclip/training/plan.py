@@ -184,6 +184,7 @@ def make_plan(
     problems += no_network
     mesh = attempt(lambda: sharding.make_mesh(as_json(config.mesh), devices))
     rules = attempt(lambda: sharding_rules(config))
+    attempt(lambda: _check_layout(config))
     parts = {}
     for name in attempt(lambda: needs(config), ()):
         part = attempt(lambda name=name: frozen_part(config, name))
@@ -279,6 +280,20 @@ def sharding_rules(config: ConfigDict) -> sharding.Rules:
             "spec) such as \"(('/kernel$', 'fsdp'), ('.', 'replicate'))\""
         )
     return tuple(map(tuple, rules))
+
+
+def _check_layout(config: ConfigDict) -> None:
+    if tasks.task_class(config.stage, as_json(config.task)).splits_over_tensor:
+        return
+    given = [f"sharding={config.sharding}"] * (config.sharding == "tensor")
+    ways = config.mesh.get("tensor", 1)
+    given += [f"mesh.tensor={ways}"] * (ways not in (0, 1))
+    if given:
+        raise errors.ConfigError(
+            f"{' and '.join(given)}: the {config.stage}'s convolutions are not split over a tensor "
+            "axis, so its devices would all do the same work; expected --config.sharding=fsdp "
+            "--config.mesh.data=1 --config.mesh.fsdp=-1 --config.mesh.tensor=1"
+        )
 
 
 def _check_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
