@@ -124,6 +124,22 @@ def test_sharded_parameters_change_nothing(prepared, alone):
     np.testing.assert_allclose(got[0], alone("clip")[0], rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["decoder", "upsampler"])
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"sharding": "tensor"}, "sharding=tensor"),
+        ({"mesh.data": 1, "mesh.tensor": -1}, "mesh.tensor=-1"),
+    ],
+)
+def test_convolutions_are_not_split_over_tensor(name, change, said, tiny_config):
+    config = tiny_config(name)
+    config.update_from_flattened_dict(change)
+    problems = make_plan(config, shapes_only=True).problems
+    found = [str(problem) for problem in problems if said in str(problem)]
+    assert len(found) == 1 and "--config.sharding=fsdp" in found[0] and "\n" not in found[0]
+
+
 @pytest.mark.slow
 def test_accumulation_of_the_decoder(prepared, alone):
     """Two microbatches of four give the step of eight, on one device and on four."""
