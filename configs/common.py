@@ -185,6 +185,7 @@ def scale(config: ConfigDict, *, batch_size: int, total_steps: int) -> None:
     config.sharding = "fsdp"
     config.arch.dtype = "bfloat16"
     config.arch.remat = "nothing_saveable"
+    config.arch.attention_impl = "fused"
     # Half the compile time (docs/compile.md). Published weights are laid out unfolded.
     config.arch.fold = config.preset.startswith("paper")
 

@@ -19,6 +19,9 @@ MASKS = {
 }
 
 
+RUN = fused.Place(interpret=True)
+
+
 def reference(q, k, v, dy, mask):
     """The result and the gradients of q, k, v, float64."""
     logits = np.einsum("bthd,bshd->bhts", q, k) / np.sqrt(q.shape[-1])
@@ -49,10 +52,24 @@ def ours(q, k, v, dy, mask, dtype):
 
     @jax.jit
     def both(dy, *given):
-        y, back = jax.vjp(lambda *a: fused.attend(*a, mask, cut, interpret=True), *given)
+        y, back = jax.vjp(lambda *a: fused.attend(*a, mask, cut, RUN), *given)
         return y, *back(dy)
 
     return both(*(jnp.asarray(a, dtype) for a in (dy, q, k, v)))
+
+
+def as_on_a_tpu(monkeypatch):
+    """Runs the kernel by JAX where a TPU would; returns the shapes of the queries it is given."""
+    monkeypatch.setattr(tf, "_platform", lambda x: "tpu")
+    monkeypatch.setattr(fused, "Place", functools.partial(fused.Place, interpret=True))
+    kernel, seen = fused._kernel, []
+
+    def noted(cut, backward, interpret, bias, q, *rest):
+        seen.append(q.shape)
+        return kernel(cut, backward, interpret, bias, q, *rest)
+
+    monkeypatch.setattr(fused, "_kernel", noted)
+    return seen
 
 
 # Heads side by side in 128 lanes, across them, and of as many; more queries than a step has.
@@ -102,14 +119,7 @@ def test_sizes_without_a_cut():
 )
 def test_every_device_has_its_own_rows_and_heads(name, mesh, monkeypatch):
     """As on a TPU, but for the kernel being run by JAX."""
-    monkeypatch.setattr(tf, "_platform", lambda x: "tpu")
-    attend, seen = fused.attend, []
-
-    def interpreted(q, k, v, mask, cut):
-        seen.append(q.shape)
-        return attend(q, k, v, mask, cut, interpret=True)
-
-    monkeypatch.setattr(fused, "attend", interpreted)
+    seen = as_on_a_tpu(monkeypatch)
     mesh = sharding.make_mesh(mesh)
     rng, rows = np.random.default_rng(1), 8
     q, k, v = (rng.normal(size=(rows, 16, 8, 64)).astype(np.float32) for _ in range(3))
@@ -121,9 +131,33 @@ def test_every_device_has_its_own_rows_and_heads(name, mesh, monkeypatch):
     function = jax.jit(functools.partial(tf.attention, mask=mask, impl="fused"))
     got = function(put(q), put(k), put(v))
     ways = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
-    assert seen == [(rows // ways[0], 16, 8 // ways[1], 64)]
+    assert seen == [(rows // ways[0], 16, 8 // ways[1] * 64)]
     want = jax.nn.dot_product_attention(q, k, v, mask=mask)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["none", "by row", "for all rows"])
+def test_groups_are_rows_that_stay_on_their_devices(name, monkeypatch):
+    """CLIP's SAM looks at groups of rows under vmap, each with a gradient of its own."""
+    seen = as_on_a_tpu(monkeypatch)
+    mesh = sharding.make_mesh({"fsdp": 4}, jax.devices()[:4])
+    rng, groups = np.random.default_rng(2), 4
+    q, k, v = (rng.normal(size=(groups, 4, 8, 2, 64)).astype(np.float32) for _ in range(3))
+    mask = MASKS[name](rng, 8, 8)
+    if name == "by row":
+        mask[..., 0] = True
+        mask = np.tile(mask, (2, 1, 1, 1))
+    put = functools.partial(jax.device_put, device=sharding.batch_sharding(mesh))
+
+    def grads(attend):
+        loss = lambda *given: (attend(*given) ** 2).sum()
+        return jax.jit(jax.vmap(jax.grad(loss, argnums=(0, 1, 2))))(put(q), put(k), put(v))
+
+    got = grads(functools.partial(tf.attention, mask=mask, impl="fused"))
+    want = grads(functools.partial(jax.nn.dot_product_attention, mask=mask))
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    assert seen[-1] == (groups * 4 // 4, 8, 2 * 64)
 
 
 def test_other_platforms_do_as_xla():

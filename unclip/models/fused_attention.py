@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import PartitionSpec
 
 LANES = 128
 LOGITS = 256 * 1408  # float32 numbers of one head that a step holds, several times: 1.4 MiB
@@ -140,9 +141,19 @@ def _cycles(cut: Cut, keys: int, backward: bool) -> int:
     return round(240 + cut.heads * more + each * tiles * sum(columns))
 
 
-def _call(cut, given, bias, interpret, *, backward=False):
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where the work is: rows and heads are split over axes of a mesh, or nothing is."""
+
+    mesh: jax.sharding.AbstractMesh | None = None
+    rows: tuple[str, ...] = ()
+    heads: str | None = None
+    interpret: bool = False
+
+
+def _kernel(cut, backward, interpret, bias, *given):
     """A kernel over (row, heads, block of queries). given: queries, keys, values [B, T, H * D], and
-    to go back the result and its gradient; gives the result, or the gradients of the three."""
+    to go back the result and its gradient; gives [the result], or the gradients of the three."""
     kernel = _backward if backward else _forward
     products, queries_out, keys_out = (5, 1, 2) if backward else (2, 1, 0)
     q, k = given[:2]
@@ -157,14 +168,15 @@ def _call(cut, given, bias, interpret, *, backward=False):
         given = (*given[:3], bias, *given[3:])
     in_specs += [of_queries] * (len(given) - len(in_specs))
     logits = batch * queries * keys * lanes // cut.width
+    moved = queries * (1 + queries_out + 2 * backward) + keys * (2 + keys_out)
     grid = (batch, lanes // cut.lanes, queries // cut.rows)
     return pl.pallas_call(
         functools.partial(kernel, cut),
         grid=grid,
         in_specs=in_specs,
-        out_specs=[of_queries] * queries_out + [of_keys] * keys_out,
-        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype)] * queries_out
-        + [jax.ShapeDtypeStruct(k.shape, k.dtype)] * keys_out,
+        out_specs=(of_queries,) * queries_out + (of_keys,) * keys_out,
+        out_shape=(jax.ShapeDtypeStruct(q.shape, q.dtype),) * queries_out
+        + (jax.ShapeDtypeStruct(k.shape, k.dtype),) * keys_out,
         scratch_shapes=[pltpu.VMEM((cut.rows, cut.lanes), jnp.float32)] * queries_out
         + [pltpu.VMEM((keys, cut.lanes), jnp.float32)] * keys_out,
         compiler_params=pltpu.CompilerParams(
@@ -173,10 +185,7 @@ def _call(cut, given, bias, interpret, *, backward=False):
         cost_estimate=pl.CostEstimate(
             flops=2 * products * logits * cut.width,
             transcendentals=logits,
-            bytes_accessed=q.dtype.itemsize
-            * batch
-            * lanes
-            * (queries * (len(given) - 2 + queries_out) + keys * (2 + keys_out)),
+            bytes_accessed=q.dtype.itemsize * batch * lanes * moved,
         ),
         name="attention" + kernel.__name__,
         metadata={"cycles": str(math.prod(grid) * _cycles(cut, keys, backward))},
@@ -184,20 +193,50 @@ def _call(cut, given, bias, interpret, *, backward=False):
     )(*given)
 
 
+def _call(cut, place, backward, bias, *given):
+    """`_kernel` on every device. Under vmap the groups' rows are one batch, which stays where it
+    is: to split each group's rows over the mesh would move all of them."""
+    function = functools.partial(_kernel, cut, backward, place.interpret)
+    if place.mesh is not None:
+        spec = PartitionSpec(place.rows, None, place.heads)
+        own = PartitionSpec(place.rows if bias is not None and len(bias) > 1 else None)
+        function = jax.shard_map(
+            function,
+            mesh=place.mesh,
+            in_specs=(own, *[spec] * len(given)),
+            out_specs=(spec,) * (3 if backward else 1),
+            check_vma=False,
+        )
+    function = jax.custom_batching.custom_vmap(function)
+
+    @function.def_vmap
+    def _(size, batched, bias, *given):
+        whole = lambda x, own: x if own else jnp.broadcast_to(x, (size, *x.shape))
+        given = [whole(x, own) for x, own in zip(given, batched[1:])]
+        rows = given[0].shape[1]
+        one = lambda x: x.reshape(size * rows, *x.shape[2:])
+        if bias is not None and (batched[0] or len(bias) > 1):
+            bias = whole(bias, batched[0])
+            bias = one(jnp.broadcast_to(bias, (size, rows, *bias.shape[2:])))
+        out = _call(cut, place, backward, bias, *map(one, given))
+        return tuple(y.reshape(size, rows, *y.shape[1:]) for y in out), (True,) * len(out)
+
+    return function(bias, *given)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(cut, interpret, q, k, v, bias):
-    return _call(cut, (q, k, v), bias, interpret)[0]
+def _attend(cut, place, q, k, v, bias):
+    return _call(cut, place, False, bias, q, k, v)[0]
 
 
-def _attend_forward(cut, interpret, q, k, v, bias):
-    y = _attend(cut, interpret, q, k, v, bias)
+def _attend_forward(cut, place, q, k, v, bias):
+    y = _attend(cut, place, q, k, v, bias)
     return y, (q, k, v, bias, y)
 
 
-def _attend_backward(cut, interpret, kept, dy):
+def _attend_backward(cut, place, kept, dy):
     q, k, v, bias, y = kept
-    dq, dk, dv = _call(cut, (q, k, v, y, dy), bias, interpret, backward=True)
-    return dq, dk, dv, None
+    return *_call(cut, place, True, bias, q, k, v, y, dy), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -209,16 +248,15 @@ def attend(
     v: jax.Array,
     mask: jax.Array | None,
     cut: Cut,
-    *,
-    interpret: bool = False,
+    place: Place = Place(),
 ) -> jax.Array:
     """Scaled dot-product attention by the kernel, with a float32 softmax; it has a gradient.
 
     Args:
       q, k, v, mask: as of `transformer.attention`, the mask with four dimensions and one for all
-        heads. All of them are on one device.
-      cut: from `cut`.
-      interpret: run by JAX itself, on any device, for tests.
+        heads.
+      cut: from `cut`, for the heads of one device.
+      place: of the arrays; its axes must divide their rows and heads.
 
     Returns:
       [B, Tq, H, D] in q's dtype.
@@ -227,4 +265,4 @@ def attend(
     if mask is not None:
         bias = jnp.where(mask[:, 0], np.float32(0), np.float32(MASKED))
     flat = lambda x: x.reshape(*x.shape[:2], -1)
-    return _attend(cut, interpret, flat(q), flat(k), flat(v), bias).reshape(q.shape)
+    return _attend(cut, place, flat(q), flat(k), flat(v), bias).reshape(q.shape)

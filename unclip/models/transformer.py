@@ -157,14 +157,8 @@ def _fused(q, k, v, mask):
     cut = fused_attention.cut(q.shape[1], k.shape[1], q.shape[2] // ways[1], q.shape[3])
     if cut is None:
         return None
-    attend = partial(fused_attention.attend, cut=cut)
-    if math.prod(ways) == 1:
-        return attend(q, k, v, mask)
-    spec = PartitionSpec(rows, None, heads)
-    own = PartitionSpec(rows if mask is not None and mask.shape[0] > 1 else None)
-    given = (spec, spec, spec, own)
-    mapped = jax.shard_map(attend, mesh=mesh, in_specs=given, out_specs=spec, check_vma=False)
-    return mapped(q, k, v, mask)
+    mesh = mesh if math.prod(ways) > 1 else None
+    return fused_attention.attend(q, k, v, mask, cut, fused_attention.Place(mesh, rows, heads))
 
 
 LOGITS_AT_ONCE = 1 << 18  # float32 numbers: what a CPU's cache holds

@@ -22,7 +22,8 @@ from ml_collections import ConfigDict
 from unclip import errors, files
 from unclip.runtime import flops, hlo, sharding
 from unclip.runtime.flops import readable_bytes as _bytes
-from unclip.training.plan import make_plan
+from unclip.training import kept
+from unclip.training.plan import Plan, make_plan
 
 # generation -> (libtpu's name, its chip configuration, dimensions). A device is a chip: the two
 # cores of v4 and v5p work as one ("megacore").
@@ -191,7 +192,8 @@ def examine(
       "communication_seconds", "utilisation", "collectives" ({kind: {"count", "bytes"}}),
       "unknown_loops", "compile_seconds" ("trace", "wall", "cpu"), "kernels" (the `top` dearest:
       "name", "kind", "source", "runs", "seconds", "share" of all estimated seconds, "flops" and
-      "utilisation" of a chip), "problems". What the compiler does not tell is None.
+      "utilisation" of a chip), "advice" (what would be quicker and fit), "problems". What the
+      compiler does not tell is None.
 
     Raises:
       ConfigError: see `lower`; or the compiler has no such option.
@@ -244,7 +246,9 @@ def examine(
         out["fits"] = False
     else:
         _measure(out, memory, program, chip, top)
-    out["problems"] = _problems(out, config)
+    proposed = _remat(out, plan)
+    out["advice"] = _advice(out, config, proposed)
+    out["problems"] = _problems(out, config, proposed)
     return out
 
 
@@ -335,7 +339,35 @@ def _kernel(kernel: hlo.Kernel, cycles: int, clock: float | None, chip) -> dict:
     }
 
 
-def _problems(out: dict, config: ConfigDict) -> list[str]:
+SPARE = 0.95  # of a chip's memory, that a proposal counts on
+
+
+def _remat(out: dict, plan: Plan) -> str | None:
+    """The remat policy that the memory of a chip allows; None where it is not known, or is set."""
+    memory, limit = out["memory_per_chip"], out["devices"]["memory_bytes"]
+    used = memory.get("temporaries")
+    if out["step"] != "train" or not limit or used is None:
+        return None
+    spare = SPARE * limit - (memory.get("total", used) - used)
+    set_well = not plan.config.arch.remat if out["fits"] else plan.config.arch.remat == kept.POLICY
+    # No trace where what is free could not hold as much again as is in use.
+    if set_well or (out["fits"] and spare < 2 * used):
+        return None
+    proposed = kept.propose(plan, int(spare), used)
+    return None if proposed == plan.config.arch.remat else proposed
+
+
+def _advice(out: dict, config: ConfigDict, proposed: str | None) -> list[str]:
+    if proposed is None or not out["fits"]:
+        return []
+    free = out["devices"]["memory_bytes"] - out["memory_per_chip"]["total"]
+    return [
+        f"{_bytes(free)} of a chip stay free: --config.arch.remat={proposed} in place of "
+        f"{config.arch.remat} recomputes less"
+    ]
+
+
+def _problems(out: dict, config: ConfigDict, proposed: str | None) -> list[str]:
     """What stands in the way, each with the setting to change."""
     if out["fits"] is not False:
         return []
@@ -359,8 +391,8 @@ def _problems(out: dict, config: ConfigDict) -> list[str]:
         advice = advice if rows > 1 else "one row a chip is drawn already: a larger chip"
     elif config.arch.dtype == "float32":
         advice = "--config.arch.dtype=bfloat16"
-    elif not config.arch.remat:
-        advice = "--config.arch.remat=nothing_saveable"
+    elif proposed or not config.arch.remat:
+        advice = f"--config.arch.remat={proposed or kept.POLICY}"
     elif rows > 1:
         over = parts["temporaries"] / max(1, (limit or 1) - parts["arguments"])
         times = min(rows, 2 ** max(1, math.ceil(math.log2(max(over, 1)))))
@@ -413,4 +445,5 @@ def text(found: dict) -> str:
     took = found["compile_seconds"]
     shown = "{wall:.1f} s, CPU {cpu:.1f} s; tracing {trace:.1f} s".format(**took)
     lines.append(f"compile time   {shown}")
+    lines += [f"advice         {advice}" for advice in found["advice"]]
     return "\n".join(lines + [f"problem        {problem}" for problem in found["problems"]])
