@@ -83,7 +83,8 @@ def as_on_a_tpu(monkeypatch):
     ],
 )
 def test_results_and_gradients(queries, keys, heads, width, name, monkeypatch):
-    monkeypatch.setattr(fused, "LOGITS", 32 * 41)
+    monkeypatch.setattr(fused, "LOGITS", 16 * 41)
+    assert fused.cut(32, 41, 4, 32).rows == 16
     given = arrays(queries, keys, heads, width, name)
     for a, b in zip(ours(*given, jnp.float32), reference(*given), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
@@ -105,7 +106,9 @@ def test_a_query_that_may_attend_to_nothing_is_a_mean():
 
 def test_sizes_without_a_cut():
     assert fused.cut(16, 16, 3, 64) is None, "192 lanes are no columns of 128"
-    assert fused.cut(16, 16, 128, 72) is not None and fused.cut(16, 16, 128, 9) is None
+    assert fused.cut(16, 16, 16, 72) is not None and fused.cut(16, 16, 128, 9) is None
+    assert fused.cut(1, 576, 26, 64) is None, "one query, as codes are drawn"
+    assert fused.cut(64, 324, 32, 64).heads == 16, "small products, many heads a step"
     assert fused.cut(17, 10**6, 2, 64) is None, "no block of queries fits"
 
 
@@ -142,8 +145,8 @@ def test_groups_are_rows_that_stay_on_their_devices(name, monkeypatch):
     seen = as_on_a_tpu(monkeypatch)
     mesh = sharding.make_mesh({"fsdp": 4}, jax.devices()[:4])
     rng, groups = np.random.default_rng(2), 4
-    q, k, v = (rng.normal(size=(groups, 4, 8, 2, 64)).astype(np.float32) for _ in range(3))
-    mask = MASKS[name](rng, 8, 8)
+    q, k, v = (rng.normal(size=(groups, 4, 16, 2, 64)).astype(np.float32) for _ in range(3))
+    mask = MASKS[name](rng, 16, 16)
     if name == "by row":
         mask[..., 0] = True
         mask = np.tile(mask, (2, 1, 1, 1))
@@ -157,7 +160,7 @@ def test_groups_are_rows_that_stay_on_their_devices(name, monkeypatch):
     want = grads(functools.partial(jax.nn.dot_product_attention, mask=mask))
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
-    assert seen[-1] == (groups * 4 // 4, 8, 2 * 64)
+    assert seen[-1] == (groups * 4 // 4, 16, 2 * 64)
 
 
 def test_other_platforms_do_as_xla():

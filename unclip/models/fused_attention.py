@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec
 
 LANES = 128
 LOGITS = 256 * 1408  # float32 numbers of one head that a step holds, several times: 1.4 MiB
+HEADS = 16  # of a step at most, whose instructions are written one after another
 MASKED = -1e30  # added to a logit: finite, so that a row of nothing else is a mean
 
 
@@ -54,16 +55,16 @@ class Cut:
 
 
 def cut(queries: int, keys: int, heads: int, width: int) -> Cut | None:
-    """The cut for arrays of these sizes; None where the kernel has none."""
+    """The cut for arrays of these sizes; None where the kernel has none, or has nothing to gain."""
     least = math.lcm(width, LANES)
-    if heads * width % least or least // width > 16:
+    if heads * width % least or least // width > HEADS or queries < 16:
         return None
     whole = [queries] + [n for n in range(queries - queries % 16, 0, -16) if queries % n == 0]
     rows = next((n for n in whole if n * keys <= LOGITS), None)
     if rows is None:
         return None
     # More heads where the products are small, since a step has costs of its own.
-    more = max(1, LOGITS // (rows * keys * (least // width)))
+    more = max(1, min(LOGITS // (rows * keys), HEADS) // (least // width))
     times = max(n for n in range(1, more + 1) if heads * width // least % n == 0)
     return Cut(width, least * times, rows)
 
