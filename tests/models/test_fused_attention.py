@@ -99,7 +99,7 @@ def test_bfloat16_rounds_no_more_than_its_operands():
 
 def test_a_query_that_may_attend_to_nothing_is_a_mean():
     q, k, v, dy, _ = arrays(16, 24, 2, 64, "none")
-    y, *grads = ours(q, k, v, dy, np.zeros((1, 1, 1, 24), bool), jnp.float32)
+    y, *grads = ours(q, k, v, dy, np.zeros((1, 1, 1, 1), bool), jnp.float32)
     np.testing.assert_allclose(y, np.broadcast_to(v.mean(1)[:, None], y.shape), atol=1e-5)
     assert all(np.isfinite(g).all() for g in grads)
 
@@ -109,6 +109,8 @@ def test_sizes_without_a_cut():
     assert fused.cut(16, 16, 16, 72) is not None and fused.cut(16, 16, 128, 9) is None
     assert fused.cut(1, 576, 26, 64) is None, "one query, as codes are drawn"
     assert fused.cut(64, 324, 32, 64).heads == 16, "small products, many heads a step"
+    assert fused.cut(1024, 1284, 16, 64) == fused.Cut(64, lanes=128, rows=256)
+    assert fused.cut(4096, 4356, 8, 64) is None, "keys and their gradients do not fit"
     assert fused.cut(17, 10**6, 2, 64) is None, "no block of queries fits"
 
 

@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec
 
 LANES = 128
 LOGITS = 256 * 1408  # float32 numbers of one head that a step holds, several times: 1.4 MiB
+KEYS = 324 * 1024  # of a step, times its lanes: they, their gradients and sums take 24 bytes each
 HEADS = 16  # of a step at most, whose instructions are written one after another
 MASKED = -1e30  # added to a logit: finite, so that a row of nothing else is a mean
 
@@ -61,10 +62,10 @@ def cut(queries: int, keys: int, heads: int, width: int) -> Cut | None:
         return None
     whole = [queries] + [n for n in range(queries - queries % 16, 0, -16) if queries % n == 0]
     rows = next((n for n in whole if n * keys <= LOGITS), None)
-    if rows is None:
+    if rows is None or keys * least > KEYS:
         return None
     # More heads where the products are small, since a step has costs of its own.
-    more = max(1, min(LOGITS // (rows * keys), HEADS) // (least // width))
+    more = max(1, min(LOGITS // (rows * keys), HEADS, KEYS // (keys * width)) // (least // width))
     times = max(n for n in range(1, more + 1) if heads * width // least % n == 0)
     return Cut(width, least * times, rows)
 
@@ -265,5 +266,6 @@ def attend(
     bias = None
     if mask is not None:
         bias = jnp.where(mask[:, 0], np.float32(0), np.float32(MASKED))
+        bias = jnp.broadcast_to(bias, (*bias.shape[:2], k.shape[1]))
     flat = lambda x: x.reshape(*x.shape[:2], -1)
     return _attend(cut, place, flat(q), flat(k), flat(v), bias).reshape(q.shape)
