@@ -383,3 +383,12 @@ def test_operations_are_those_whatever_runs_attention(tiny_config):
     plain = make_plan(tiny_config("decoder", fields), shapes_only=True)
     cudnn = fields | {"arch.attention_impl": "cudnn"}
     assert make_plan(tiny_config("decoder", cudnn), shapes_only=True).flops() == plain.flops() > 0
+
+
+def test_a_preset_of_a_frozen_part_takes_the_fused_attention(tiny_config):
+    impls = {}
+    for impl in ("xla", "fused"):
+        config = tiny_config("prior", {"arch.attention_impl": impl})
+        frozen = make_plan(config, shapes_only=True).parts["clip"]
+        impls[impl] = frozen.arch.get("attention_impl", "xla")
+    assert impls == {"xla": "xla", "fused": "fused"}

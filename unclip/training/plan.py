@@ -328,7 +328,8 @@ def needs(config: ConfigDict) -> tuple[str, ...]:
 def frozen_part(config: ConfigDict, name: str) -> bundle.Part:
     """The frozen part "clip" or "t5" of a config; parameters None for the preset's shapes.
 
-    T5 computes in the config's dtype, whatever it was saved with.
+    T5 computes in the config's dtype, whatever it was saved with. A preset's attention is fused
+    where the stage's is.
 
     Raises:
       ConfigError: the path holds no such part, or an unknown preset; DataError: it cannot be read.
@@ -338,7 +339,8 @@ def frozen_part(config: ConfigDict, name: str) -> bundle.Part:
         preset, presets = config[f"{name}_preset"], FROZEN_PRESETS[name]
         if preset not in presets:
             raise errors.unknown(f"{name}_preset", preset, presets)
-        return bundle.Part(name, own | presets[preset], None)
+        fused = {"attention_impl": "fused"} if config.arch.get("attention_impl") == "fused" else {}
+        return bundle.Part(name, own | fused | presets[preset], None)
     part = runs.open_part(config[name], name)
     return dataclasses.replace(part, arch=part.arch | own) if name == "t5" else part
 
