@@ -185,7 +185,7 @@ def test_softmax_is_float32_under_bf16():
 
 def test_bad_names_name_the_choices(x):
     q = jnp.ones((1, 2, 1, 8))
-    with pytest.raises(ConfigError, match=r"'flash'.*cudnn, xla"):
+    with pytest.raises(ConfigError, match=r"'flash'.*cudnn, fused, xla"):
         tf.attention(q, q, q, impl="flash")
     with pytest.raises(ConfigError, match=r"cudnn.*float32.*bfloat16"):
         tf.attention(q, q, q, impl="cudnn")
@@ -193,9 +193,24 @@ def test_bad_names_name_the_choices(x):
         tf.activation_fn("gelu_tahn")
     with pytest.raises(ConfigError, match="did you mean 'dots_saveable'"):
         tf.remat_policy("dot_saveable")
+    with pytest.raises(ConfigError, match="did you mean 'dots_saveable'"):
+        tf.remat_policy("residual=full,attention=dot_saveable", "residual")
+    with pytest.raises(ConfigError, match=r"kind of block.*'resdual'.*did you mean 'residual'"):
+        tf.remat_policy("resdual=full")
+    with pytest.raises(ConfigError, match=r"kind of block.*'full'"):
+        tf.remat_policy("full,residual=full")
     with pytest.raises(ConfigError, match="width 16 does not divide into 3 heads"):
         make(heads=3).init(jax.random.key(0), x)
     assert tf.remat_policy(None) is None
+
+
+def test_a_remat_policy_by_kind():
+    both = "residual=full, text=save_attention"
+    assert tf.remat_policy(both, "residual") is tf.REMAT_POLICIES["full"]
+    assert tf.remat_policy(both, "text") is tf.REMAT_POLICIES["save_attention"]
+    assert tf.remat_policy(both, "attention") is None
+    for kind in tf.REMAT_KINDS:
+        assert tf.remat_policy("full", kind) is tf.REMAT_POLICIES["full"]
 
 
 def test_causal_mask_hides_the_future(params, x):

@@ -311,6 +311,30 @@ def test_remat_alone_changes_no_gradient(value_and_grad, small_params, batch):
     assert_same(value_and_grad(**SMALL)(small_params, batch), loss, y, grads)
 
 
+@pytest.mark.parametrize(
+    "remat, fold", [("residual=full", False), ("attention=full", True), ("text=full", False)]
+)
+def test_remat_of_one_kind_of_block(value_and_grad, small_params, batch, remat, fold):
+    """Convolutions are recomputed in residual blocks alone, a softmax in attention alone."""
+    params = unet.fold_params(small_params) if fold else small_params
+    program = jax.make_jaxpr(value_and_grad(**SMALL, fold=fold, remat=remat))(params, batch).jaxpr
+    inside, outside = set(), set()
+
+    def look(jaxpr, found):
+        for equation in jaxpr.eqns:
+            name = equation.primitive.name
+            found.add(name)
+            again = inside if name.startswith(("remat", "checkpoint")) else found
+            for value in equation.params.values():
+                inner = getattr(value, "jaxpr", value)
+                if hasattr(inner, "eqns"):
+                    look(inner, again)
+
+    look(program, outside)
+    assert ("conv_general_dilated" in inside) == (remat == "residual=full")
+    assert ("reduce_max" in inside or "custom_vjp_call" in inside) == (remat == "attention=full")
+
+
 def assert_same(plain, loss, y, grads):
     (loss_0, y_0), grads_0 = plain
     np.testing.assert_allclose(loss, loss_0, rtol=1e-4)

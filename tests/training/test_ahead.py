@@ -83,6 +83,51 @@ def test_collectives_count_as_often_as_their_loops_run():
     assert found.unknown_loops == 1
 
 
+KERNELS = """HloModule jit_step
+
+%product (a: bf16[8,16], b: bf16[16,4]) -> bf16[8,4] {
+  %a = bf16[8,16]{1,0} parameter(0)
+  %b = bf16[16,4]{1,0} parameter(1)
+  ROOT %convolution.1 = bf16[8,4]{1,0} convolution(%a, %b), dim_labels=bf_io->bf
+}
+
+ENTRY %main (a.1: bf16[8,16], b.1: bf16[16,4]) -> bf16[8,4] {
+  %a.1 = bf16[8,16]{1,0} parameter(0)
+  %b.1 = bf16[16,4]{1,0} parameter(1)
+  %copy.1 = bf16[16,4]{1,0} copy(%b.1), CYCLES(900)
+  %says.1 = bf16[16,4]{1,0} custom-call(%copy.1), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"cycles":"600"
+}}, metadata={op_name="jit(step)/says"}, backend_config={"cost_estimate":{"flops":"40"}}
+  %free.1 = bf16[16,4]{1,0} custom-call(%says.1), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"cost_estimate":{"bytes_accessed":"5000","flops":"16000"}}}
+  %other.1 = bf16[16,4]{1,0} custom-call(%free.1), custom_call_target="Sharding"
+  ROOT %fusion.1 = bf16[8,4]{1,0} fusion(%a.1, %other.1), calls=%product, metadata={op_name="jit(step)/fc"}, CYCLES(1000)
+}
+"""  # noqa: E501
+KERNELS = re.sub(r"CYCLES\((\d+)\)", CYCLES, KERNELS)
+
+
+def test_custom_kernels_count_as_they_say_and_come_first():
+    """One that says its cycles, of one of two cores; one by the dearer of operations and bytes."""
+    found = hlo.summarise(KERNELS, hlo.Chip(flops=100, bytes=10, cores=2))
+    product = 2 * 8 * 16 * 4
+    assert found.kernels == (
+        hlo.Kernel("free.1", "custom", "", 1, 500, 16000),
+        hlo.Kernel("says.1", "custom", "jit(step)/says", 1, 300, 40),
+        hlo.Kernel("fusion.1", "fusion", "jit(step)/fc", 1, 1000, product),
+        hlo.Kernel("copy.1", "copy", "", 1, 900, 0),
+    )
+    assert found.cycles == 500 + 300 + 1000 + 900
+    assert found.flops == 16000 + 40 + product
+    unknown = hlo.summarise(KERNELS)
+    assert unknown.cycles == 600 + 1900 and unknown.flops == found.flops
+
+
+def test_kernels_count_as_often_as_their_loops_run():
+    fusion, copy = hlo.summarise(PROGRAM).kernels
+    assert fusion == hlo.Kernel("fusion.1", "fusion", "", 15, 15 * 100, 15 * 2 * 8 * 16 * 4)
+    assert copy == hlo.Kernel("g", "copy", "", 1, 7, 0)
+
+
 def test_bytes_of_shapes():
     assert hlo.shape_bytes("bf16[2,8]{1,0:T(8,128)(2,1)S(1)}") == [32]
     assert hlo.shape_bytes("(f32[3]{0}, /*index=1*/pred[], (s4[5], f8e4m3fn[4]))") == [12, 1, 3, 4]
@@ -214,7 +259,8 @@ def config(changes, module=upsampler):
     return made
 small, fsdp = json.loads(sys.argv[1]), {"mesh.data": 1, "mesh.fsdp": -1, "sharding": "fsdp"}
 devices = jax.devices()
-out["fsdp"] = verb.examine(config(small | fsdp | {"batch_size": 64}), devices)
+wide = small | fsdp | {"batch_size": 64, "arch.remat": "residual=full"}
+out["fsdp"] = verb.examine(config(wide), devices, top=3, hbm=2**33)
 out["text"] = verb.text(out["fsdp"])
 out["one"] = verb.examine(config(small | {"batch_size": 1}), devices[:1], hbm=2**20)
 large = {"batch_size": 2048, "arch.dtype": "bfloat16"}
@@ -242,7 +288,7 @@ print(json.dumps(out))
 """
 
 
-def run(*arguments, timeout=120):
+def run(*arguments, timeout=400):
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,
@@ -286,11 +332,16 @@ def test_the_report(found):
         "collectives",
         "unknown_loops",
         "compile_seconds",
+        "kernels",
+        "advice",
         "problems",
     }
     assert report["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1}
     assert report["rows"] == 64 and report["devices"]["count"] == 8
-    assert report["fits"] is None and report["problems"] == []  # a CPU's memory is not known
+    assert report["fits"] and report["problems"] == []
+    assert "--config.arch.remat= in place of residual=full" in report["advice"][0]
+    assert len(report["kernels"]) == 3 and report["kernels"][0]["flops"] > 0
+    assert report["kernels"][0]["seconds"] is None  # a CPU's clock is not known
     assert 0.5 < report["flops"]["compiled"] / report["flops"]["model"] < 2
     assert set(report["compile_seconds"]) == {"trace", "wall", "cpu"}
     for word in ("all-gather", "utilisation", "temporaries", "upsampler, preset emoji, train step"):

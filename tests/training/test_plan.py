@@ -124,6 +124,22 @@ def test_sharded_parameters_change_nothing(prepared, alone):
     np.testing.assert_allclose(got[0], alone("clip")[0], rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["decoder", "upsampler"])
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"sharding": "tensor"}, "sharding=tensor"),
+        ({"mesh.data": 1, "mesh.tensor": -1}, "mesh.tensor=-1"),
+    ],
+)
+def test_convolutions_are_not_split_over_tensor(name, change, said, tiny_config):
+    config = tiny_config(name)
+    config.update_from_flattened_dict(change)
+    problems = make_plan(config, shapes_only=True).problems
+    found = [str(problem) for problem in problems if said in str(problem)]
+    assert len(found) == 1 and "--config.sharding=fsdp" in found[0] and "\n" not in found[0]
+
+
 @pytest.mark.slow
 def test_accumulation_of_the_decoder(prepared, alone):
     """Two microbatches of four give the step of eight, on one device and on four."""
@@ -367,3 +383,12 @@ def test_operations_are_those_whatever_runs_attention(tiny_config):
     plain = make_plan(tiny_config("decoder", fields), shapes_only=True)
     cudnn = fields | {"arch.attention_impl": "cudnn"}
     assert make_plan(tiny_config("decoder", cudnn), shapes_only=True).flops() == plain.flops() > 0
+
+
+def test_a_preset_of_a_frozen_part_takes_the_fused_attention(tiny_config):
+    impls = {}
+    for impl in ("xla", "fused"):
+        config = tiny_config("prior", {"arch.attention_impl": impl})
+        frozen = make_plan(config, shapes_only=True).parts["clip"]
+        impls[impl] = frozen.arch.get("attention_impl", "xla")
+    assert impls == {"xla": "xla", "fused": "fused"}

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip.errors import ConfigError, unknown
-from unclip.models.transformer import ATTENTION_IMPLS, beside, remat_policy
+from unclip.models.transformer import ATTENTION_IMPLS, beside, recomputed
 
 ACTIVATIONS = {"relu": jax.nn.relu, "gelu_tanh": partial(jax.nn.gelu, approximate=True)}
 
@@ -107,11 +107,13 @@ class Attention(nn.Module):
             dense(inner, kernel_init=normal(std), name=name)(x).reshape(shape)
             for name, std in stds.items()
         )
-        if self.attention_impl == "cudnn":  # it takes a bias only in the dtype of the scores
+        # The fused kernel takes no bias.
+        implementation = "cudnn" if self.attention_impl == "cudnn" else "xla"
+        if implementation == "cudnn":  # it takes a bias only in the dtype of the scores
             bias = bias.astype(q.dtype)
             mask = jnp.broadcast_to(mask, (x.shape[0], self.heads, x.shape[1], x.shape[1]))
         y = jax.nn.dot_product_attention(
-            q, k, v, bias, mask, scale=1.0, implementation=self.attention_impl
+            q, k, v, bias, mask, scale=1.0, implementation=implementation
         )
         y = y.reshape(*x.shape[:-1], inner)
         return dense(width, kernel_init=normal(inner**-0.5), name="out")(y)
@@ -225,10 +227,7 @@ class T5Encoder(nn.Module):
         index = buckets(tokens.shape[1], self.relative_buckets, self.relative_max)
         bias = table(jnp.asarray(index)).transpose(2, 0, 1)[None]
         mask = mask.astype(bool)[:, None, None, :]
-        policy = remat_policy(self.remat)
-        block = Block
-        if policy is not None:
-            block = nn.remat(Block, policy=policy, prevent_cse=not self.fold)
+        block = recomputed(Block, remat=self.remat, kind="text", prevent_cse=not self.fold)
         fields = dict(
             heads=self.heads,
             head_dim=self.head_dim,

@@ -26,7 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from unclip.errors import ConfigError, unknown
 
-ATTENTION_IMPLS = ("xla", "cudnn")
+ATTENTION_IMPLS = ("xla", "fused", "cudnn")
 BATCH_AXES = ("data", "fsdp")  # mesh axes over which rows are split, see `runtime.sharding`
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -44,23 +44,45 @@ REMAT_POLICIES = {
     "save_attention": jax.checkpoint_policies.save_only_these_names("attention"),
 }
 
+REMAT_KINDS = ("attention", "residual", "text")
+
 _BLOCK_PARTS = {"ln_1", "attn", "ln_2", "mlp"}
 
 
-def remat_policy(name: str | None) -> Callable[..., bool] | None:
+def remat_policy(remat: str | None, kind: str = "text") -> Callable[..., bool] | None:
     """What a rematerialised block may keep for the backward pass, by name.
 
     "full" and "nothing_saveable" recompute everything; "save_attention" keeps the values named
-    "attention" (each attention's output before its last projection). None stays None: no remat.
+    "attention" (each attention's output before its last projection).
+
+    Args:
+      remat: one policy for every block, or one a kind, as "residual=full,text=save_attention";
+        blocks of a kind that is not named keep everything, as all do where remat is None or "".
+      kind: "attention" and "residual" are the U-Net's blocks, "text" is every transformer's.
+
+    Returns:
+      The policy, None for no remat.
 
     Raises:
-      ConfigError: the name is not in `REMAT_POLICIES`.
+      ConfigError: a policy is not in `REMAT_POLICIES`, or a kind not in `REMAT_KINDS`; also where
+        it is another kind's.
     """
-    if name is None:
+    if not remat:
         return None
-    if name not in REMAT_POLICIES:
-        raise unknown("remat policy", name, REMAT_POLICIES)
-    return REMAT_POLICIES[name]
+    named = [part.rpartition("=")[::2] for part in remat.split(",")]
+    for name, policy in named:
+        if name.strip() not in REMAT_KINDS and (name or len(named) > 1):
+            raise unknown("kind of block of a remat policy", name or policy, REMAT_KINDS)
+        if policy.strip() not in REMAT_POLICIES:
+            raise unknown("remat policy", policy, REMAT_POLICIES)
+    found = {name.strip(): REMAT_POLICIES[policy.strip()] for name, policy in named}
+    return found.get(kind, found.get(""))
+
+
+def recomputed(block: type, *, remat: str | None, kind: str, prevent_cse: bool) -> type:
+    """A block's class, under `nn.remat` if `remat_policy` says so."""
+    policy = remat_policy(remat, kind)
+    return block if policy is None else nn.remat(block, policy=policy, prevent_cse=prevent_cse)
 
 
 def activation_fn(name: str) -> Callable[[jax.Array], jax.Array]:
@@ -89,7 +111,9 @@ def attention(
       k, v: [B, Tk, H, D], same dtype as q.
       mask: bool, broadcastable to [B, H, Tq, Tk]; True = may attend. A row with no True gives
         the mean over all keys, which is finite; the caller must ignore it.
-      impl: "xla", or "cudnn" (NVIDIA GPUs; q, k, v in bfloat16 or float16).
+      impl: "xla"; "fused", which on TPUs is the kernel of `fused_attention` for all arrays that it
+        takes and everywhere else as "xla"; or "cudnn" (NVIDIA GPUs; q, k, v in bfloat16 or
+        float16).
 
     Returns:
       [B, Tq, H, D] in q's dtype.
@@ -108,9 +132,33 @@ def attention(
         mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
         if impl == "cudnn":  # its own broadcasting of masks fails (jax-ml/jax#28974)
             mask = jnp.broadcast_to(mask, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
+    if impl == "fused":
+        y = _fused(q, k, v, mask) if _platform(q) == "tpu" else None
+        if y is not None:
+            return y
+        impl = "xla"
     if impl == "xla" and _platform(q) == "cpu":
         return attention_by_heads(q, k, v, mask)
     return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=impl)
+
+
+def _fused(q, k, v, mask):
+    """`attention` by the kernel for TPUs, on each device its own rows and heads; the mask with four
+    dimensions. None where the kernel does not take such arrays."""
+    from unclip.models import fused_attention  # imports Pallas, which others need not wait for
+
+    mesh = _mesh(q)
+    rows = tuple(name for name in BATCH_AXES if mesh.shape.get(name, 1) > 1)
+    heads = "tensor" if mesh.shape.get("tensor", 1) > 1 else None
+    ways = math.prod(mesh.shape[name] for name in rows), mesh.shape.get(heads, 1)
+    one_for_all = mask is None or mask.shape[1] == 1
+    if q.shape[0] % ways[0] or q.shape[2] % ways[1] or not one_for_all:
+        return None
+    cut = fused_attention.cut(q.shape[1], k.shape[1], q.shape[2] // ways[1], q.shape[3])
+    if cut is None:
+        return None
+    mesh = mesh if math.prod(ways) > 1 else None
+    return fused_attention.attend(q, k, v, mask, cut, fused_attention.Place(mesh, rows, heads))
 
 
 LOGITS_AT_ONCE = 1 << 18  # float32 numbers: what a CPU's cache holds
@@ -472,9 +520,10 @@ class Transformer(nn.Module):
     """A stack of `layers` blocks, with no embedding before it and no norm after it.
 
     Fields: `width` must divide by `heads`; the hidden width of the MLPs is `mlp_width`, or
-    `mlp_ratio` x width where that is None; `remat` names a policy (`remat_policy`); `fold` scans
-    over the blocks. Weights start as CLIP's do: normal with deviation width^-1/2 (queries, keys,
-    values), (2 width)^-1/2 (fc) and (2 layers width)^-1/2 (both residual outputs); biases 0.
+    `mlp_ratio` x width where that is None; `remat` names what is recomputed (`remat_policy`);
+    `fold` scans over the blocks. Weights start as CLIP's do: normal with deviation width^-1/2
+    (queries, keys, values), (2 width)^-1/2 (fc) and (2 layers width)^-1/2 (both residual outputs);
+    biases 0.
     """
 
     width: int
@@ -510,11 +559,9 @@ class Transformer(nn.Module):
                 f"transformer width {self.width} does not divide into {self.heads} heads; "
                 f"expected a multiple of {self.heads}"
             )
-        policy, cached = remat_policy(self.remat), cache is not None
+        cached = cache is not None
         # Under scan the loop itself keeps XLA from merging the recomputation with the forward.
-        block = Block
-        if policy is not None:
-            block = nn.remat(Block, policy=policy, prevent_cse=not self.fold)
+        block = recomputed(Block, remat=self.remat, kind="text", prevent_cse=not self.fold)
         fields = dict(
             width=self.width,
             heads=self.heads,

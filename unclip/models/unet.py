@@ -21,6 +21,7 @@ translate whole parameter trees.
 
 import dataclasses
 import re
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -36,7 +37,7 @@ from unclip.models.transformer import (
     gather_dtype,
     keep_rows,
     over_rows,
-    remat_policy,
+    recomputed,
     stack_blocks,
     timestep_embedding,
     unstack_blocks,
@@ -233,20 +234,21 @@ class AttentionBlock(nn.Module):
             )
         positions = height * width
 
-        def heads(name, tokens):
-            y = _dense(style, channels, name)(tokens)
-            return y.reshape(batch, tokens.shape[1], channels // style.head_dim, style.head_dim)
+        def heads(y):
+            return y.reshape(batch, y.shape[1], channels // style.head_dim, style.head_dim)
 
+        dense = lambda name, tokens: _dense(style, channels, name)(tokens)
         tokens = Norm(style, name="norm")(x).reshape(batch, positions, channels)
-        q, k, v = (heads(name, tokens) for name in ("q", "k", "v"))
+        q, k, v = (dense(name, tokens) for name in ("q", "k", "v"))
         mask = None
-        if reads.context is not None:
-            k = jnp.concatenate([heads("context_k", reads.context), k], axis=1)
-            v = jnp.concatenate([heads("context_v", reads.context), v], axis=1)
+        if reads.context is not None:  # before heads are told apart: less is moved on TPUs
+            k = jnp.concatenate([dense("context_k", reads.context), k], axis=1)
+            v = jnp.concatenate([dense("context_v", reads.context), v], axis=1)
             if reads.mask is not None:
                 mask = jnp.pad(reads.mask, ((0, 0), (0, positions)), constant_values=True)
                 mask = mask[:, None, None, :]
-        y = attention(q, k, v, mask, impl=style.attention_impl).reshape(x.shape)
+        y = attention(heads(q), heads(k), heads(v), mask, impl=style.attention_impl)
+        y = y.reshape(x.shape)
         y = checkpoint_name(y, "attention")
         zeros = nn.initializers.zeros
         y = _dense(style, channels, "out", kernel_init=zeros)(y)
@@ -255,11 +257,9 @@ class AttentionBlock(nn.Module):
 
 def _blocks(style, scanned=False):
     """ResBlock and AttentionBlock, recomputed in the backward pass where `remat` says so."""
-    if style.remat is None:
-        return ResBlock, AttentionBlock
     # Inside a scan the loop itself keeps XLA from merging the recomputation with the forward.
-    wrap = {"policy": remat_policy(style.remat), "prevent_cse": not scanned}
-    return nn.remat(ResBlock, **wrap), nn.remat(AttentionBlock, **wrap)
+    wrap = partial(recomputed, remat=style.remat, prevent_cse=not scanned)
+    return wrap(ResBlock, kind="residual"), wrap(AttentionBlock, kind="attention")
 
 
 class _Step(nn.Module):
@@ -398,10 +398,10 @@ class UNet(nn.Module):
       patch: pictures enter and leave as patch×patch blocks folded into channels; published: 1.
       dtype: compute type; parameters, statistics, softmax, the time embedding with its scales and
         shifts, the last convolution and the result are float32.
-      remat: name of a rematerialisation policy for every block, or None.
+      remat: what blocks recompute, as `transformer.remat_policy` reads it, or None.
       fold: scan over runs of equal blocks; see the module docstring. Not for CPUs, where XLA's
         convolutions are many times slower inside a loop.
-      attention_impl: "xla" or "cudnn".
+      attention_impl: "xla", "fused" or "cudnn", see `transformer.attention`.
     """
 
     channels: int = 320

@@ -38,20 +38,21 @@ _CHIPS: tuple[tuple[str, float, int], ...] = (
 )
 
 
-# (substring of device_kind, clock in Hz, bytes/s of all links to neighbouring chips together), for
-# reading the TPU compiler's estimates. The clock is the one at which its matrix units make _CHIPS'
-# peak; links are the maker's figures.
-_TIMING: tuple[tuple[str, float, float], ...] = (
-    ("tpu v4 lite", 1.05e9, 0.0),
-    ("tpu v4", 1.05e9, 300e9),
-    ("tpu v5 lite", 1.5e9, 200e9),
-    ("tpu v5e", 1.5e9, 200e9),
-    ("tpu v5", 1.75e9, 600e9),
-    ("tpu v6", 1.75e9, 448e9),
+# (substring of device_kind, clock in Hz, bytes/s of all links to neighbouring chips together,
+# bytes/s of its memory, cores that work as one device), for reading the TPU compiler's estimates.
+# The clock is the one at which its matrix units make _CHIPS' peak; the rest are the maker's
+# figures.
+_TIMING: tuple[tuple[str, float, float, float, int], ...] = (
+    ("tpu v4 lite", 1.05e9, 0.0, 614e9, 1),
+    ("tpu v4", 1.05e9, 300e9, 1228e9, 2),
+    ("tpu v5 lite", 1.5e9, 200e9, 819e9, 1),
+    ("tpu v5e", 1.5e9, 200e9, 819e9, 1),
+    ("tpu v5", 1.75e9, 600e9, 2765e9, 2),
+    ("tpu v6", 1.75e9, 448e9, 1640e9, 1),
 )
 
 
-def _timing(device: Any) -> tuple[str, float, float] | None:
+def _timing(device: Any) -> tuple[str, float, float, float, int] | None:
     kind = device if isinstance(device, str) else device.device_kind
     return next((chip for chip in _TIMING if chip[0] in kind.lower()), None)
 
@@ -66,6 +67,13 @@ def chip_links(device: Any) -> float | None:
     """Bytes per second between a TPU chip and its neighbours, all links together; None: unknown."""
     found = _timing(device)
     return (found[2] or None) if found else None
+
+
+def chip_cycle(device: Any) -> tuple[float, float, int] | None:
+    """(operations, bytes of memory) a TPU does in a cycle at most, and its cores; None: unknown."""
+    found = _timing(device)
+    peak = chip_peak(device)
+    return (peak / found[1], found[3] / found[1], found[4]) if found and peak else None
 
 
 def _chip(device: Any) -> tuple[str, float, int] | None:

@@ -34,6 +34,8 @@ _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\s*\{"n":\s*"?(\d+)')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _CHANNEL = re.compile(r"\bchannel_id=(\d+)")
+_SOURCE = re.compile(r'\bop_name="([^"]*)"')
+_COST = re.compile(r'"cost_estimate":\{([^}]*)\}')
 
 
 class Instruction(NamedTuple):
@@ -63,13 +65,42 @@ class Collective(NamedTuple):
     bytes: int
 
 
+class Chip(NamedTuple):
+    """What turns a custom kernel's own estimate into cycles of a device.
+
+    flops, bytes: at most in a cycle, of its matrix units and of its memory.
+    cores: how many share the steps of a kernel, each with half of `flops` where they are two.
+    """
+
+    flops: float
+    bytes: float
+    cores: int
+
+
+class Kernel(NamedTuple):
+    """An instruction that computes something, with all that it calls.
+
+    kind: its opcode, "custom" for a kernel of Pallas; source: what it was traced from.
+    runs: how often in a step; cycles and flops: of all runs together, as of `Summary`.
+    """
+
+    name: str
+    kind: str
+    source: str
+    runs: int
+    cycles: int
+    flops: int
+
+
 class Summary(NamedTuple):
     """What one run of the program does on one device.
 
     collectives: {kind: Collective}, kinds that occur.
     flops: of matrix products and convolutions, a multiplication and an addition counting two;
-      padding does not count.
+      padding does not count. Of custom kernels: as they say themselves.
     cycles: the TPU compiler's estimate, all instructions one after another; 0 where it gives none.
+      Of custom kernels: see `_custom`.
+    kernels: custom ones first, each group's dearest first.
     unknown_loops: how many loops have no known trip count; they are counted as running once.
     """
 
@@ -77,6 +108,7 @@ class Summary(NamedTuple):
     flops: int
     cycles: int
     unknown_loops: int
+    kernels: tuple[Kernel, ...]
 
 
 def parse(text: str) -> Program:
@@ -94,6 +126,8 @@ def parse(text: str) -> Program:
             continue
         match = _INSTRUCTION.match(line) if current is not None else None
         if match is None:
+            if current and line.strip() != "}":  # an attribute may hold a text of several lines
+                current[-1] = current[-1]._replace(rest=f"{current[-1].rest} {line.strip()}")
             continue
         shape, rest = _split_shape(match[3])
         opcode, _, rest = rest.partition("(")
@@ -233,25 +267,58 @@ def _hits(given: int, kernel: int, made: int, stride: int, low: int, dilate: int
     )
 
 
-def summarise(text: str) -> Summary:
-    """Collectives, estimated cycles and loops of `compiled.as_text()`.
+def _custom(rest: str, chip: Chip | None) -> tuple[int, int]:
+    """(cycles, operations) of a custom kernel, by what it says of itself.
+
+    The compiler estimates none. A kernel that knows its schedule names the cycles of all its steps
+    on one core ("cycles" of its metadata); of another only the least is known: what its
+    `cost_estimate` takes at the peak of the chip.
+    """
+    cost = _COST.search(rest)
+    said = dict(re.findall(r'"(\w+)":"?(\d+)', cost[1])) if cost else {}
+    flops = int(said.get("flops", 0))
+    known = re.search(r'kernel_metadata=\{[^}]*"cycles":"(\d+)"', rest)
+    if known:
+        return int(known[1]) // (chip.cores if chip else 1), flops
+    if chip is None:
+        return 0, flops
+    least = max(flops / chip.flops, int(said.get("bytes_accessed", 0)) / chip.bytes)
+    return math.ceil(least), flops
+
+
+def summarise(text: str, chip: Chip | None = None) -> Summary:
+    """Collectives, estimated cycles, kernels and loops of `compiled.as_text()`.
 
     An asynchronous collective counts once, at its start; one that the TPU compiler has spread over
     several fusions counts once too, by its channel.
+
+    Args:
+      chip: what runs it, for custom kernels.
     """
     program = parse(text)
     times_run, unknown = runs(program)
     counts, sizes, cycles, flops = Counter(), Counter(), 0, 0
     channels: set[tuple[str, str]] = set()
+    found, fused, within = [], set(), {}
     for name, instructions in program.computations.items():
         times = times_run.get(name, 0)
         if not times:
             continue
         shapes = {instruction.name: instruction.shape for instruction in instructions}
+        within[name] = 0
         for instruction in instructions:
-            estimate = _CYCLES.search(instruction.rest)
-            cycles += times * int(estimate[1]) if estimate else 0
-            flops += times * _product_flops(instruction, shapes)
+            if '"tpu_custom_call"' in instruction.rest:
+                own, operations = _custom(instruction.rest, chip)
+            else:
+                estimate = _CYCLES.search(instruction.rest)
+                own = int(estimate[1]) if estimate else 0
+                operations = _product_flops(instruction, shapes)
+            cycles += times * own
+            flops += times * operations
+            within[name] += operations
+            if instruction.opcode == "fusion":
+                fused |= {callee for _, callee in _CALLED.findall(instruction.rest)}
+            found.append((name, instruction, own, operations))
             kind = instruction.opcode.removesuffix("-start")
             if kind not in KINDS:
                 continue
@@ -267,8 +334,25 @@ def summarise(text: str) -> Summary:
                 result = result[len(result) // 2 :]
             counts[kind] += times
             sizes[kind] += times * max(given, sum(result))
-    found = {kind: Collective(counts[kind], sizes[kind]) for kind in KINDS if counts[kind]}
-    return Summary(found, flops, cycles, unknown)
+    collectives = {kind: Collective(counts[kind], sizes[kind]) for kind in KINDS if counts[kind]}
+    kernels = []
+    for name, instruction, own, operations in found:
+        if instruction.opcode == "fusion":
+            called = (callee for _, callee in _CALLED.findall(instruction.rest))
+            operations = sum(within.get(callee, 0) for callee in called)
+        if name in fused or not (own or operations):
+            continue
+        kind = "custom" if '"tpu_custom_call"' in instruction.rest else instruction.opcode
+        source = _SOURCE.search(instruction.rest)
+        times = times_run[name]
+        kernels.append(
+            Kernel(
+                *(instruction.name, kind, source[1] if source else "", times),
+                *(times * own, times * operations),
+            )
+        )
+    kernels.sort(key=lambda kernel: (kernel.kind != "custom", -kernel.cycles, -kernel.flops))
+    return Summary(collectives, flops, cycles, unknown, tuple(kernels))
 
 
 def assigned_bytes(text: str) -> dict[str, int]:

@@ -32,10 +32,11 @@ Rules = Sequence[Rule]
 DATA: Rules = ((".", "replicate"),)
 FSDP: Rules = ((".", "fsdp"),)
 # Megatron's split of a transformer: q, k, v and the MLP's first layer by columns, the layers after
-# them by rows, so that a block needs two reductions.
+# them by rows, so that a block needs two reductions. A U-Net's convolutions are not split, and its
+# stages refuse it (docs/compile.md).
 TENSOR: Rules = (
-    (r"/(q|k|v|qkv|fc|fc1|c_fc)/kernel$", (..., "fsdp", "tensor"), "optional"),
-    (r"/(q|k|v|qkv|fc|fc1|c_fc)/bias$", (..., "tensor"), "optional"),
+    (r"/(q|k|v|qkv|context_k|context_v|fc|fc1|c_fc)/kernel$", (..., "fsdp", "tensor"), "optional"),
+    (r"/(q|k|v|qkv|context_k|context_v|fc|fc1|c_fc)/bias$", (..., "tensor"), "optional"),
     (r"/(out|proj|out_proj|c_proj|fc2)/kernel$", (..., "tensor", "fsdp"), "optional"),
     (".", "fsdp"),
 )

@@ -41,6 +41,7 @@ class Task(Protocol):
       draw: the settings of `sample`, complete and checked.
       weights: {name: tree} of what `frozen` gives, as far as it is loaded.
       judge: the CLIP among its frozen parts, which can judge the pictures it draws; None without.
+      splits_over_tensor: whether the network can be laid out by `runtime.sharding.TENSOR`.
     """
 
     stage: ClassVar[str]
@@ -51,6 +52,7 @@ class Task(Protocol):
     draw: Mapping[str, Any]
     weights: Mapping[str, Tree]
     judge: Any
+    splits_over_tensor: ClassVar[bool]
 
     @classmethod
     def needs(cls, arch: Mapping, settings: Mapping) -> tuple[str, ...]:
@@ -197,6 +199,7 @@ class Stage:
     draw_choices: ClassVar[Mapping[str, Iterable[str]]] = {}  # of those that are names
     judge: ClassVar[None] = None
     schedule: ClassVar[Schedule | None] = None
+    splits_over_tensor: ClassVar[bool] = True
 
     @classmethod
     def needs(cls, arch, settings):

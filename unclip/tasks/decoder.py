@@ -95,6 +95,7 @@ class DecoderTask(base.Pictures):
     draw: Mapping[str, Any] | None = None
 
     stage = "decoder"
+    splits_over_tensor = False
     network, presets = decoder_model.Decoder, decoder_model.PRESETS
     measures = ("drawn", "likelihood")
     draw_defaults = MappingProxyType(

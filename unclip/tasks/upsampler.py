@@ -58,6 +58,7 @@ class UpsamplerTask(base.Pictures):
     draw: Mapping[str, Any] | None = None
 
     stage = "upsampler"
+    splits_over_tensor = False
     network, presets = upsampler_model.Upsampler, upsampler_model.PRESETS
     measures = ("drawn",)
     draw_defaults = MappingProxyType(

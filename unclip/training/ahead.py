@@ -22,7 +22,8 @@ from ml_collections import ConfigDict
 from unclip import errors, files
 from unclip.runtime import flops, hlo, sharding
 from unclip.runtime.flops import readable_bytes as _bytes
-from unclip.training.plan import make_plan
+from unclip.training import kept
+from unclip.training.plan import Plan, make_plan
 
 # generation -> (libtpu's name, its chip configuration, dimensions). A device is a chip: the two
 # cores of v4 and v5p work as one ("megacore").
@@ -170,6 +171,7 @@ def examine(
     options: dict[str, str | bool] | None = None,
     hlo_file: str | None = None,
     quick: bool = False,
+    top: int = 0,
 ) -> dict:
     """Compiles and reports.
 
@@ -180,14 +182,18 @@ def examine(
       hlo_file: where to write the program's text.
       quick: return when memory is assigned, before code is generated; TPU only. The compiler
         cannot be stopped: it goes on in a thread until the process ends.
+      top: how many kernels are listed: custom ones, then the others, each by its estimate, or by
+        its operations where there is none.
 
     Returns:
       A JSON-able dict: "stage", "preset", "step", "devices", "mesh", "rows", "parameters",
       "trained_parameters", "memory_per_chip" (bytes by kind), "fits" (None where the chip's size
       is not known), "flops" ("model", "compiled": of all chips), "estimated_seconds",
       "communication_seconds", "utilisation", "collectives" ({kind: {"count", "bytes"}}),
-      "unknown_loops", "compile_seconds" ("trace", "wall", "cpu"), "problems". What the compiler
-      does not tell is None.
+      "unknown_loops", "compile_seconds" ("trace", "wall", "cpu"), "kernels" (the `top` dearest:
+      "name", "kind", "source", "runs", "seconds", "share" of all estimated seconds, "flops" and
+      "utilisation" of a chip), "advice" (what would be quicker and fit), "problems". What the
+      compiler does not tell is None.
 
     Raises:
       ConfigError: see `lower`; or the compiler has no such option.
@@ -232,14 +238,17 @@ def examine(
             path.write_text(program)
     out |= {"memory_per_chip": {}, "fits": None, "estimated_seconds": None, "utilisation": None}
     out |= {"communication_seconds": None, "collectives": None, "unknown_loops": None}
+    out["kernels"] = []
     model = plan.flops() if step == "train" else None
     out["flops"] = {"model": model, "compiled": None}
     if memory is None:
         out["memory_per_chip"] = {"temporaries": needed}
         out["fits"] = False
     else:
-        _measure(out, memory, program, chip)
-    out["problems"] = _problems(out, config)
+        _measure(out, memory, program, chip, top)
+    proposed = _remat(out, plan)
+    out["advice"] = _advice(out, config, proposed)
+    out["problems"] = _problems(out, config, proposed)
     return out
 
 
@@ -286,12 +295,13 @@ def _out_of_memory(message: str) -> int | None:
     return found and int(float(size) * 1024 ** (1 + "KMGT".index(unit)))
 
 
-def _measure(out: dict, memory: dict[str, int], program: str, chip) -> None:
+def _measure(out: dict, memory: dict[str, int], program: str, chip, top: int) -> None:
     """Adds to a report what the compiled program and its text tell."""
     out["memory_per_chip"] = memory | {"total": sum(memory.values())}
     limit = out["devices"]["memory_bytes"]
     out["fits"] = memory and sum(memory.values()) <= limit if limit else None
-    found = hlo.summarise(program)
+    cycle = flops.chip_cycle(chip)
+    found = hlo.summarise(program, cycle and hlo.Chip(*cycle))
     chips = out["devices"]["count"]
     out["unknown_loops"] = found.unknown_loops
     out["collectives"] = {kind: c._asdict() for kind, c in found.collectives.items()}
@@ -300,11 +310,16 @@ def _measure(out: dict, memory: dict[str, int], program: str, chip) -> None:
     # Drawing recomputes nothing, so what runs is what is needed.
     counted["model"] = counted["model"] or counted["compiled"] or None
     clock, links = flops.chip_clock(chip), flops.chip_links(chip)
-    if clock and found.cycles:
+    # A custom kernel has its estimate even where the compiler was stopped before it made its own.
+    timed = any(kernel.cycles for kernel in found.kernels if kernel.kind != "custom")
+    if clock and timed:
         out["estimated_seconds"] = found.cycles / clock
         out["utilisation"] = flops.utilisation(
             counted["model"], out["estimated_seconds"], [chip] * chips
         )
+    out["kernels"] = [
+        _kernel(k, found.cycles, clock if timed else None, chip) for k in found.kernels[:top]
+    ]
     if links:
         moved = sum(
             c.bytes * (2 if kind == "all-reduce" else 1) for kind, c in found.collectives.items()
@@ -312,7 +327,47 @@ def _measure(out: dict, memory: dict[str, int], program: str, chip) -> None:
         out["communication_seconds"] = moved / links
 
 
-def _problems(out: dict, config: ConfigDict) -> list[str]:
+def _kernel(kernel: hlo.Kernel, cycles: int, clock: float | None, chip) -> dict:
+    """A line of the report's "kernels"."""
+    seconds = kernel.cycles / clock if clock and kernel.cycles else None
+    return {
+        **{name: getattr(kernel, name) for name in ("name", "kind", "source", "runs")},
+        "seconds": seconds,
+        "share": seconds and kernel.cycles / cycles,
+        "flops": kernel.flops,
+        "utilisation": seconds and flops.utilisation(kernel.flops, seconds, [chip]),
+    }
+
+
+SPARE = 0.95  # of a chip's memory, that a proposal counts on
+
+
+def _remat(out: dict, plan: Plan) -> str | None:
+    """The remat policy that the memory of a chip allows; None where it is not known, or is set."""
+    memory, limit = out["memory_per_chip"], out["devices"]["memory_bytes"]
+    used = memory.get("temporaries")
+    if out["step"] != "train" or not limit or used is None:
+        return None
+    spare = SPARE * limit - (memory.get("total", used) - used)
+    set_well = not plan.config.arch.remat if out["fits"] else plan.config.arch.remat == kept.POLICY
+    # No trace where what is free could not hold as much again as is in use.
+    if set_well or (out["fits"] and spare < 2 * used):
+        return None
+    proposed = kept.propose(plan, int(spare), used)
+    return None if proposed == plan.config.arch.remat else proposed
+
+
+def _advice(out: dict, config: ConfigDict, proposed: str | None) -> list[str]:
+    if proposed is None or not out["fits"]:
+        return []
+    free = out["devices"]["memory_bytes"] - out["memory_per_chip"]["total"]
+    return [
+        f"{_bytes(free)} of a chip stay free: --config.arch.remat={proposed} in place of "
+        f"{config.arch.remat} recomputes less"
+    ]
+
+
+def _problems(out: dict, config: ConfigDict, proposed: str | None) -> list[str]:
     """What stands in the way, each with the setting to change."""
     if out["fits"] is not False:
         return []
@@ -336,8 +391,8 @@ def _problems(out: dict, config: ConfigDict) -> list[str]:
         advice = advice if rows > 1 else "one row a chip is drawn already: a larger chip"
     elif config.arch.dtype == "float32":
         advice = "--config.arch.dtype=bfloat16"
-    elif not config.arch.remat:
-        advice = "--config.arch.remat=nothing_saveable"
+    elif proposed or not config.arch.remat:
+        advice = f"--config.arch.remat={proposed or kept.POLICY}"
     elif rows > 1:
         over = parts["temporaries"] / max(1, (limit or 1) - parts["arguments"])
         times = min(rows, 2 ** max(1, math.ceil(math.log2(max(over, 1)))))
@@ -378,7 +433,17 @@ def text(found: dict) -> str:
         lines.append("  none")
     if found["unknown_loops"]:
         lines.append(f"  {found['unknown_loops']} loop(s) of unknown length count once")
+    if found["kernels"]:
+        lines.append("kernels        ms of a step, share, runs, operations, utilisation")
+    for k in found["kernels"]:
+        lines.append(
+            f"  {known(k['seconds'], lambda v: f'{v * 1e3:.3f}'):>10}"
+            f" {known(k['share'], '{:.1%}'.format):>6} {k['runs']:>5,} {k['flops']:>10.3g}"
+            f" {known(k['utilisation'], '{:.2f}'.format):>5}  {k['kind']} {k['name']}"
+            f"  {k['source']}"
+        )
     took = found["compile_seconds"]
     shown = "{wall:.1f} s, CPU {cpu:.1f} s; tracing {trace:.1f} s".format(**took)
     lines.append(f"compile time   {shown}")
+    lines += [f"advice         {advice}" for advice in found["advice"]]
     return "\n".join(lines + [f"problem        {problem}" for problem in found["problems"]])

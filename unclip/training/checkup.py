@@ -14,6 +14,7 @@ from unclip.files import paths
 from unclip.runtime import checkpoint, distributed, flops, optim, sharding
 from unclip.runtime.flops import readable_bytes as _bytes
 from unclip.training import data as inputs
+from unclip.training import kept
 from unclip.training.plan import Plan, as_json, lineage, make_plan
 from unclip.training.start import resumed_lines
 
@@ -25,7 +26,8 @@ def examine(config, workdir: str) -> dict:
       {"stage", "preset", "known": as in configs/known.py, "devices", "mesh",
       "parameters": {part: count}, "trained_parameters",
       "sharding": {part: bytes a device}, "leaves", "memory_per_device": {kind: bytes},
-      "flops_per_step", "learning_rate", "weight_decay": {"rate", "decayed", "not_decayed":
+      "remat": the `arch.remat` that fits, by the trace alone; None where a device's memory is not
+      known, "flops_per_step", "learning_rate", "weight_decay": {"rate", "decayed", "not_decayed":
       {path, its numbers as *: parameters}}, "data", "disk", "resume": [what a start would say of
       the run that is there], "problems": [text]}. What a problem keeps from being known is None or
       empty.
@@ -63,6 +65,9 @@ def examine(config, workdir: str) -> dict:
             f"parameters and moments need {_bytes(memory['total'])} a device, which has "
             f"{_bytes(limit)}: raise mesh.fsdp, or use more devices"
         )
+    out["remat"] = None
+    if limit and memory["total"] < limit and not plan.problems:
+        out["remat"] = kept.propose(plan, int(limit - memory["total"]))
     out["data"] = _data(plan, problems)
     out["disk"] = _disk(plan, paths.expanded(workdir), problems)
     out["resume"] = _resume(plan, pathlib.Path(paths.expanded(workdir)))
@@ -236,6 +241,8 @@ def text(found: dict, *, leaves: bool = False) -> str:
     lines.append("memory a device (activations not counted)")
     memory = found["memory_per_device"]
     lines += [f"  {kind:<28}{_bytes(size):>16}" for kind, size in memory.items()]
+    if found["remat"] is not None:
+        lines.append(f"remat       --config.arch.remat={found['remat']} recomputes least and fits")
     if found["flops_per_step"]:
         lines.append(f"a step      {found['flops_per_step']:.3g} floating-point operations")
     decay = found["weight_decay"]

@@ -184,6 +184,7 @@ def make_plan(
     problems += no_network
     mesh = attempt(lambda: sharding.make_mesh(as_json(config.mesh), devices))
     rules = attempt(lambda: sharding_rules(config))
+    attempt(lambda: _check_layout(config))
     parts = {}
     for name in attempt(lambda: needs(config), ()):
         part = attempt(lambda name=name: frozen_part(config, name))
@@ -281,6 +282,20 @@ def sharding_rules(config: ConfigDict) -> sharding.Rules:
     return tuple(map(tuple, rules))
 
 
+def _check_layout(config: ConfigDict) -> None:
+    if tasks.task_class(config.stage, as_json(config.task)).splits_over_tensor:
+        return
+    given = [f"sharding={config.sharding}"] * (config.sharding == "tensor")
+    ways = config.mesh.get("tensor", 1)
+    given += [f"mesh.tensor={ways}"] * (ways not in (0, 1))
+    if given:
+        raise errors.ConfigError(
+            f"{' and '.join(given)}: the {config.stage}'s convolutions are not split over a tensor "
+            "axis, so its devices would all do the same work; expected --config.sharding=fsdp "
+            "--config.mesh.data=1 --config.mesh.fsdp=-1 --config.mesh.tensor=1"
+        )
+
+
 def _check_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
     rows = config.optim.get("sam_rows", 0) if config.optim.sam_rho else 0
     if rows and config.batch_size % (rows * config.accumulate):
@@ -313,7 +328,8 @@ def needs(config: ConfigDict) -> tuple[str, ...]:
 def frozen_part(config: ConfigDict, name: str) -> bundle.Part:
     """The frozen part "clip" or "t5" of a config; parameters None for the preset's shapes.
 
-    T5 computes in the config's dtype, whatever it was saved with.
+    T5 computes in the config's dtype, whatever it was saved with. A preset's attention is fused
+    where the stage's is.
 
     Raises:
       ConfigError: the path holds no such part, or an unknown preset; DataError: it cannot be read.
@@ -323,7 +339,8 @@ def frozen_part(config: ConfigDict, name: str) -> bundle.Part:
         preset, presets = config[f"{name}_preset"], FROZEN_PRESETS[name]
         if preset not in presets:
             raise errors.unknown(f"{name}_preset", preset, presets)
-        return bundle.Part(name, own | presets[preset], None)
+        fused = {"attention_impl": "fused"} if config.arch.get("attention_impl") == "fused" else {}
+        return bundle.Part(name, own | fused | presets[preset], None)
     part = runs.open_part(config[name], name)
     return dataclasses.replace(part, arch=part.arch | own) if name == "t5" else part
 

@@ -8,7 +8,8 @@ described, not attached; with --devices XLA's CPU compiler compiles for simulate
 shapes are used: no parameter is ever allocated. It prints parameters, memory per chip,
 floating-point operations, the compiler's estimate of the seconds and the utilisation that follows
 from it, collectives, compile time. --quick leaves out code generation, which takes most of the
-time, and with it the estimate of the seconds. docs/compile.md says what each figure counts.
+time, and with it the estimate of the seconds. --top 20 lists the dearest kernels. docs/compile.md
+says what each figure counts.
 """
 
 import json
@@ -28,6 +29,7 @@ _STRICT = flags.DEFINE_bool("strict", False, "exit with 78 when there are proble
 _HBM = flags.DEFINE_float("hbm_gib", None, "memory of a chip, GiB, in place of the chip's own")
 _OPTION = flags.DEFINE_multi_string("option", [], "NAME=VALUE given to the compiler; repeatable")
 _QUICK = flags.DEFINE_bool("quick", False, "stop before code generation: no estimated seconds")
+_TOP = flags.DEFINE_integer("top", 0, "list so many of the dearest kernels", lower_bound=0)
 _HLO = flags.DEFINE_string("hlo", None, "file to write the compiled program's text to")
 
 
@@ -66,6 +68,7 @@ def main(argv):
         options=options,
         hlo_file=_HLO.value,
         quick=_QUICK.value,
+        top=_TOP.value,
     )
     print(
         json.dumps({"topology": _TOPOLOGY.value} | found, indent=1) if _JSON.value else text(found),
