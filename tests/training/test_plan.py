@@ -271,7 +271,7 @@ def test_every_problem_is_told_at_once(tiny_config, tmp_path):
                 "degradation 'bsrr': did you mean 'bsr'",
                 "margin 20.0: expected 1 to 8",
                 "degradation probability 3.0: expected 0 to 1",
-                "unknown sampler 'plms': valid: ddim",
+                "unknown sampler 'plms': did you mean 'ddpm'? valid: ddim",
                 "did you mean 'cosine'",
                 "b2 is 1.5",
                 "--config.save_steps=0: expected a number of at least 1",

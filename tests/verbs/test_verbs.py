@@ -189,7 +189,11 @@ def test_generate_writes_pictures_that_say_how(generate, bundle_dir, tmp_path):
             78,
             "settings for 1 upsamplers, of which 0 run with stages=1",
         ),
-        (("--prompt", "a", "--sampler", "plms"), 78, "unknown sampler 'plms'"),
+        (
+            ("--prompt", "a", "--sampler", "plms"),
+            78,
+            "unknown sampler 'plms': did you mean 'ddpm'? valid: ddim",
+        ),
     ],
 )
 def test_generate_refuses_before_it_draws(generate, bundle_dir, tmp_path, arguments, code, said):
