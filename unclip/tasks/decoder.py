@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -264,10 +263,8 @@ class DecoderTask(base.Diffusion):
         nowhere = jnp.zeros(tokens.shape[0], bool)
         no_image = conditions.get("drop_image", nowhere)
         no_text = conditions.get("drop_text", nowhere)
-        conditional = self.text(frozen, tokens, mask, no_text)
-        null = self.text(frozen, tokens, mask, ~nowhere)
-
-        both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), conditional, null)
+        dropped = jnp.concatenate([no_text, ~nowhere])
+        both = self.text(frozen, *guidance.twice((tokens, mask)), dropped)
         z_i = guidance.twice(self.scaled(conditions.get("z_i")))
         no_image, no_text = guidance.twice((no_image, no_text))
 

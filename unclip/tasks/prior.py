@@ -129,6 +129,17 @@ class _Conditioned(base.Stage):
         out = {"z_t": z_t, "text_hidden": hidden, "text_mask": mask}
         return out | {"drop_text": drop} if self.model.learned_null else out
 
+    def with_and_without(self, frozen, given):
+        """(`conditions` of the captions that a draw is given, of as many empty ones), read at once:
+        two passes of the text tower would be compiled twice."""
+        tokens, mask = guidance.twice((given["tokens"], given["text_mask"]))
+        batch = len(given["tokens"])
+        drop = given.get("drop_text", jnp.zeros(batch, bool))
+        both = self.conditions(frozen, tokens, mask, jnp.concatenate([drop, jnp.ones(batch, bool)]))
+        return tuple(
+            {n: a[rows] for n, a in both.items()} for rows in (np.s_[:batch], np.s_[batch:])
+        )
+
     def predict(self):
         """`sample`: draws z_i for the captions and compares it with the pictures' own."""
 
@@ -311,11 +322,8 @@ class DiffusionPriorTask(_Conditioned, base.Diffusion):
           z_i float32 [B, D], in CLIP's own scale.
         """
         draw = {**self.draw, **(draw or {})}
-        tokens, mask = conditions["tokens"], conditions["text_mask"]
-        batch, candidates = tokens.shape[0], draw["candidates"]
-        no_text = conditions.get("drop_text", jnp.zeros(batch, bool))
-        conditional = self.conditions(frozen, tokens, mask, no_text)
-        null = self.conditions(frozen, tokens, mask, jnp.ones(batch, bool))
+        batch, candidates = conditions["tokens"].shape[0], draw["candidates"]
+        conditional, null = self.with_and_without(frozen, conditions)
         every = jnp.concatenate([keys.fold(sample_keys, c) for c in range(candidates)])
 
         both = jax.tree.map(
@@ -452,11 +460,8 @@ class ARPriorTask(_Conditioned):
         if x_T is not None or noise is not None:
             raise errors.ConfigError("the autoregressive prior draws codes; it takes no noise")
         draw = {**self.draw, **(draw or {})}
-        tokens, mask = conditions["tokens"], conditions["text_mask"]
-        batch, pca = tokens.shape[0], self._pca(frozen)
-        no_text = conditions.get("drop_text", jnp.zeros(batch, bool))
-        conditional = self.conditions(frozen, tokens, mask, no_text)
-        null = self.conditions(frozen, tokens, mask, jnp.ones(batch, bool))
+        pca = self._pca(frozen)
+        conditional, null = self.with_and_without(frozen, conditions)
         drawn = []
         for candidate in range(draw["candidates"]):
             one = codes.sample(
