@@ -6,6 +6,8 @@ import subprocess
 import sys
 import time
 
+import jax
+import numpy as np
 import pytest
 
 from unclip import errors
@@ -121,6 +123,39 @@ def test_it_is_tidied(settings):
     compiled.keep()
     assert {path.name for path in folder.iterdir()} == {"whole-cache", "whole-atime", "young-cache"}
     assert other.exists() and foreign.exists() and not old.exists()
+
+
+@pytest.mark.parametrize(
+    ("platform", "flags", "tests", "level"),
+    [
+        ("cpu", "", False, {compiled.LEVEL: 1}),
+        ("gpu", "", False, None),
+        ("cpu", f"--{compiled.LEVEL}=3", False, None),
+        ("cpu", "", True, None),
+    ],
+)
+def test_code_generation_on_a_cpu(monkeypatch, platform, flags, tests, level):
+    """LLVM's first level, unless the user chose one, or JAX was told not to optimise."""
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", tests)
+    try:
+        assert compiled.options() == level
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
+
+
+def test_the_level_changes_no_bit():
+    """Of what random numbers and a network's layer compute; the option is one that XLA takes."""
+
+    def compute(key, x):
+        x = jax.numpy.tanh(x @ jax.random.normal(key, (16, 16)))
+        return x / jax.numpy.sqrt((x**2).mean(-1, keepdims=True) + 1e-5)
+
+    given = jax.random.key(3), np.linspace(-1, 1, 8 * 16, dtype=np.float32).reshape(8, 16)
+    levels = [jax.jit(compute, compiler_options={compiled.LEVEL: n})(*given) for n in (1, 3)]
+    np.testing.assert_array_equal(*levels)
 
 
 # A verb as small as one can be: the folder, and how often programs were found in it.

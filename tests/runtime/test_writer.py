@@ -150,7 +150,7 @@ def test_progress_is_a_bar_on_a_terminal_and_silent_elsewhere(monkeypatch):
     stream = Terminal()
     list(progress(range(3), "read", stream=stream))
     assert "3/3" in stream.getvalue() and "\r" in stream.getvalue()
-    monkeypatch.setattr("unclip.runtime.progress.distributed.is_main", lambda: False)
+    monkeypatch.setattr("unclip.runtime.distributed.is_main", lambda: False)
     stream = io.StringIO()
     list(progress(range(3), "read", stream=stream))
     assert stream.getvalue() == ""

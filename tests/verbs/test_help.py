@@ -79,3 +79,47 @@ def test_help_is_as_kept():
     if differences:
         again = f"{WRITE}=1 pytest {pathlib.Path(__file__).relative_to(ROOT)}"
         pytest.fail(f"if this change is meant, {again}\n{''.join(differences)}", pytrace=False)
+
+
+# What a verb's module imports, and the choices that it writes down so that it need not import more.
+_LIGHT = """
+import importlib, json, os, sys
+from unclip import cli
+for verb in cli.available():
+    child = os.fork()  # absl's flags belong to a process
+    if not child:
+        module = importlib.import_module("unclip.verbs." + verb.replace("-", "_"))
+        names = ("NAMES", "ALLOW", "FROM", "TO", "DTYPES", "FLAG")
+        heavy = sorted({"jax", "flax", "orbax", "torch"} & sys.modules.keys())
+        written = {name: getattr(module, name) for name in names if hasattr(module, name)}
+        print(json.dumps([verb, heavy, written]), flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+
+
+def test_no_help_imports_jax():
+    """A text is no reason to wait for seconds; and what it names is what there is."""
+    from unclip.cascade import bundle, spaces
+    from unclip.embeddings import store
+    from unclip.interop import formats
+    from unclip.measure import table
+
+    done = subprocess.run(
+        [sys.executable, "-c", _LIGHT],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {verb: heavy for verb, heavy, _ in rows} == {verb: [] for verb in VERBS}, done.stderr
+    written = {verb: found for verb, _, found in rows if found}
+    dtypes = list(bundle.DTYPES)
+    assert written == {
+        "convert": {"FROM": list(formats.FROM), "TO": list(formats.TO), "DTYPES": dtypes},
+        "embed": {"DTYPES": list(store.DTYPES)},
+        "export": {"DTYPES": dtypes, "FLAG": spaces.FLAG},
+        "metrics": {"NAMES": [*table.METRICS, *table.ALIASES], "ALLOW": list(table.ALLOW)},
+    }

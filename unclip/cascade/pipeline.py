@@ -31,7 +31,7 @@ from unclip import errors, tasks
 from unclip.cascade import bundle, spaces
 from unclip.files import paths
 from unclip.input.decode.text import Tokenizer
-from unclip.runtime import sharding
+from unclip.runtime import compiled, sharding
 from unclip.tasks.arrays import to_float, unit
 from unclip.tasks.clip import FrozenClip
 
@@ -150,10 +150,10 @@ class Pipeline:
     def _place(self, tree):
         """Parameters on the device or the mesh."""
         if self.mesh is None:
-            return jax.tree.map(jnp.asarray, tree)
+            return jax.device_put(tree)
         rules = sharding.PRESETS["fsdp" if self.mesh.shape["fsdp"] > 1 else "data"]
         where = sharding.shardings(tree, self.mesh, rules)
-        return jax.tree.map(jax.device_put, tree, where)
+        return jax.device_put(tree, where)
 
     def _put(self, name: str, value):
         """Rows of a batch over the mesh; parameters, placed before, and scalars as they are."""
@@ -213,7 +213,7 @@ class Pipeline:
         """Runs a jitted function, one compilation a (name, static, shape)."""
         key = (name, static)
         if key not in self._compiled:
-            self._compiled[key] = jax.jit(function)
+            self._compiled[key] = jax.jit(function, compiler_options=compiled.options())
         traced = {k: jax.tree.map(partial(self._put, k), v) for k, v in traced.items()}
         return self._compiled[key](**traced)
 

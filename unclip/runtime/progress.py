@@ -10,8 +10,6 @@ from typing import Any, TextIO
 
 import tqdm
 
-from unclip.runtime import distributed
-
 
 def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
@@ -36,6 +34,8 @@ class Progress:
         self._description, self._interval, self._stream = description, interval, stream
         self._initial = self.count = initial
         self._start = self._said = time.monotonic()
+        from unclip.runtime import distributed  # JAX, which a help text need not import
+
         self._shown = distributed.is_main()
         self._bar = None
         if self._shown and stream.isatty():

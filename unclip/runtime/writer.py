@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pathlib
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -74,9 +75,7 @@ class MetricWriter:
             self._repair(restored_step)
             self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
             if tensorboard:
-                import tensorboardX
-
-                self._board = tensorboardX.SummaryWriter(
+                self._board = _tensorboard().SummaryWriter(
                     str(workdir / "tensorboard"),
                     purge_step=None if restored_step is None else restored_step + 1,
                 )
@@ -181,3 +180,17 @@ class MetricWriter:
 
     def __exit__(self, *_: Any) -> None:
         self.close()
+
+
+def _tensorboard():
+    """tensorboardX without PyTorch, which it would import where that is installed: two seconds, for
+    arrays of a kind that it is never given here."""
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None
+    try:
+        import tensorboardX
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return tensorboardX

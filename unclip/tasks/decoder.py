@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -255,20 +254,19 @@ class DecoderTask(base.Pictures):
         z_i, away = conditions.get("z_i"), conditions.get("negative_z_i")
         no_image = conditions.get("drop_image", nowhere)
         no_text = conditions.get("drop_text", nowhere)
-        conditional = self.text(frozen, tokens, mask, no_text)
-        has_negative = "negative_tokens" in conditions
-        if has_negative:
-            tokens, mask = conditions["negative_tokens"], conditions["negative_text_mask"]
-        drop_text = nowhere if has_negative else ~nowhere
-        null = self.text(frozen, tokens, mask, drop_text)
-
-        both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), conditional, null)
+        away_tokens, away_mask = tokens, mask
+        negative = "negative_tokens" in conditions
+        if negative:
+            away_tokens, away_mask = conditions["negative_tokens"], conditions["negative_text_mask"]
+        # Both at once: two passes of a text tower would be compiled twice.
+        tokens, mask = jnp.concatenate([tokens, away_tokens]), jnp.concatenate([mask, away_mask])
+        no_text = jnp.concatenate([no_text, nowhere if negative else ~nowhere])
+        both = self.text(frozen, tokens, mask, no_text)
         if away is None:
             z_i, drop_image = guidance.twice(self.scaled(z_i)), ~nowhere
         else:
             z_i, drop_image = jnp.concatenate([self.scaled(z_i), self.scaled(away)]), nowhere
         no_image = jnp.concatenate([no_image, drop_image])
-        no_text = jnp.concatenate([no_text, drop_text])
 
         def model_fn(x_t, t, drop):
             del drop  # the rows are conditioned and unconditioned already

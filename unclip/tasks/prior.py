@@ -129,14 +129,22 @@ class _Conditioned(base.Stage):
         out = {"z_t": z_t, "text_hidden": hidden, "text_mask": mask}
         return out | {"drop_text": drop} if self.model.learned_null else out
 
-    def away_from(self, frozen, given):
-        """The `conditions` that guidance leads away from: of "negative_tokens" and
-        "negative_text_mask" where `given` has them, of a dropped caption where not."""
+    def with_and_without(self, frozen, given):
+        """`conditions` of the captions that a draw is given, and of what guidance leads away from:
+        "negative_tokens" and "negative_text_mask" where `given` has them, dropped captions where
+        not. Read at once: two passes of the text tower would be compiled twice."""
         tokens, mask = given["tokens"], given["text_mask"]
-        negative = "negative_tokens" in given
-        if negative:
-            tokens, mask = given["negative_tokens"], given["negative_text_mask"]
-        return self.conditions(frozen, tokens, mask, jnp.full(len(tokens), not negative))
+        batch, negative = len(tokens), "negative_tokens" in given
+        away = (
+            (given["negative_tokens"], given["negative_text_mask"]) if negative else (tokens, mask)
+        )
+        tokens, mask = jnp.concatenate([tokens, away[0]]), jnp.concatenate([mask, away[1]])
+        drop = given.get("drop_text", jnp.zeros(batch, bool))
+        drop = jnp.concatenate([drop, jnp.full(batch, not negative)])
+        both = self.conditions(frozen, tokens, mask, drop)
+        return tuple(
+            {n: a[rows] for n, a in both.items()} for rows in (np.s_[:batch], np.s_[batch:])
+        )
 
     def predict(self):
         """`sample`: draws z_i for the captions and compares it with the pictures' own."""
@@ -335,11 +343,8 @@ class DiffusionPriorTask(_Conditioned, base.Diffusion):
           z_i float32 [B, D], in CLIP's own scale.
         """
         draw = {**self.draw, **(draw or {})}
-        tokens, mask = conditions["tokens"], conditions["text_mask"]
-        batch, candidates = tokens.shape[0], draw["candidates"]
-        no_text = conditions.get("drop_text", jnp.zeros(batch, bool))
-        conditional = self.conditions(frozen, tokens, mask, no_text)
-        null = self.away_from(frozen, conditions)
+        batch, candidates = conditions["tokens"].shape[0], draw["candidates"]
+        conditional, null = self.with_and_without(frozen, conditions)
         every = jnp.concatenate([keys.fold(sample_keys, c) for c in range(candidates)])
 
         both = jax.tree.map(
@@ -482,11 +487,8 @@ class ARPriorTask(_Conditioned):
             raise errors.ConfigError("the autoregressive prior draws codes; it takes no noise")
         del tell, tell_every  # its codes come one after another, and show nothing before the last
         draw = {**self.draw, **(draw or {})}
-        tokens, mask = conditions["tokens"], conditions["text_mask"]
-        batch, pca = tokens.shape[0], self._pca(frozen)
-        no_text = conditions.get("drop_text", jnp.zeros(batch, bool))
-        conditional = self.conditions(frozen, tokens, mask, no_text)
-        null = self.away_from(frozen, conditions)
+        pca = self._pca(frozen)
+        conditional, null = self.with_and_without(frozen, conditions)
         has_null = self.model.learned_null and "negative_tokens" not in conditions
         drawn = []
         for candidate in range(draw["candidates"]):

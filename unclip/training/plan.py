@@ -25,7 +25,7 @@ from unclip.files import paths
 from unclip.input.shards.collection import Collection
 from unclip.models import clip as clip_model
 from unclip.models import t5 as t5_model
-from unclip.runtime import checkpoint, flops, sharding
+from unclip.runtime import checkpoint, compiled, flops, sharding
 from unclip.training import checks
 from unclip.training import data as inputs
 from unclip.training import step as steps
@@ -100,8 +100,7 @@ class Plan:
 
     def put(self, tree: Any) -> Any:
         """A tree of host arrays on the mesh, by the rules for parameters."""
-        where = sharding.shardings(tree, self.mesh, self.rules)
-        return jax.tree.map(jax.device_put, tree, where)
+        return jax.device_put(tree, sharding.shardings(tree, self.mesh, self.rules))
 
     def placed_shapes(self, tree: Any) -> Any:
         """A tree of shapes with the shardings that `put` would give it."""
@@ -110,7 +109,9 @@ class Plan:
     @functools.cached_property
     def init(self) -> Callable:
         """init(key, start=None) -> state, jitted: see `step.make_init`."""
-        return jax.jit(steps.make_init(self.task, self.tx), out_shardings=self.shardings)
+        init = steps.make_init(self.task, self.tx)
+        options = compiled.options()
+        return jax.jit(init, out_shardings=self.shardings, compiler_options=options)
 
     def make_step(self, task: tasks.Task | None = None) -> Callable:
         """step(state, frozen, batch) -> (state, metrics), jitted; the state is given away."""

@@ -254,7 +254,9 @@ class Prepared:
         weights, self.clip_hash = {}, ""
         for name, part in plan.parts.items():
             if part.params is None:
-                init = jax.jit(plan.task.init_frozen, static_argnums=0)
+                init = jax.jit(
+                    plan.task.init_frozen, static_argnums=0, compiler_options=compiled.options()
+                )
                 tree = jax.device_get(init(name, jax.random.key(0)))
                 part = dataclasses.replace(part, params=tree)
             if name == "clip":

@@ -13,15 +13,19 @@ import pathlib
 from absl import flags
 
 from unclip import errors
-from unclip.cascade import bundle, runs
-from unclip.interop import formats
-from unclip.runtime.sharding import tree_paths
 
-_FROM = flags.DEFINE_string("from", None, f"format of the source: {', '.join(formats.FROM)}")
-_TO = flags.DEFINE_string("to", None, f"format to write: {', '.join(formats.TO)}")
+# As `interop.formats` and `cascade.bundle` have them, which import JAX; a help text need not.
+FROM = (
+    *("karlo", "kandinsky2_2-prior", "openai-clip", "open-clip", "hf-clip", "inception"),
+    *("dinov2", "t5"),
+)
+TO, DTYPES = ("diffusers", "hf-clip"), ("float32", "bfloat16")
+
+_FROM = flags.DEFINE_string("from", None, f"format of the source: {', '.join(FROM)}")
+_TO = flags.DEFINE_string("to", None, f"format to write: {', '.join(TO)}")
 _OUT = flags.DEFINE_string("out", None, "the bundle, or with --to the folder, to write")
 _DTYPE = flags.DEFINE_enum(
-    "dtype", None, list(bundle.DTYPES), "dtype of the bundle's tensors; default: that of the source"
+    "dtype", None, DTYPES, "dtype of the bundle's tensors; default: that of the source"
 )
 _PRESET = flags.DEFINE_string(
     "preset", None, "name of an architecture, for files that do not determine it (ViT-H/14)"
@@ -38,6 +42,10 @@ def main(argv):
     if not paths:
         wanted = f"a {_FROM.value} file or folder" if _FROM.value else "a bundle"
         raise errors.ConfigError(f"expected the path of {wanted}")
+    from unclip.cascade import bundle, runs
+    from unclip.interop import formats
+    from unclip.runtime.sharding import tree_paths
+
     out = pathlib.Path(_OUT.value)
     if _FROM.value is not None:
         bundle.check_out(out)

@@ -14,12 +14,6 @@ from absl import flags
 
 from unclip import cli, errors, files
 from unclip.input import captions
-from unclip.input.decode.text import CONTEXT_LENGTH
-from unclip.input.decode.transforms import ImageText
-from unclip.input.filters import Filters
-from unclip.input.shards.collection import open_shards
-from unclip.input.throughput import PHASES, kept, measure
-from unclip.runtime import progress
 
 _SIZE = flags.DEFINE_integer("size", 64, "pixels a side of the training pictures", lower_bound=1)
 _CROP = flags.DEFINE_enum("crop", "center", ["center", "random"], "which square of a picture")
@@ -59,6 +53,13 @@ def main(argv):
         raise errors.ConfigError("expected SHARDS: paths, globs or ranges such as a-{00..07}.tar")
     if _WORKERS.value:
         cli.refuse_idle({"threads": "--workers decode in place of threads"})
+    from unclip.input.decode.text import CONTEXT_LENGTH
+    from unclip.input.decode.transforms import ImageText
+    from unclip.input.filters import Filters
+    from unclip.input.shards.collection import open_shards
+    from unclip.input.throughput import PHASES, kept, measure
+    from unclip.runtime import progress
+
     filters = Filters.parse(_FILTERS.value)
     transform = ImageText(
         _SIZE.value,

@@ -15,14 +15,9 @@ import os
 from absl import flags
 
 from unclip import cli, errors, files
-from unclip.cascade import bundle, runs
-from unclip.embeddings.job import Job, embed_shards
 from unclip.embeddings.store import DTYPES, FILE
 from unclip.files.lock import DirectoryLock
 from unclip.input import captions
-from unclip.input.shards.collection import open_shards
-from unclip.input.storage.storage import Storage
-from unclip.runtime import distributed
 
 _MODEL = flags.DEFINE_string("model", None, "BUNDLE, or RUN of a CLIP", required=True)
 _SHARDS = flags.DEFINE_multi_string(
@@ -61,6 +56,12 @@ def main(argv):
         raise errors.ConfigError("expected --shards, the collection to embed")
     if _WORKERS.value:
         cli.refuse_idle({"threads": "--workers decode in place of threads"})
+    from unclip.cascade import bundle, runs
+    from unclip.embeddings.job import Job, embed_shards
+    from unclip.input.shards.collection import open_shards
+    from unclip.input.storage.storage import Storage
+    from unclip.runtime import distributed
+
     os.environ.setdefault("WDS_SECURE", "1")
     distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     clip = runs.open_part(_MODEL.value, "clip")

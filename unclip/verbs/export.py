@@ -12,8 +12,9 @@ import dataclasses
 from absl import flags
 
 from unclip import cli, errors
-from unclip.cascade import bundle, runs, spaces
-from unclip.drawing import modes
+
+# As `cascade.bundle` and `cascade.spaces` have them, which import JAX; a help text need not.
+DTYPES, FLAG = ("float32", "bfloat16"), "allow_mixed_spaces"
 
 _CLIP = flags.DEFINE_string("clip", None, "RUN or BUNDLE of CLIP")
 _PRIOR = flags.DEFINE_string("prior", None, "RUN or BUNDLE of the prior")
@@ -30,15 +31,18 @@ _LAST = flags.DEFINE_string(
 _OUT = flags.DEFINE_string("out", None, "folder of the new bundle", required=True)
 _EMA = flags.DEFINE_bool("ema", True, "take the moving average of the parameters")
 _MIXED = flags.DEFINE_bool(
-    spaces.FLAG, False, "take stages that were not trained with one another; the bundle says so"
+    FLAG, False, "take stages that were not trained with one another; the bundle says so"
 )
-_DTYPE = flags.DEFINE_enum("dtype", "float32", list(bundle.DTYPES), "dtype of the tensors")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "dtype of the tensors")
 
 
 def main(argv):
     """Reads the flags and writes the bundle."""
     if len(argv) > 1:
         raise errors.ConfigError(f"unexpected argument {argv[1]!r}; parts are given by flags")
+    from unclip.cascade import bundle, runs, spaces
+    from unclip.drawing import modes
+
     wanted = {"clip": _CLIP.value, "t5": _T5.value, "prior": _PRIOR.value}
     wanted |= {"decoder": _DECODER.value}
     wanted |= {f"upsampler_{i}": path for i, path in enumerate(_UPSAMPLERS.value)}

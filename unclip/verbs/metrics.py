@@ -17,23 +17,21 @@ from absl import flags
 from unclip import errors, files
 from unclip.files import images
 from unclip.files.moments import StatisticsFile, read_statistics, write_statistics
-from unclip.measure import captions, pictures
-from unclip.measure.table import (
-    ALIASES,
-    ALLOW,
-    METRICS,
-    Result,
-    check_needs,
-    expand,
-    measure,
+
+# As `measure.table` has them, which imports JAX; a help text need not.
+NAMES = (
+    *("fid", "fid-clean", "fid-pytorch", "fid-infinity", "sfid", "is", "is-openai", "kid"),
+    *("kid-clean", "pr", "dc", "pr-clip", "dc-clip", "clip_score", "clip_score-torchmetrics"),
+    *("clip_cosine", "ref_clip_score", "r_precision", "cmmd", "fd-clip", "fd-dinov2"),
+    *("prdc", "prdc-clip"),
 )
-from unclip.runtime import distributed
+ALLOW = ("corrupt", "sizes")
 
 _REAL = flags.DEFINE_string(
     "real", None, "the reference: DIR, SHARDS, tfds:NAME:SPLIT, .npz of pictures or of statistics"
 )
 _FAKE = flags.DEFINE_string("fake", None, "pictures to judge: DIR, SHARDS, tfds:NAME:SPLIT or .npz")
-_METRICS = flags.DEFINE_list("metrics", None, f"of {', '.join([*METRICS, *ALIASES])}")
+_METRICS = flags.DEFINE_list("metrics", None, f"of {', '.join(NAMES)}")
 _CAPTIONS = flags.DEFINE_string(
     "captions",
     None,
@@ -84,7 +82,7 @@ def main(argv):
     if argv[1:]:
         raise errors.ConfigError(f"unexpected {argv[1]!r}: give pictures as --real and --fake")
     if not _METRICS.value:
-        raise errors.ConfigError(f"expected --metrics, of {', '.join([*METRICS, *ALIASES])}")
+        raise errors.ConfigError(f"expected --metrics, of {', '.join(NAMES)}")
     if _FAKE.value is None and not (_SAVE.value and _REAL.value):
         raise errors.ConfigError(
             "expected --fake, the pictures to judge (or --real with --save_statistics)"
@@ -95,6 +93,9 @@ def main(argv):
         raise errors.ConfigError(f"--save_statistics {_SAVE.value}: expected a name ending in .npz")
     if _CAPTIONS.value and _FAKE.value is None:
         raise errors.ConfigError("--captions are those of --fake, which is not given")
+    from unclip.measure.table import check_needs, expand
+    from unclip.runtime import distributed
+
     names = expand(_METRICS.value)
     weights = {"inception": _INCEPTION.value, "clip": _CLIP.value, "dinov2": _DINOV2.value}
     check_needs(names, weights, real=_REAL.value is not None, fake=_FAKE.value is not None)
@@ -105,8 +106,11 @@ def main(argv):
         _tell(result)
 
 
-def _measured(names, weights) -> Result:
-    """Opens what the flags name, and measures."""
+def _measured(names, weights):
+    """Opens what the flags name, and measures: a `measure.table.Result`."""
+    from unclip.measure.table import measure
+    from unclip.runtime import distributed
+
     distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     real = None if _REAL.value is None else _open_real(_REAL.value)
     if _SAVE.value and isinstance(real, StatisticsFile):
@@ -143,6 +147,8 @@ def _stdout_kept_clean():
 
 def _open_real(spec: str):
     """Pictures, or a file of statistics."""
+    from unclip.measure import pictures
+
     if spec.endswith(".npz") and os.path.isfile(spec) and not pictures.has_pictures(spec):
         return read_statistics(spec)
     return _prepared(pictures.open_pictures(spec))
@@ -150,6 +156,9 @@ def _open_real(spec: str):
 
 def _open_fake(names):
     """Pictures and the captions of those that are measured; None where none are needed."""
+    from unclip.measure import captions, pictures
+    from unclip.measure.table import METRICS
+
     found = pictures.open_pictures(_FAKE.value)
     texts = None
     if any(METRICS[name].captions for name in names):
@@ -163,6 +172,8 @@ def _open_fake(names):
 
 def _prompts(found):
     """The prompts that `unclip generate` wrote into its PNGs; None where one has none."""
+    from unclip.measure import pictures
+
     if not isinstance(found, pictures.FolderPictures):
         return None
     texts = []
@@ -176,11 +187,13 @@ def _prompts(found):
 
 
 def _prepared(found):
+    from unclip.measure import pictures
+
     found = pictures.First(found, _LIMIT.value) if _LIMIT.value else found
     return pictures.Prepared(found, _CROP.value, _FILTER.value) if _CROP.value else found
 
 
-def _tell(result: Result) -> None:
+def _tell(result) -> None:
     """Writes the files and prints, in one process of the job."""
     if _SAVE.value:
         write_statistics(_SAVE.value, result.statistics, result.features)

@@ -14,8 +14,6 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import scipy.fft
-import scipy.special
 from PIL import Image
 
 from unclip.errors import ConfigError, unknown
@@ -99,20 +97,24 @@ def sinc_kernel(kernel: int, cutoff: float) -> np.ndarray:
     y, x = np.mgrid[:kernel, :kernel] - kernel // 2
     radius = np.hypot(x, y)
     radius[kernel // 2, kernel // 2] = 1
-    weights = cutoff * scipy.special.j1(cutoff * radius) / (2 * np.pi * radius)
+    from scipy import special
+
+    weights = cutoff * special.j1(cutoff * radius) / (2 * np.pi * radius)
     weights[kernel // 2, kernel // 2] = cutoff**2 / (4 * np.pi)
     return weights / weights.sum()
 
 
 def filtered(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
     """uint8 [H, W, 3] convolved by a kernel [k, k] (k odd), borders mirrored, values clipped."""
+    from scipy import fft
+
     half = len(kernel) // 2
     pad = [(half, half), (half, half), (0, 0)]
     padded = np.pad(image.astype(np.float32), pad, mode="reflect")
-    shape = [scipy.fft.next_fast_len(side, real=True) for side in padded.shape[:2]]
-    product = scipy.fft.rfft2(padded, shape, axes=(0, 1))
-    product *= scipy.fft.rfft2(kernel.astype(np.float32), shape)[..., None]
-    whole = scipy.fft.irfft2(product, shape, axes=(0, 1), overwrite_x=True)
+    shape = [fft.next_fast_len(side, real=True) for side in padded.shape[:2]]
+    product = fft.rfft2(padded, shape, axes=(0, 1))
+    product *= fft.rfft2(kernel.astype(np.float32), shape)[..., None]
+    whole = fft.irfft2(product, shape, axes=(0, 1), overwrite_x=True)
     height, width = image.shape[:2]
     return rounded(whole[2 * half : 2 * half + height, 2 * half : 2 * half + width])
 
