@@ -26,15 +26,15 @@ SLICES = {"v4": "v4:4x4x4", "v5e": "v5e:8x8", "v5p": "v5p:4x4x4", "v6e": "v6e:8x
 # stage -> (config, {generation: slices of a batch}); "" is for the others. The batch is the
 # paper's; where a chip cannot hold its rows at once, they are processed in slices.
 STAGES = {
-    "CLIP ViT-H/16": ("configs/clip.py:paper", {"v5e": 8, "": 4}),
+    "CLIP ViT-H/16": ("configs/clip.py:paper", {"v5e": 8, "v5p": 8, "": 4}),
     "diffusion prior": ("configs/prior.py:paper", {"v5e": 8, "v5p": 1, "": 4}),
     "AR prior": ("configs/prior.py:paper,kind=ar", {"v5e": 8, "v5p": 1, "": 4}),
     "decoder 64": ("configs/decoder.py:paper", {"v5e": 8, "v5p": 1, "": 4}),
     "upsampler 256": ("configs/upsampler.py:paper-256", {"v5e": 4, "v5p": 1, "": 2}),
     "upsampler 1024": ("configs/upsampler.py:paper-1024", {"v5e": 4, "v5p": 1, "": 2}),
 }
-# What is recomputed: chips of 95 GiB hold all activations.
-REMAT = {"v5p": "", "": "nothing_saveable"}
+# What is recomputed: chips of 95 GiB hold nearly everything.
+REMAT = {"v5p": "text=dots_saveable", "": "nothing_saveable"}
 # These compile in a third less time; a step is estimated a few percent slower. See docs/compile.md.
 OPTIONS = (
     "xla_tpu_scoped_vmem_limit_kib=12288",

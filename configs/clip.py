@@ -33,7 +33,7 @@ def get_config(arg=None):
         # Appendix C gives the learning rate, SAM and its per-replica batch of 64; the batch is
         # that of the public CLIP models.
         common.scale(config, batch_size=32_768, total_steps=400_000)
-        config.arch.remat = "nothing_saveable"  # or accumulate=4 on 64 chips of v5p
+        config.arch.remat = "nothing_saveable"  # 512 rows a chip, and SAM's copies of parameters
         config.optim.sam_rows = 64
         config.ema = 0.999
     if args.preset == "karlo" and not args.scratch:

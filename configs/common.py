@@ -190,11 +190,11 @@ def scale(config: ConfigDict, *, batch_size: int, total_steps: int) -> None:
     config.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})
     config.sharding = "fsdp"
     config.arch.dtype = "bfloat16"
-    # docs/compile.md: 64 chips of v5p hold all activations of the paper's batches, `unclip compile`
+    # docs/compile.md: 64 chips of v5p hold what these keep of the paper's batches, `unclip compile`
     # says what smaller ones hold. Folding halves the compile time; published weights are laid out
     # unfolded.
     paper = config.preset.startswith("paper")
-    config.arch.remat = "" if paper else "nothing_saveable"
+    config.arch.remat = "text=dots_saveable" if paper else "nothing_saveable"
     config.arch.attention_impl = "fused"
     config.arch.fold = paper
 

@@ -69,7 +69,7 @@ KNOWN = {
         "paper": {
             "published": _DIFFUSION_PRIOR,
             "seconds_per_step": _estimates(
-                4096, {"v4:4x4x4": 1.59, "v5e:8x8": 1.84, "v5p:4x4x4": 0.80, "v6e:8x8": 1.01}
+                4096, {"v4:4x4x4": 1.59, "v5e:8x8": 1.84, "v5p:4x4x4": 0.70, "v6e:8x8": 1.01}
             ),
         },
         "paper,kind=ar": {

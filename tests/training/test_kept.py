@@ -15,15 +15,19 @@ KINDS = {"residual": 30, "attention": 6, "text": 25}
 
 @pytest.fixture
 def plan(monkeypatch):
-    """A plan whose blocks keep `KINDS`; plan(remat) has that policy now."""
+    """A plan whose blocks keep `KINDS`; plan(remat) has that policy now, and may be folded."""
 
     def kept_bytes(plan, remat):
         named = dict(part.rpartition("=")[::2] for part in remat.split(",") if remat)
-        assert set(named.values()) <= {kept.POLICY}
-        return GIB * (5 + sum(v for k, v in KINDS.items() if not {k, ""} & named.keys()))
+        gone = {kind for kind, policy in named.items() if policy == kept.POLICY}
+        stacked = named.get("text") == kept.STACKED
+        sizes = KINDS | ({"text": 15} if stacked else {})
+        return GIB * (5 + sum(v for k, v in sizes.items() if not {k, ""} & gone))
 
     monkeypatch.setattr(kept, "kept_bytes", kept_bytes)
-    return lambda remat: types.SimpleNamespace(config=ConfigDict({"arch": {"remat": remat}}))
+    return lambda remat, fold=False: types.SimpleNamespace(
+        config=ConfigDict({"arch": {"remat": remat, "fold": fold}})
+    )
 
 
 @pytest.mark.parametrize(
@@ -48,6 +52,14 @@ def test_what_is_in_use_corrects_the_trace(plan):
     now = plan(kept.POLICY)
     assert kept.propose(now, 64 * GIB, 3 * GIB) == ""
     assert kept.propose(now, 63 * GIB, 3 * GIB) == "attention=nothing_saveable"
+
+
+def test_of_a_folded_transformer_products_are_kept_at_most(plan):
+    folded = plan("", fold=True)
+    assert kept.propose(folded, 56 * GIB) == "text=dots_saveable"
+    assert kept.propose(folded, 50 * GIB) == "text=dots_saveable,attention=nothing_saveable"
+    assert kept.propose(folded, 41 * GIB) == "text=nothing_saveable"
+    assert kept.propose(folded, 8 * GIB) == "nothing_saveable"
 
 
 @pytest.mark.slow

@@ -349,12 +349,14 @@ def _remat(out: dict, plan: Plan) -> str | None:
     if out["step"] != "train" or not limit or used is None:
         return None
     spare = SPARE * limit - (memory.get("total", used) - used)
-    set_well = not plan.config.arch.remat if out["fits"] else plan.config.arch.remat == kept.POLICY
+    now = plan.config.arch.remat or ""
+    whole = any(word in now for word in (kept.POLICY, "full"))  # recomputes all of some kind
+    set_well = not whole if out["fits"] else now == kept.POLICY
     # No trace where what is free could not hold as much again as is in use.
     if set_well or (out["fits"] and spare < 2 * used):
         return None
     proposed = kept.propose(plan, int(spare), used)
-    return None if proposed == plan.config.arch.remat else proposed
+    return None if proposed == now else proposed
 
 
 def _advice(out: dict, config: ConfigDict, proposed: str | None) -> list[str]:

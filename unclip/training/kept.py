@@ -10,6 +10,7 @@ from unclip.models.transformer import REMAT_KINDS
 from unclip.training.plan import Plan
 
 POLICY = "nothing_saveable"
+STACKED = "dots_saveable"  # of a folded transformer: docs/compile.md
 
 
 def kept_bytes(plan: Plan, remat: str) -> int:
@@ -43,19 +44,25 @@ def propose(plan: Plan, spare: int, used: int = 0) -> str | None:
       spare: bytes a device has for what is kept; used: of them, what is in use now.
 
     Returns:
-      "" for nothing recomputed, a policy by kind, or one for all; None where that does not fit.
+      "" for nothing recomputed, a policy by kind (of a folded transformer at most what products
+      give is kept), or one for all; None where that does not fit.
     """
-    everything = kept_bytes(plan, "")
+    # What a fold keeps is stacked by layers, which costs more than to compute the cheap part again.
+    cheap = {"text": STACKED} if plan.config.arch.fold else {}
+    policy = lambda kinds: ",".join(
+        f"{kind}={name}" for kind, name in (cheap | dict.fromkeys(kinds, POLICY)).items()
+    )
+    everything = kept_bytes(plan, policy(()))
     now = kept_bytes(plan, plan.config.arch.remat) if used else 0
     # What is in use is known, and the trace says how much more or less it would be.
     need = lambda kept: used + kept - now
     if need(everything) <= spare:
-        return ""
-    saved = {kind: everything - kept_bytes(plan, f"{kind}={POLICY}") for kind in REMAT_KINDS}
+        return policy(())
+    saved = {kind: everything - kept_bytes(plan, policy((kind,))) for kind in REMAT_KINDS}
     kinds = [kind for kind in REMAT_KINDS if saved[kind] > 0]
     for count in range(1, len(kinds)):
         sets = sorted(itertools.combinations(kinds, count), key=lambda s: sum(map(saved.get, s)))
         for chosen in sets:
             if need(everything - sum(map(saved.get, chosen))) <= spare:
-                return ",".join(f"{kind}={POLICY}" for kind in chosen)
+                return policy(chosen)
     return POLICY if need(kept_bytes(plan, POLICY)) <= spare else None
