@@ -293,15 +293,21 @@ def bundle_dir(run_of, once):
 
 # ============================================================ verbs as a user sees them
 
-# Runs a verb once a line, each in a fork of one process that has imported everything.
+# Runs a verb once a line, each in a fork of one process that has imported everything: what the verb
+# imports once its flags are read, too.
 _VERB_SERVER = """
-import importlib, json, os, sys, tempfile, warnings
+import ast, contextlib, importlib, json, os, sys, tempfile, warnings
 import jax
 from unclip import cli
 from unclip.cascade import pipeline
 for kind in (DeprecationWarning, FutureWarning, RuntimeWarning):
     warnings.simplefilter("ignore", kind)
 verb = importlib.import_module("unclip.verbs." + sys.argv[1])
+for node in ast.walk(ast.parse(open(verb.__file__).read())):
+    if isinstance(node, ast.ImportFrom):
+        for name in ["", *("." + one.name for one in node.names)]:
+            with contextlib.suppress(ModuleNotFoundError):
+                importlib.import_module(node.module + name)
 for line in sys.stdin:
     out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
     child = os.fork()

@@ -43,7 +43,7 @@ PRESETS = {
 }
 EVERY = [(name, arg) for name, args in PRESETS.items() for arg in args]
 # Tracing a large model takes seconds: of the published ones, one a stage in `make test`.
-QUICK = ("emoji", "karlo")
+QUICK = ("emoji",)
 TRACED = [
     pytest.param(name, arg, marks=[pytest.mark.slow] * (not arg.startswith(QUICK)))
     for name, arg in EVERY

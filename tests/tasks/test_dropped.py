@@ -97,7 +97,7 @@ def conditions_of(task, frozen, batch):
     return out | ({"z_i": task.embed(frozen, batch)} if hasattr(task, "embed") else {})
 
 
-QUICK = {("emoji", "text"), ("prior-paper", "text")}
+QUICK = {("prior-paper", "text")}
 CASES = [
     pytest.param(name, dropped, marks=() if (name, dropped) in QUICK else pytest.mark.slow)
     for dropped, names in (("text", FAMILIES), ("image", ("emoji", "karlo", "paper", "text")))

@@ -41,6 +41,7 @@ def test_rows_may_change_places(stage):
     assert abs(float(loss(renumbered)[0]) / float(want[0]) - 1) > 1e-4
 
 
+@pytest.mark.slow
 def test_dropout_belongs_to_the_sample(made, batch_of):
     """Gradients of a batch, of its slices and of its rows in another order are the same."""
     task, params, frozen = made("upsampler", arch=DROPOUT)

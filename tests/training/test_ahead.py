@@ -359,6 +359,7 @@ def test_sharded_parameters_are_gathered_and_one_device_is_silent(found):
     assert sharded["memory_per_chip"]["arguments"] < 0.5 * one["memory_per_chip"]["arguments"]
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_names_the_setting(found):
     assert found["one"]["fits"] is False
     (problem,) = found["one"]["problems"]
@@ -369,12 +370,14 @@ def test_what_does_not_fit_names_the_setting(found):
     assert "--config.arch.remat=nothing_saveable" in problem
 
 
+@pytest.mark.slow
 def test_the_compilers_refusals(found):
     assert found["refused"] == int(123.5 * 2**30) and found["used"] == 2**29
     assert found["silent"] is None
     assert "No such compile option" in found["other"]
 
 
+@pytest.mark.slow
 def test_the_sampler(found):
     report = found["sample"]
     assert report["rows"] == 8  # six do not divide over four devices
@@ -382,10 +385,12 @@ def test_the_sampler(found):
     assert "draws nothing" in found["clip_sample"]
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_divide(found):
     assert "batch_size 12 is not a multiple of 8 (data 8 x fsdp 1 x accumulate 1)" in found["rows"]
 
 
+@pytest.mark.slow
 def test_topologies(found):
     assert found["v4:2x2x1"] == [2, 2, 1] and found["v5e:1x1"] == [1, 1]
     assert "did you mean 'v5p:4x4x2'" in found["v5p:4x4"]

@@ -50,7 +50,8 @@ def three_steps(name, tiny_config, run_of, workdir):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * (", " in n)) for n in RUNS]
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (", " in n or n == "decoder")) for n in RUNS],
 )
 def test_the_first_three_steps(name, tiny_config, run_of, tmp_path):
     found = three_steps(name, tiny_config, run_of, tmp_path)

@@ -681,6 +681,7 @@ def explode(monkeypatch, step):
     monkeypatch.setattr(optim, "make_learning_rate", make)
 
 
+@pytest.mark.slow
 def test_an_explosion_leaves_a_good_state_that_goes_on(tiny_config, tmp_path, monkeypatch):
     """With one checkpoint kept, the lost one, which was saved, does not push out the good one."""
     changes = {"total_steps": 12, "max_skipped_steps": 3, "save_steps": 1, "keep": 1}
@@ -696,6 +697,7 @@ def test_an_explosion_leaves_a_good_state_that_goes_on(tiny_config, tmp_path, mo
     assert_same_state(whole, blown)
 
 
+@pytest.mark.slow
 def test_samples_that_are_left_out_are_left_out_once(tiny_config, tmp_path):
     """The input jumps at the start that says so, and not again at the next."""
     changes = {"save_steps": 1, "total_steps": 2, "keep": 9}

@@ -122,6 +122,7 @@ def test_what_is_written_is_read_again(parts, found):
             assert found[kind].settings == part.settings
 
 
+@pytest.mark.slow
 def test_import_and_export_give_the_same_files(found, folder, tmp_path):
     karlo.write(found, tmp_path)
     names = lambda where: sorted(p.relative_to(where) for p in where.rglob("*") if p.is_file())
