@@ -60,7 +60,7 @@ KNOWN = {
     "clip": {
         "ViT-H/16": {
             "seconds_per_step": _estimates(
-                32_768, {"v4:4x4x4": 20.66, "v5e:8x8": 24.29, "v5p:4x4x4": 12.03, "v6e:8x8": 16.09}
+                32_768, {"v4:4x4x4": 20.66, "v5e:8x8": 24.29, "v5p:4x4x4": 16.44, "v6e:8x8": 16.09}
             ),
         },
     },
@@ -80,7 +80,7 @@ KNOWN = {
         "karlo": {"published": _KARLO},
         "paper": {
             "published": _DIFFUSION_PRIOR + _AR_PRIOR,
-            "seconds_per_step": _estimates(2048, {"v5p:4x4x4": 1.32}),
+            "seconds_per_step": _estimates(2048, {"v5p:4x4x4": 0.94}),
         },
         "glide": {"published": _GLIDE},
         "imagen": {"published": _IMAGEN},
