@@ -88,7 +88,7 @@ def missing(recipe: Mapping[str, Any], pictures: Iterable[base.Image] = ()) -> l
       ConfigError: the recipe is not whole.
     """
     known = {base.as_source(picture).record["sha256"] for picture in pictures}
-    return [one for one in _walk(recipe, known)[1]]
+    return _walk(recipe, known)[1]
 
 
 def _chain(recipe: Mapping, known: Mapping) -> list[Mapping]:

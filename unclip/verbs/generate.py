@@ -106,13 +106,15 @@ _BASIS = flags.DEFINE_string(
 _ANIMATION = flags.DEFINE_string(
     "animation", None, "also write the pictures of the way as this .webp file, there and back"
 )
-_SAMPLER = flags.DEFINE_string("sampler", None, "decoder: ddpm, ddim or dpm++2m")
+_SAMPLER = flags.DEFINE_string("sampler", None, "decoder: ddpm, ddim, … (docs/samplers.md)")
 _STEPS = flags.DEFINE_integer("steps", None, "decoder: steps", lower_bound=1)
 _SPACING = flags.DEFINE_string(
-    "spacing", None, "decoder: even, trailing, log-snr, fast27, or steps by section as 10,10,3,2,2"
+    "spacing",
+    None,
+    "decoder: even, trailing, log-snr, karras, fast27, or steps by section as 10,10,3,2,2",
 )
 _GUIDANCE = flags.DEFINE_float("guidance", None, "decoder: classifier-free guidance scale")
-_ETA = flags.DEFINE_float("eta", None, "decoder: DDIM eta, 0 deterministic to 1 ancestral")
+_ETA = flags.DEFINE_float("eta", None, "decoder: noise of a sampler that has an eta, 0 none to 1")
 _PRIOR_STEPS = flags.DEFINE_integer("prior_steps", None, "prior: steps", lower_bound=1)
 _PRIOR_GUIDANCE = flags.DEFINE_float("prior_guidance", None, "prior: guidance scale")
 _PRIOR_SPACING = flags.DEFINE_string("prior_spacing", None, "prior: as --spacing")
