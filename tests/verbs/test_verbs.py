@@ -144,6 +144,10 @@ def test_generate_writes_pictures_that_say_how(generate, bundle_dir, tmp_path):
         1,
         "--guidance",
         2.5,
+        "--guidance_low",
+        0.25,
+        "--guidance_rescale",
+        0.5,
         "--batch_size",
         2,
         "--out",
@@ -161,6 +165,9 @@ def test_generate_writes_pictures_that_say_how(generate, bundle_dir, tmp_path):
     ]
     for path, recipe in made:
         assert recipe["guidance"]["decoder"] == 2.5
+        assert recipe["guidance_low"]["decoder"] == 0.25
+        assert recipe["guidance_high"]["decoder"] == 1.0
+        assert recipe["guidance_rescale"]["decoder"] == 0.5
         assert recipe["model_hash"] == bundle.describe(bundle_dir)["hash"]
         with Image.open(path) as picture:
             assert picture.size == (8, 8)
@@ -181,6 +188,11 @@ def test_generate_writes_pictures_that_say_how(generate, bundle_dir, tmp_path):
             78,
             "--prompt has no effect: --mode variations draws from --image alone; --prior_steps has "
             "no effect: --mode variations uses no prior; --candidates",
+        ),
+        (
+            ("--prompt", "a", "--guidance_low", 0.9, "--guidance_high", 0.2),
+            78,
+            "guidance_low",
         ),
         (("--image", "a.png", "--prompt", "a"), 78, "--image has no effect: --mode text"),
         (("--prompt", "a", "--stages", 9), 78, "stages=9: expected 1 (the decoder alone) to 3"),

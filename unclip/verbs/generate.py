@@ -32,7 +32,8 @@ MODES = ("text", "variations", "interpolate", "textdiff", "reconstruct", "upsamp
 PRIOR_FLAGS = (
     *("prior_steps", "prior_spacing", "prior_guidance", "temperature", "top_p", "candidates"),
 )
-DECODER_FLAGS = ("steps", "spacing", "guidance", "sampler", "eta", "stages")
+GUIDANCE_FLAGS = ("guidance", "guidance_low", "guidance_high", "guidance_rescale")
+DECODER_FLAGS = ("steps", "spacing", *GUIDANCE_FLAGS, "sampler", "eta", "stages")
 READ_BY = {
     "prompt": ("text", "textdiff"),
     "image": MODES[1:],
@@ -114,6 +115,13 @@ _SPACING = flags.DEFINE_string(
     "decoder: even, trailing, log-snr, karras, fast27, or steps by section as 10,10,3,2,2",
 )
 _GUIDANCE = flags.DEFINE_float("guidance", None, "decoder: classifier-free guidance scale")
+_LOW = flags.DEFINE_float(
+    "guidance_low", None, "decoder: guidance acts from this fraction of the timesteps on, 0 to 1"
+)
+_HIGH = flags.DEFINE_float("guidance_high", None, "decoder: and up to this one, 0 to 1")
+_RESCALE = flags.DEFINE_float(
+    "guidance_rescale", None, "decoder: how far guided outputs get back their contrast, 0 to 1"
+)
 _ETA = flags.DEFINE_float("eta", None, "decoder: noise of a sampler that has an eta, 0 none to 1")
 _PRIOR_STEPS = flags.DEFINE_integer("prior_steps", None, "prior: steps", lower_bound=1)
 _PRIOR_GUIDANCE = flags.DEFINE_float("prior_guidance", None, "prior: guidance scale")
@@ -202,6 +210,9 @@ def _draws(model, sources) -> tuple[Iterator[Callable], int]:
             steps=_STEPS.value,
             spacing=_SPACING.value,
             guidance=_GUIDANCE.value,
+            guidance_low=_LOW.value,
+            guidance_high=_HIGH.value,
+            guidance_rescale=_RESCALE.value,
             sampler=_SAMPLER.value,
             eta=_ETA.value,
         ),
