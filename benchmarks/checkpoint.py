@@ -81,7 +81,7 @@ def steps_during(
     alone = statistics.median(once() for _ in range(5))
     saver.save(1000, state, 0, force=True)
     during = []
-    while not saver._pending.done():
+    while saver.saving:
         during.append(once())
     saver.wait()
     return alone, statistics.median(during or [once()])

@@ -517,6 +517,11 @@ class Checkpointer:
         distributed.barrier("distrusted steps set aside")
         return (sound or there or [None])[-1]
 
+    @property
+    def saving(self) -> bool:
+        """Whether a save that was started is not on disk yet."""
+        return self._pending is not None and not self._pending.done()
+
     def wait(self) -> None:
         """Returns when the last save is on disk.
 
